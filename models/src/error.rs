@@ -1,0 +1,180 @@
+//! The crate's one error type.
+
+use std::path::{Path, PathBuf};
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong with a model. Messages are lower-case fragments; [`Error::hint`] says what to
+/// do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error("cannot {action} `{path}`: {source}")]
+    Io {
+        /// What was tried ("read", "write", …).
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A JSON file does not parse, or has not the shape it should have.
+    #[error("`{path}` is not the JSON expected here: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The parser's answer.
+        source: serde_json::Error,
+    },
+    /// The path is neither a model folder nor a GGUF file.
+    #[error("`{path}` is neither a model folder (with `config.json`) nor a GGUF file")]
+    NotAModel {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// A weight file is damaged or is no such file.
+    #[error("`{path}` is damaged or no {format} file: {message}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// "safetensors" or "GGUF".
+        format: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// An architecture (`model_type`, `general.architecture`) that is not implemented.
+    #[error("`{path}` holds a model of architecture `{name}`, which is not supported")]
+    UnknownArchitecture {
+        /// The file that names it.
+        path: PathBuf,
+        /// The name in the file.
+        name: String,
+    },
+    /// A setting of a known architecture that is not implemented, or makes no sense.
+    #[error("`{path}`: `{field}` = {value} is not supported")]
+    Unsupported {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Its key.
+        field: String,
+        /// Its value.
+        value: String,
+    },
+    /// A setting that must be there is not.
+    #[error("`{path}` has no `{field}`")]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        field: String,
+    },
+    /// A tensor that the configuration asks for is not in the weight files.
+    #[error("`{path}` holds no tensor `{name}`")]
+    MissingTensor {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name there.
+        name: String,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("`{path}`: tensor `{name}` has shape {found:?}, the configuration says {expected:?}")]
+    Shape {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name there.
+        name: String,
+        /// Shape by the configuration.
+        expected: Vec<i64>,
+        /// Shape in the file.
+        found: Vec<i64>,
+    },
+    /// The tokenizer cannot be read or built.
+    #[error("the tokenizer of `{path}` cannot be used: {message}")]
+    Tokenizer {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// An output folder exists already.
+    #[error("`{path}` exists already")]
+    Exists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Pruning options that cannot be followed.
+    #[error("cannot prune: {message}")]
+    Prune {
+        /// What is wrong.
+        message: String,
+    },
+    /// A LoRA configuration or adapter file that does not fit the network.
+    #[error("cannot use these LoRA adapters: {message}")]
+    Lora {
+        /// What is wrong.
+        message: String,
+    },
+    /// libtorch refused an operation.
+    #[error("libtorch could not {action}: {source}")]
+    Torch {
+        /// What was tried.
+        action: &'static str,
+        /// libtorch's answer.
+        source: tch::TchError,
+    },
+}
+
+impl Error {
+    /// True when the user can mend it (exit code 2), false when the fault is ours (exit code 1).
+    pub fn is_user(&self) -> bool {
+        !matches!(self, Error::Torch { .. })
+    }
+
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                "check the path".to_owned()
+            }
+            Error::NotAModel { .. } => {
+                "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
+            }
+            Error::Damaged { .. } => "fetch or copy the file again and compare its size".to_owned(),
+            Error::UnknownArchitecture { .. } => "supported are: llama".to_owned(),
+            Error::MissingTensor { .. } | Error::Shape { .. } => {
+                "config.json and the weight files do not belong together; fetch them again".to_owned()
+            }
+            Error::Exists { .. } => "choose another output folder, or remove this one".to_owned(),
+            _ => return None,
+        };
+        Some(hint)
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_owned();
+        move |source| Error::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    pub(crate) fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> Error {
+        let path = path.to_owned();
+        move |source| Error::Json { path, source }
+    }
+
+    pub(crate) fn torch(action: &'static str) -> impl FnOnce(tch::TchError) -> Error {
+        move |source| Error::Torch { action, source }
+    }
+
+    pub(crate) fn unsupported(path: &Path, field: &str, value: impl ToString) -> Error {
+        Error::Unsupported {
+            path: path.to_owned(),
+            field: field.to_owned(),
+            value: value.to_string(),
+        }
+    }
+}
