@@ -1,1 +1,25 @@
-//! placeholder
+//! Bayesian search over distillation settings.
+//!
+//! A [`Space`] says what can be set, an [`Objective`] gives a configuration its value, and [`run_study`] looks for
+//! the best one, keeping everything in one SQLite file from which it goes on after any interruption. Programs that
+//! bring their own loop use [`Study::ask`] and [`Study::tell`].
+//!
+//! Prohibitions: this crate never touches a model or a cache (it sees the trainer through [`Objective`] only), it has
+//! no global random state (a suggestion is a function of the study's seed, the trial's number and the observations
+//! it is based on), and a failed trial's value never reaches a surrogate.
+
+mod config;
+mod error;
+mod objective;
+mod params;
+mod run;
+mod space;
+mod view;
+
+pub use config::{Direction, SaboOptions, SamplerKind, StudyConfig};
+pub use error::{BoxError, Error, Result};
+pub use objective::{DependsOn, Discrepancy, Objective, Outcome, Trial};
+pub use params::{Params, Value};
+pub use run::{Control, read_study, run_study};
+pub use space::{Domain, Parameter, Space};
+pub use view::{LateResult, Progress, StudySummary, StudyView, TrialState, TrialView, Why};
