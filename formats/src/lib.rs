@@ -1,1 +1,46 @@
-//! placeholder
+//! The teacher cache on disk: what a teacher said about every position of a text, kept so that students train
+//! without the teacher.
+//!
+//! A cache is a folder: `manifest.json`, immutable Parquet shards named by their digest with a row per sequence,
+//! and (exact tier) the teacher's LM head as safetensors. `docs/FORMAT.md` is the byte layout; this crate follows
+//! its order. [`CacheWriter`] builds a cache, [`Cache`] reads one, [`verify`] proves that not one bit has changed.
+//!
+//! Letters used in shapes: T positions (tokens of one sequence), V vocabulary (rows of the LM head), K kept entries
+//! of the top-k, D hidden width, L layers.
+//!
+//! What this crate never does: it knows no tensor library, no tokenizer and no loss; it never overwrites a published
+//! file; it never allocates from a length that it has not bounded; it never panics on the content of a file.
+
+mod cache;
+mod error;
+mod frame;
+mod head;
+mod hidden;
+mod logits;
+mod manifest;
+mod planes;
+mod sequence;
+mod shard;
+mod source;
+mod spec;
+mod store;
+mod topk;
+mod verify;
+mod writer;
+
+pub use cache::{Cache, Columns, Io, RowInfo};
+pub use error::{Error, Result};
+pub use head::{Head, HeadWeights};
+pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};
+pub use sequence::{
+    HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
+};
+pub use spec::{
+    CacheSpec, DataFile, DataInfo, HeadDtype, HiddenCodec, LayerSpec, TeacherInfo, Tier,
+    TokenizerInfo,
+};
+pub use verify::{Problem, VerifyReport, verify};
+pub use writer::CacheWriter;
+
+/// Version of the folder, the manifest and the shard schema. A reader refuses every other number.
+pub const FORMAT_VERSION: u32 = 1;

@@ -1,0 +1,265 @@
+//! Everything that decides the bytes of a cache. Stored as `plan.json` while a cache is being built, inside
+//! `manifest.json` afterwards.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Largest vocabulary, width and sequence length that the format can say; all far above any known model, and small
+/// enough that no product of two of them overflows 64 bits.
+pub(crate) const MAX_DIMENSION: usize = 1 << 24;
+
+/// How much of the teacher's distribution the cache can give back.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tier {
+    /// Top-k logits and statistics of the whole vocabulary: exact on the kept entries at T = 1 only.
+    Sparse,
+    /// The last hidden state and the LM head: logits of the whole vocabulary at every temperature.
+    Exact,
+}
+
+/// How the values of a hidden state are stored.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum HiddenCodec {
+    /// One signed byte per value, one scale per channel and shard.
+    Int8,
+    /// IEEE 754 half precision.
+    F16,
+}
+
+impl HiddenCodec {
+    /// Bytes per value before entropy coding.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            HiddenCodec::Int8 => 1,
+            HiddenCodec::F16 => 2,
+        }
+    }
+}
+
+/// Element type of the stored LM head.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadDtype {
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// The upper half of a single.
+    Bf16,
+}
+
+impl HeadDtype {
+    /// Bytes per element.
+    pub fn bytes(self) -> usize {
+        match self {
+            HeadDtype::F32 => 4,
+            HeadDtype::F16 | HeadDtype::Bf16 => 2,
+        }
+    }
+}
+
+/// One hidden state to keep.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct LayerSpec {
+    /// Number in the convention of `output_hidden_states`: 0 the embeddings, i after block i, L after the last block
+    /// and the final norm.
+    pub layer: u32,
+    /// Channels D.
+    pub width: usize,
+    /// How the values are stored.
+    pub codec: HiddenCodec,
+}
+
+/// The model that was asked.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherInfo {
+    /// Name for people.
+    pub name: String,
+    /// Architecture name, as in the model's configuration.
+    pub architecture: String,
+    /// blake3 of the weight files, hexadecimal.
+    pub digest: String,
+    /// Element type of the forward pass, for instance `f32` or `bf16`.
+    pub compute_dtype: String,
+    /// Blocks L.
+    pub num_layers: u32,
+    /// Width D of the last hidden state.
+    pub hidden_size: usize,
+    /// Number of parameters.
+    pub num_parameters: u64,
+}
+
+/// The tokenizer that made the token ids.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerInfo {
+    /// Digest over the id-ordered vocabulary; a student must have the same.
+    pub fingerprint: String,
+    /// Tokens, added ones included; may be below V where the head is padded.
+    pub vocab_size: usize,
+}
+
+/// One input file.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct DataFile {
+    /// File name without folders.
+    pub name: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// blake3, hexadecimal.
+    pub digest: String,
+}
+
+/// The text that the teacher read.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct DataInfo {
+    /// Digest over the tokenised data.
+    pub digest: String,
+    /// The input files in order.
+    pub files: Vec<DataFile>,
+    /// Sequences in the whole cache.
+    pub sequences: u64,
+    /// Positions in the whole cache.
+    pub positions: u64,
+    /// Positions whose token is a target.
+    pub targets: u64,
+    /// Sequences that were cut to `max_len`.
+    pub truncated: u64,
+    /// Records that were left out.
+    pub skipped: u64,
+    /// Name of the prompt form.
+    pub prompt_form: String,
+}
+
+/// Everything that decides the bytes of a cache: the same spec and the same sequences give the same files.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct CacheSpec {
+    /// What the cache can give back.
+    pub tier: Tier,
+    /// Kept entries K per position; 0 (no `top_k` column) only in the exact tier.
+    pub top_k: usize,
+    /// V: rows of the LM head.
+    pub vocab_size: usize,
+    /// Hidden states, ascending by layer.
+    pub layers: Vec<LayerSpec>,
+    /// Rows of every shard but the last.
+    pub sequences_per_shard: usize,
+    /// Longest sequence in positions.
+    pub max_len: usize,
+    /// The model that was asked.
+    pub teacher: TeacherInfo,
+    /// The tokenizer that made the token ids.
+    pub tokenizer: TokenizerInfo,
+    /// The text that the teacher read.
+    pub data: DataInfo,
+}
+
+impl CacheSpec {
+    /// Number of shards: sequences divided by `sequences_per_shard`, rounded up.
+    pub fn num_shards(&self) -> usize {
+        self.data
+            .sequences
+            .div_ceil(self.sequences_per_shard.max(1) as u64) as usize
+    }
+
+    /// Sequences that shard number `shard` must hold.
+    pub fn sequences_in_shard(&self, shard: usize) -> usize {
+        let first = shard as u64 * self.sequences_per_shard as u64;
+        self.data
+            .sequences
+            .saturating_sub(first)
+            .min(self.sequences_per_shard as u64) as usize
+    }
+
+    /// Whether the fields fit together.
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |field: &str, message: String| {
+            Err(Error::InvalidSpec {
+                field: field.to_owned(),
+                message,
+            })
+        };
+        if self.vocab_size == 0 || self.vocab_size > MAX_DIMENSION {
+            return wrong(
+                "vocab_size",
+                format!("{} is not in 1..={MAX_DIMENSION}", self.vocab_size),
+            );
+        }
+        if self.top_k > self.vocab_size {
+            return wrong(
+                "top_k",
+                format!(
+                    "{} entries are more than the vocabulary of {}",
+                    self.top_k, self.vocab_size
+                ),
+            );
+        }
+        if self.top_k == 0 && self.tier == Tier::Sparse {
+            return wrong(
+                "top_k",
+                "the sparse tier keeps at least one entry".to_owned(),
+            );
+        }
+        if self.max_len == 0 || self.max_len > MAX_DIMENSION {
+            return wrong(
+                "max_len",
+                format!("{} is not in 1..={MAX_DIMENSION}", self.max_len),
+            );
+        }
+        if self.sequences_per_shard == 0 || self.sequences_per_shard > MAX_DIMENSION {
+            return wrong(
+                "sequences_per_shard",
+                format!("{} is not in 1..={MAX_DIMENSION}", self.sequences_per_shard),
+            );
+        }
+        if self.data.sequences == 0 {
+            return wrong("data.sequences", "the data holds no sequence".to_owned());
+        }
+        if self.num_shards() > 100_000 {
+            return wrong(
+                "sequences_per_shard",
+                format!("would make {} shards, at most 100000", self.num_shards()),
+            );
+        }
+        for (index, spec) in self.layers.iter().enumerate() {
+            if spec.width == 0 || spec.width > MAX_DIMENSION {
+                return wrong(
+                    "layers",
+                    format!("layer {} has width {}", spec.layer, spec.width),
+                );
+            }
+            if spec.layer > self.teacher.num_layers || spec.layer > u32::from(u16::MAX) {
+                return wrong(
+                    "layers",
+                    format!(
+                        "layer {} is beyond the teacher's {}",
+                        spec.layer, self.teacher.num_layers
+                    ),
+                );
+            }
+            if index > 0 && self.layers[index - 1].layer >= spec.layer {
+                return wrong("layers", "not ascending, or one layer twice".to_owned());
+            }
+        }
+        if self.tier == Tier::Exact
+            && self.layers.last().map(|last| last.layer) != Some(self.teacher.num_layers)
+        {
+            return wrong(
+                "layers",
+                format!(
+                    "the exact tier needs the last hidden state, layer {}",
+                    self.teacher.num_layers
+                ),
+            );
+        }
+        Ok(())
+    }
+}
