@@ -34,6 +34,12 @@ pub enum Error {
         /// The path given.
         path: PathBuf,
     },
+    /// A model folder without weights in a form that can be read.
+    #[error("`{path}` holds neither `model.safetensors` nor `model.safetensors.index.json`")]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A weight file is damaged or is no such file.
     #[error("`{path}` is damaged or no {format} file: {message}")]
     Damaged {
@@ -140,6 +146,9 @@ impl Error {
             }
             Error::NotAModel { .. } => {
                 "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
+            }
+            Error::NoWeights { .. } => {
+                "older formats (pytorch_model.bin) are not read; save the model as safetensors with transformers".to_owned()
             }
             Error::Damaged { .. } => "fetch or copy the file again and compare its size".to_owned(),
             Error::UnknownArchitecture { .. } => "supported are: llama".to_owned(),

@@ -30,6 +30,7 @@ mod hf;
 mod linear;
 mod llama;
 mod lora;
+mod mapped;
 mod prune;
 mod rng;
 mod save;
@@ -40,6 +41,10 @@ use std::path::Path;
 
 use tch::{Device, Kind};
 use tokenizers::Tokenizer;
+
+use crate::gguf::GgufFile;
+use crate::tokenizer::read_json;
+use crate::weights::SafetensorsFolder;
 
 pub use activation::{ActivationNorms, activation_norms};
 pub use error::{Error, Result};
@@ -115,6 +120,91 @@ impl LoadedModel {
 /// A path that is neither, an architecture or `model_type` this crate does not know (named in the
 /// error), a configuration it does not implement, missing or misshapen tensors, damaged files.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    let _ = (path, options);
-    unimplemented!("under construction")
+    if !matches!(options.kind, Kind::Float | Kind::BFloat16) {
+        return Err(Error::unsupported(
+            path,
+            "compute type",
+            format!("{:?}", options.kind),
+        ));
+    }
+    let gguf = is_gguf(path)?;
+    let (network, tokenizer, digest) = if gguf {
+        load_gguf(path, options)?
+    } else {
+        load_folder(path, options)?
+    };
+    if let Some(id) = tokenizer.tokenizer.get_vocab(true).into_values().max()
+        && id as usize >= network.config().vocab_size
+    {
+        return Err(Error::Tokenizer {
+            path: path.to_owned(),
+            message: format!(
+                "token {id} is outside the network's vocabulary of {}",
+                network.config().vocab_size
+            ),
+        });
+    }
+    let bos = tokenizer.bos.or(network.config().bos_token_id);
+    let eos = tokenizer
+        .eos
+        .or(network.config().eos_token_ids.first().copied());
+    Ok(LoadedModel {
+        network,
+        tokenizer: tokenizer.tokenizer,
+        fingerprint: tokenizer.fingerprint,
+        digest,
+        name: path_name(path),
+        bos,
+        eos,
+        tokenizer_config: tokenizer.tokenizer_config,
+    })
+}
+
+fn load_gguf(path: &Path, options: &LoadOptions) -> Result<(Llama, LoadedTokenizer, String)> {
+    let file = GgufFile::open(path)?;
+    let network = Llama::load(file.config()?, &file, options)?;
+    Ok((network, file.tokenizer()?, file.digest()))
+}
+
+fn load_folder(path: &Path, options: &LoadOptions) -> Result<(Llama, LoadedTokenizer, String)> {
+    let config_path = path.join("config.json");
+    let config = read_json(&config_path)?.ok_or_else(|| Error::NotAModel {
+        path: path.to_owned(),
+    })?;
+    let config = LlamaConfig::from_json(&config_path, &config)?;
+    let files = SafetensorsFolder::open(path)?;
+    let network = Llama::load(config, &files, options)?;
+    Ok((network, load_tokenizer(path)?, files.digest()))
+}
+
+/// True for a file with GGUF's magic or name, false for a folder.
+fn is_gguf(path: &Path) -> Result<bool> {
+    let metadata = std::fs::metadata(path).map_err(Error::io("read", path))?;
+    if metadata.is_dir() {
+        return Ok(false);
+    }
+    let mut magic = [0u8; 4];
+    let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+    let starts_right =
+        std::io::Read::read_exact(&mut file, &mut magic).is_ok() && &magic == b"GGUF";
+    if starts_right
+        || path
+            .extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+    {
+        return Ok(true);
+    }
+    Err(Error::NotAModel {
+        path: path.to_owned(),
+    })
+}
+
+/// The last part of a path, also of one like `.` or `models/..`.
+fn path_name(path: &Path) -> String {
+    let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    canonical
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }

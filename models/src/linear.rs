@@ -1,1 +1,145 @@
-//! Under construction.
+//! A linear projection with a frozen weight and an optional low-rank adapter.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::rng::SeededRng;
+
+/// How a forward pass treats adapters' dropout.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Pass {
+    /// No dropout.
+    Inference,
+    /// Dropout masks are a pure function of the seed and the projection's name.
+    Training { dropout_seed: u64 },
+}
+
+/// y = x Wᵀ (+ b) + scale · (dropout(x) Aᵀ) Bᵀ.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// [out, in], frozen, in the compute type.
+    pub(crate) weight: Tensor,
+    /// [out], frozen.
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) adapter: Option<Adapter>,
+}
+
+/// The low-rank update (Hu et al. 2021, Section 4.1): ΔW = scale · B A.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    /// Path of the projection, e.g. `model.layers.0.self_attn.q_proj`; names its random streams.
+    pub(crate) name: String,
+    /// A [r, in], f32 leaf.
+    pub(crate) a: Tensor,
+    /// B [out, r], f32 leaf.
+    pub(crate) b: Tensor,
+    pub(crate) scale: f64,
+    pub(crate) dropout: f64,
+}
+
+impl Linear {
+    pub(crate) fn new(weight: Tensor, bias: Option<Tensor>) -> Linear {
+        Linear {
+            weight,
+            bias,
+            adapter: None,
+        }
+    }
+
+    /// [N, in] → [N, out].
+    pub(crate) fn forward(&self, x: &Tensor, pass: Pass) -> Tensor {
+        let y = x.linear(&self.weight, self.bias.as_ref());
+        match &self.adapter {
+            Some(adapter) => adapter.add_to(y, x, pass),
+            None => y,
+        }
+    }
+
+    /// W += ΔW, in f32, and the adapter is gone.
+    pub(crate) fn merge(&mut self) {
+        let Some(adapter) = self.adapter.take() else {
+            return;
+        };
+        tch::no_grad(|| {
+            let delta = adapter.b.matmul(&adapter.a) * adapter.scale;
+            let merged = self.weight.to_kind(Kind::Float) + delta;
+            self.weight = merged.to_kind(self.weight.kind());
+        });
+    }
+
+    /// Keeps only these output rows.
+    pub(crate) fn keep_rows(&mut self, rows: &Tensor) {
+        self.weight = self.weight.index_select(0, rows);
+        self.bias = self.bias.as_ref().map(|bias| bias.index_select(0, rows));
+    }
+
+    /// Keeps only these input columns.
+    pub(crate) fn keep_columns(&mut self, columns: &Tensor) {
+        self.weight = self.weight.index_select(1, columns);
+    }
+}
+
+impl Adapter {
+    /// A kaiming-uniform with a = √5, that is uniform in ±1/√in, from the named stream of `seed`;
+    /// B zero, so that the network starts unchanged.
+    pub(crate) fn new(
+        name: &str,
+        (rows, columns): (i64, i64),
+        rank: i64,
+        scale: f64,
+        dropout: f64,
+        seed: u64,
+        device: Device,
+    ) -> Adapter {
+        let mut rng = SeededRng::named(seed, name);
+        let bound = 1.0 / (columns as f64).sqrt();
+        let values: Vec<f32> = (0..rank * columns)
+            .map(|_| ((2.0 * rng.uniform() - 1.0) * bound) as f32)
+            .collect();
+        let a = Tensor::from_slice(&values)
+            .view([rank, columns])
+            .to_device(device);
+        let b = Tensor::zeros([rows, rank], (Kind::Float, device));
+        Adapter {
+            name: name.to_owned(),
+            a: a.set_requires_grad(true),
+            b: b.set_requires_grad(true),
+            scale,
+            dropout,
+        }
+    }
+
+    /// y + scale · (dropout(x) Aᵀ) Bᵀ, in place on y: the frozen product needs its output for no
+    /// gradient. The products run in y's type; gradients reach the f32 leaves through the casts.
+    fn add_to(&self, mut y: Tensor, x: &Tensor, pass: Pass) -> Tensor {
+        let kind = y.kind();
+        let a = self.a.to_kind(kind);
+        let b = (&self.b * self.scale).to_kind(kind);
+        let low = match pass {
+            Pass::Training { dropout_seed } if self.dropout > 0.0 => {
+                (x * self.dropout_mask(x, dropout_seed)).matmul(&a.tr())
+            }
+            _ => x.matmul(&a.tr()),
+        };
+        y.addmm_(&low, &b.tr())
+    }
+
+    /// 0 with probability `dropout`, else 1 / (1 − dropout); the probability is a multiple of
+    /// 2⁻¹⁶, so that one 64-bit word serves four elements.
+    fn dropout_mask(&self, x: &Tensor, seed: u64) -> Tensor {
+        let mut rng = SeededRng::named(seed, &self.name);
+        let threshold = (self.dropout * 65536.0).round() as u64;
+        let kept = (65536.0 / (65536.0 - threshold as f64)) as f32;
+        let mut mask = vec![0f32; x.numel()];
+        for four in mask.chunks_mut(4) {
+            let word = rng.next_u64();
+            for (lane, value) in four.iter_mut().enumerate() {
+                let draw = (word >> (16 * lane)) & 0xffff;
+                *value = if draw < threshold { 0.0 } else { kept };
+            }
+        }
+        Tensor::from_slice(&mask)
+            .view_as(x)
+            .to_device(x.device())
+            .to_kind(x.kind())
+    }
+}

@@ -1,1 +1,182 @@
-//! Under construction.
+//! Where weights come from: safetensors files, GGUF files, a seed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+use tch::{Kind, Tensor};
+
+use crate::mapped::{MappedFile, copy_of_bytes};
+use crate::rng::SeededRng;
+use crate::{Error, LoadOptions, Result};
+
+/// Gives tensors by their Hugging Face name.
+pub(crate) trait WeightSource {
+    /// The tensor `name`, of exactly this shape, in the options' type on their device; owned, and
+    /// copied at most once on its way from the file.
+    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor>;
+}
+
+/// Normal weights with standard deviation 0.02, norms near one; each tensor has its own stream, so
+/// a tensor's values do not depend on the rest of the network.
+pub(crate) struct RandomWeights {
+    pub(crate) seed: u64,
+}
+
+impl WeightSource for RandomWeights {
+    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
+        let mut rng = SeededRng::named(self.seed, name);
+        let mean = if name.ends_with("norm.weight") {
+            1.0
+        } else {
+            0.0
+        };
+        let count: i64 = shape.iter().product();
+        let values: Vec<f32> = (0..count)
+            .map(|_| (mean + 0.02 * rng.normal()) as f32)
+            .collect();
+        Ok(Tensor::from_slice(&values)
+            .view(shape)
+            .to_kind(options.kind)
+            .to_device(options.device))
+    }
+}
+
+/// The safetensors files of a Hugging Face folder, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct SafetensorsFolder {
+    folder: PathBuf,
+    files: Vec<MappedFile>,
+    /// Name → where it lies; read once, because parsing a header per tensor is quadratic.
+    tensors: BTreeMap<String, Location>,
+}
+
+#[derive(Debug)]
+struct Location {
+    file: usize,
+    start: usize,
+    end: usize,
+    dtype: Dtype,
+    shape: Vec<i64>,
+}
+
+impl SafetensorsFolder {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    pub(crate) fn open(folder: &Path) -> Result<SafetensorsFolder> {
+        SafetensorsFolder::open_files(folder, &weight_files(folder)?)
+    }
+
+    pub(crate) fn open_files(folder: &Path, names: &[String]) -> Result<SafetensorsFolder> {
+        let mut source = SafetensorsFolder {
+            folder: folder.to_owned(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        for name in names {
+            let file = MappedFile::open(&folder.join(name))?;
+            let damaged = |message: String| Error::Damaged {
+                path: file.path().to_owned(),
+                format: "safetensors",
+                message,
+            };
+            let parsed =
+                SafeTensors::deserialize(file.bytes()).map_err(|e| damaged(e.to_string()))?;
+            let base = file.bytes().as_ptr() as usize;
+            for (name, view) in parsed.iter() {
+                let start = view.data().as_ptr() as usize - base;
+                let location = Location {
+                    file: source.files.len(),
+                    start,
+                    end: start + view.data().len(),
+                    dtype: view.dtype(),
+                    shape: view.shape().iter().map(|&n| n as i64).collect(),
+                };
+                if source.tensors.insert(name.to_owned(), location).is_some() {
+                    return Err(damaged(format!("tensor `{name}` occurs twice")));
+                }
+            }
+            source.files.push(file);
+        }
+        Ok(source)
+    }
+
+    /// blake3 (hex) of the files' bytes, one after the other.
+    pub(crate) fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for file in &self.files {
+            hasher.update(file.bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+}
+
+impl WeightSource for SafetensorsFolder {
+    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
+        let location = self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.folder.clone(),
+            name: name.to_owned(),
+        })?;
+        let file = &self.files[location.file];
+        if location.shape != shape {
+            return Err(Error::Shape {
+                path: file.path().to_owned(),
+                name: name.to_owned(),
+                expected: shape.to_vec(),
+                found: location.shape.clone(),
+            });
+        }
+        let kind = match location.dtype {
+            Dtype::F32 => Kind::Float,
+            Dtype::BF16 => Kind::BFloat16,
+            Dtype::F16 => Kind::Half,
+            other => {
+                return Err(Error::unsupported(
+                    file.path(),
+                    &format!("dtype of {name}"),
+                    format!("{other:?}"),
+                ));
+            }
+        };
+        copy_of_bytes(
+            &file.bytes()[location.start..location.end],
+            shape,
+            kind,
+            options,
+        )
+    }
+}
+
+/// The weight files of a folder in name order.
+fn weight_files(folder: &Path) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+
+    if folder.join("model.safetensors").is_file() {
+        return Ok(vec!["model.safetensors".to_owned()]);
+    }
+    let index = folder.join("model.safetensors.index.json");
+    if !index.is_file() {
+        return Err(Error::NoWeights {
+            path: folder.to_owned(),
+        });
+    }
+    let text = std::fs::read(&index).map_err(Error::io("read", &index))?;
+    let parsed: Index = serde_json::from_slice(&text).map_err(Error::json(&index))?;
+    let mut files: Vec<String> = parsed.weight_map.into_values().collect();
+    files.sort();
+    files.dedup();
+    // A file name in the index must not lead out of the folder.
+    if let Some(bad) = files
+        .iter()
+        .find(|name| Path::new(name).file_name() != Some(std::ffi::OsStr::new(name)))
+    {
+        return Err(Error::unsupported(&index, "weight_map", bad));
+    }
+    Ok(files)
+}
