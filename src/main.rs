@@ -1,1 +1,35 @@
-fn main() {}
+//! `caskd`: the command line, and the one place where the crates are put together.
+
+mod cli;
+mod commands;
+mod exit;
+mod objective;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use exit::Outcome;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    run(&cli.command).unwrap_or_else(|failure| failure.report()).into()
+}
+
+fn run(command: &Command) -> Outcome {
+    terminal::install_stop_handler()?;
+    match command {
+        Command::Build(args) => commands::build::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Verify(args) => commands::verify::run(args),
+        Command::Prune(args) => commands::prune::run(args),
+        Command::Train(args) => commands::train::run(args),
+        Command::Eval(args) => commands::eval::run(args),
+        Command::Export(args) => commands::export::run(args),
+        Command::Search(args) => commands::search::run(args),
+        Command::Report(args) => commands::report::run(args),
+        Command::Demo(args) => commands::demo::run(args),
+    }
+}

@@ -1,1 +1,19 @@
-//! placeholder
+//! Builds a teacher cache: text → tokens → one teacher forward pass → fused statistics → shards.
+//!
+//! The stage is [`build()`]; everything else serves it. The batches, and with them every byte of
+//! the cache, depend on the data and the options alone, never on timing, so an interrupted build
+//! resumes to the same bytes.
+
+mod build;
+mod error;
+mod options;
+mod records;
+mod statistics;
+mod tokenize;
+
+pub use build::{BuildReport, Progress, build};
+pub use error::{Error, Result};
+pub use options::{BuildOptions, LayerChoice};
+pub use records::{Record, RecordBody, read_records};
+pub use statistics::{RowStatistics, summarize_logits};
+pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};

@@ -1,0 +1,115 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+/// What can go wrong while a cache is built.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A data file can't be read.
+    #[error("can't read the data file `{path}`: {source}")]
+    DataFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A data file's name has an ending that is not known.
+    #[error("`{path}` is neither .jsonl nor .txt")]
+    DataKind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A record of a data file is not of the form it should have.
+    #[error("`{path}` line {line}: {problem}")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// The 1-based line.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
+    /// No sequence with a target is left.
+    #[error("the data hold no sequence to learn from ({records} records read, {skipped} without a target within --max-len {max_len})")]
+    EmptyData {
+        /// Records read.
+        records: usize,
+        /// Records dropped because truncation left no target.
+        skipped: u64,
+        /// The limit.
+        max_len: usize,
+    },
+    /// The tokenizer refused a text.
+    #[error("can't tokenize {source_name}: {message}")]
+    Tokenizer {
+        /// The record's name.
+        source_name: String,
+        /// What the tokenizer said.
+        message: String,
+    },
+    /// An option doesn't fit the teacher.
+    #[error("{problem}")]
+    Option {
+        /// What is wrong.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The teacher gave a value that is not a number, or infinite.
+    #[error("not finite: the teacher's {what} of {source_name} at position {position}")]
+    NotFinite {
+        /// `logits` or `hidden state of layer N`.
+        what: String,
+        /// The record's name.
+        source_name: String,
+        /// The position in the sequence.
+        position: usize,
+    },
+    /// The teacher can't be loaded or run.
+    #[error(transparent)]
+    Model(#[from] caskd_models::Error),
+    /// The cache can't be written.
+    #[error(transparent)]
+    Cache(#[from] caskd_formats::Error),
+    /// libtorch refused an operation.
+    #[error("libtorch failed while {doing}: {source}")]
+    Torch {
+        /// What was being computed.
+        doing: String,
+        /// What libtorch said.
+        source: tch::TchError,
+    },
+}
+
+/// The result type of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::DataFile { .. } => Some("check the path given to --data".into()),
+            Self::DataKind { .. } => Some("give Alpaca records or token ids as .jsonl, running text as .txt".into()),
+            Self::Record { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
+            Self::EmptyData { .. } => Some("give more data, or a larger --max-len".into()),
+            Self::Tokenizer { .. } => None,
+            Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),
+            Self::Model(error) => error.hint(),
+            Self::Cache(error) => error.hint(),
+            Self::Torch { .. } => Some("out of memory? a smaller --max-len or --batch-tokens needs less".into()),
+        }
+    }
+
+    /// Whether the user can mend it (exit code 2) or the fault is ours (1).
+    pub fn is_user(&self) -> bool {
+        match self {
+            Self::Model(error) => error.is_user(),
+            Self::Cache(error) => error.is_user(),
+            Self::Torch { .. } | Self::Tokenizer { .. } => false,
+            _ => true,
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! The command line as the user types it.
+
+use std::path::PathBuf;
+
+use caskd_cache_builder::LayerChoice;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Run the teacher once, train hundreds of students from its cache.
+#[derive(Debug, Parser)]
+#[command(name = "caskd", version, about, long_about = LONG_ABOUT, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const LONG_ABOUT: &str = "Cached activations and statistics for knowledge distillation.
+
+caskd runs a teacher language model once over your data, keeps what distillation losses ask of it in a compact, \
+checked Parquet cache, and streams that cache through cheap student trials driven by Bayesian search.
+
+Exit codes: 0 done, 2 an error that you can mend, 1 a fault of caskd, 75 stopped and resumable.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the teacher once and write its cache
+    Build(BuildArgs),
+    /// Print a cache's card: who made it from what, tier, bytes by column, losses it serves
+    Inspect(InspectArgs),
+    /// Check every file, blob and row of a cache
+    Verify(VerifyArgs),
+    /// Remove attention groups and FFN channels from a dense model
+    Prune(PruneArgs),
+    /// Train a student from a cache (LoRA)
+    Train(TrainArgs),
+    /// Perplexity on text, KL to the teacher on a cache
+    Eval(EvalArgs),
+    /// Decode a cache to safetensors or JSONL
+    Export(ExportArgs),
+    /// Search distillation settings with many cheap trials
+    Search(SearchArgs),
+    /// Write an HTML report of studies and runs
+    Report(ReportArgs),
+    /// The main job end to end on a real teacher, with our own data
+    Demo(DemoArgs),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TierArg {
+    Sparse,
+    Exact,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HiddenArg {
+    Int8,
+    F16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    Safetensors,
+    Jsonl,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SamplerArg {
+    Sabo,
+    Gp,
+    Random,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
+  caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
+
+A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
+pub(crate) struct BuildArgs {
+    /// The teacher: a Hugging Face folder or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub(crate) teacher: PathBuf,
+    /// Records (.jsonl) or running text (.txt); may be repeated
+    #[arg(long, required = true, value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
+    /// The cache's folder; it must not exist, or hold an interrupted build
+    #[arg(long, value_name = "CACHE")]
+    pub(crate) out: PathBuf,
+    /// sparse: top-k and statistics, for losses at temperature 1. exact: the last hidden state too, for any loss
+    #[arg(long, value_enum, default_value = "exact")]
+    pub(crate) tier: TierArg,
+    /// Kept entries of the sorted logits at each position
+    #[arg(long, default_value_t = 64, value_name = "K")]
+    pub(crate) top_k: usize,
+    /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none
+    #[arg(long, default_value = "last,middle", value_name = "LIST")]
+    pub(crate) layers: LayerChoice,
+    /// How hidden states are stored
+    #[arg(long, value_enum, default_value = "int8")]
+    pub(crate) hidden: HiddenArg,
+    /// Longest sequence in tokens; longer records are cut, and counted
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub(crate) max_len: usize,
+    /// The type the teacher computes in
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) dtype: DtypeArg,
+    /// cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Go on with an interrupted build
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  caskd inspect cache")]
+pub(crate) struct InspectArgs {
+    /// The cache's folder
+    #[arg(value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+    /// Print the card as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  caskd verify cache --deep\n\nExit code 0: every byte is as it was written. Exit code 2: what is damaged is named.")]
+pub(crate) struct VerifyArgs {
+    /// The cache's folder
+    #[arg(value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+    /// Decode every row again and check that its numbers agree with each other
+    #[arg(long)]
+    pub(crate) deep: bool,
+    /// Print the findings as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd prune --model SmolLM2.gguf --ratio 0.25 --out student
+  caskd prune --model SmolLM2.gguf --ratio 0.25 --calibration train.jsonl --out student")]
+pub(crate) struct PruneArgs {
+    /// The dense model: a Hugging Face folder or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub(crate) model: PathBuf,
+    /// Share of each layer's attention groups and FFN channels to remove, between 0 and 1
+    #[arg(long, default_value_t = 0.25)]
+    pub(crate) ratio: f64,
+    /// The student's folder; it must not exist
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Layers to prune, first to last, counted from 0 [default: 4 to L-3, as LLM-Pruner does]
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub(crate) scope: Option<String>,
+    /// Weigh the weights by their inputs' size on these data (as Wanda does); far better than their magnitude alone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibration: Option<PathBuf>,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd train --cache cache --student student --out run --set kd_type=dual-scaling --set scaling_value=4
+  caskd train --cache cache --student student --out run --set soft_weight=0      (plain LoRA fine-tuning)
+  caskd train --cache cache --student student --out run --config study/best.toml
+
+The keys of the configuration and their defaults: caskd train --print-config")]
+pub(crate) struct TrainArgs {
+    /// The teacher's cache
+    #[arg(long, value_name = "CACHE", required_unless_present = "print_config")]
+    pub(crate) cache: Option<PathBuf>,
+    /// The student: a Hugging Face folder or a GGUF file
+    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    pub(crate) student: Option<PathBuf>,
+    /// The run's folder: adapters, checkpoints, log
+    #[arg(long, value_name = "RUN", required_unless_present = "print_config")]
+    pub(crate) out: Option<PathBuf>,
+    /// Settings as TOML
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+    /// One setting; may be repeated, and wins over --config
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) settings: Vec<String>,
+    /// Go on with an interrupted run
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the default configuration and exit
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    /// Print the summary as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd eval --model SmolLM2.gguf --text heldout.txt
+  caskd eval --model run --text heldout.txt --cache heldout-cache --json")]
+pub(crate) struct EvalArgs {
+    /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
+    #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
+    pub(crate) model: PathBuf,
+    /// Text for perplexity; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Vec<PathBuf>,
+    /// A teacher's cache for KL to the teacher and perplexity on its targets [default for a run without --text: its own cache]
+    #[arg(long, value_name = "CACHE")]
+    pub(crate) cache: Vec<PathBuf>,
+    /// Window of the text in tokens
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub(crate) max_len: usize,
+    /// The type the model computes in
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) dtype: DtypeArg,
+    /// cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Print the scores as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd export cache --to safetensors --out cache.safetensors --logits --limit 8
+  caskd export cache --to jsonl --out cache.jsonl
+
+Tensors: input_ids, loss_mask [B,T], lengths [B], statistics.* [B,T], top_k.ids and top_k.logits [B,T,K], \
+hidden.N [B,T,D], and with --logits the rebuilt logits [B,T,V] in f32. Shorter sequences are padded with 0.")]
+pub(crate) struct ExportArgs {
+    /// The cache's folder
+    #[arg(value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+    /// The form of the output
+    #[arg(long, value_enum, value_name = "FORM")]
+    pub(crate) to: ExportFormat,
+    /// The file to write; it must not exist
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Rebuild and write the logits of the whole vocabulary (4·V bytes a position)
+    #[arg(long)]
+    pub(crate) logits: bool,
+    /// Only the first N sequences
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+    /// Print what was written as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd search --cache cache --student student --out study --trials 30
+  caskd search --cache cache --student student --out study --sampler random --trials 30 --fraction 0.1
+  caskd search --cache cache --student student --out study --space space.toml --resume
+
+Without --space the space is BayesKD's Table 2 (25,920 points). A trial trains the student on the given fraction of \
+the cache and is judged by its perplexity on validation sequences that no trial trains on.")]
+pub(crate) struct SearchArgs {
+    /// The teacher's cache
+    #[arg(long, value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+    /// The student: a Hugging Face folder or a GGUF file
+    #[arg(long, value_name = "DIR")]
+    pub(crate) student: PathBuf,
+    /// The study's folder
+    #[arg(long, value_name = "STUDY")]
+    pub(crate) out: PathBuf,
+    /// sabo: Bayesian search with LAEI. gp: expected improvement alone. random: uniform
+    #[arg(long, value_enum, default_value = "sabo")]
+    pub(crate) sampler: SamplerArg,
+    /// Trials in all
+    #[arg(long, default_value_t = 30, value_name = "N")]
+    pub(crate) trials: u64,
+    /// Share of the cache that a trial trains on; the same sequences for everyone
+    #[arg(long, default_value_t = 0.05)]
+    pub(crate) fraction: f64,
+    /// Share of the cache that judges the trials; no trial trains on it
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) validation: f64,
+    /// The space to search, as TOML [default: BayesKD's Table 2]
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) space: Option<PathBuf>,
+    /// Settings of every trial, as TOML
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+    /// One setting of every trial; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) settings: Vec<String>,
+    /// Seed of the study
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Go on with an interrupted study, or add trials to a finished one
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the summary as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  caskd report study run-kd run-bayeskd --out report.html")]
+pub(crate) struct ReportArgs {
+    /// Studies of `caskd search` and runs of `caskd train`
+    #[arg(required = true, value_name = "STUDY|RUN")]
+    pub(crate) inputs: Vec<PathBuf>,
+    /// The page to write: one file, no network needed
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) out: PathBuf,
+    /// Print what was written as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  caskd demo --out demo-out
+
+`make demo` fetches the teacher first. A demo that was stopped goes on with --resume.")]
+pub(crate) struct DemoArgs {
+    /// The teacher as GGUF [default: the one that `make demo` fetched]
+    #[arg(long, env = "CASKD_TEACHER", value_name = "FILE.gguf")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Where everything is written; an earlier demo there is replaced
+    #[arg(long, default_value = "demo-out", value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Seed of everything
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Go on with an interrupted demo
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the table as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_holds_and_every_command_has_an_example() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("caskd {}", sub.get_name())), "{} has no example", sub.get_name());
+        }
+    }
+}

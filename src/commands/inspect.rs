@@ -1,0 +1,123 @@
+//! `caskd inspect`: a cache's card.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use caskd_formats::{Cache, Io, Manifest, Tier};
+use serde::Serialize;
+
+use super::{print_json, print_text};
+use crate::cli::InspectArgs;
+use crate::exit::{Exit, Outcome};
+use crate::terminal::bytes;
+
+/// What `--json` prints: the manifest, and what follows from it.
+#[derive(Serialize)]
+struct Card<'a> {
+    manifest: &'a Manifest,
+    /// Compressed bytes in all shards, by column.
+    bytes_by_column: &'a BTreeMap<String, u64>,
+    /// The same divided by the positions.
+    bytes_per_position: BTreeMap<&'a str, f64>,
+    total_bytes: u64,
+    losses: Vec<Served>,
+}
+
+#[derive(Serialize)]
+struct Served {
+    loss: &'static str,
+    served: bool,
+    note: String,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> Outcome {
+    let cache = Cache::open(&args.cache, Io::Mmap)?;
+    let manifest = cache.manifest();
+    let by_column = cache.bytes_by_column()?;
+    let positions = manifest.data.positions.max(1) as f64;
+    let total_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>() + manifest.head.as_ref().map_or(0, |head| head.bytes);
+    let card = Card {
+        manifest,
+        bytes_by_column: &by_column,
+        bytes_per_position: by_column.iter().map(|(name, &count)| (name.as_str(), count as f64 / positions)).collect(),
+        total_bytes,
+        losses: losses_served(manifest),
+    };
+    if args.json {
+        print_json(&card)?;
+    } else {
+        print_text(as_text(&card));
+    }
+    Ok(Exit::Done)
+}
+
+fn losses_served(manifest: &Manifest) -> Vec<Served> {
+    let exact = manifest.tier == Tier::Exact;
+    let layers: Vec<String> = manifest.layers.iter().map(|layer| layer.layer.to_string()).collect();
+    let needs_exact = if exact { String::new() } else { "needs the exact tier".to_string() };
+    let hidden_note = if layers.is_empty() { "no hidden states are kept".to_string() } else { format!("on layers {}", layers.join(", ")) };
+    vec![
+        Served { loss: "cross-entropy", served: true, note: String::new() },
+        Served { loss: "kl at temperature 1, top-k entries and an explicit tail", served: true, note: String::new() },
+        Served { loss: "kl at every temperature", served: exact, note: needs_exact.clone() },
+        Served { loss: "dual-scaling", served: exact, note: needs_exact },
+        Served { loss: "knowledge-alignment", served: !layers.is_empty(), note: hidden_note },
+    ]
+}
+
+fn as_text(card: &Card<'_>) -> String {
+    let manifest = card.manifest;
+    let data = &manifest.data;
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<12} {value}");
+    };
+    line("format", format!("{} (written by caskd {})", manifest.format_version, manifest.caskd_version));
+    line("tier", format!("{:?}, top-{}", manifest.tier, manifest.top_k).to_lowercase());
+    line(
+        "teacher",
+        format!(
+            "{} ({}, {:.1} M parameters, computed in {}), digest {}",
+            manifest.teacher.name,
+            manifest.teacher.architecture,
+            manifest.teacher.num_parameters as f64 / 1e6,
+            manifest.teacher.compute_dtype,
+            short(&manifest.teacher.digest)
+        ),
+    );
+    line(
+        "vocabulary",
+        format!("{} logits, {} tokens, fingerprint {}", manifest.vocab_size, manifest.tokenizer.vocab_size, short(&manifest.tokenizer.fingerprint)),
+    );
+    for file in &data.files {
+        line("data", format!("{} ({}), digest {}", file.name, bytes(file.bytes), short(&file.digest)));
+    }
+    line(
+        "sequences",
+        format!(
+            "{} with {} positions, {} of them targets; {} cut at {} tokens, {} dropped; prompts: {}",
+            data.sequences, data.positions, data.targets, data.truncated, manifest.max_len, data.skipped, data.prompt_form
+        ),
+    );
+    for layer in &manifest.layers {
+        line("hidden", format!("layer {} of {}, width {}, {}", layer.layer, manifest.teacher.num_layers, layer.width, format!("{:?}", layer.codec).to_lowercase()));
+    }
+    line("files", format!("{} shards{}, {}", manifest.shards.len(), if manifest.head.is_some() { " and the LM head" } else { "" }, bytes(card.total_bytes)));
+    let _ = writeln!(text, "\n{:<24} {:>14} {:>12}", "column", "bytes", "a position");
+    for (name, count) in card.bytes_by_column {
+        let _ = writeln!(text, "{name:<24} {count:>14} {:>12.2}", card.bytes_per_position[name.as_str()]);
+    }
+    if let Some(head) = &manifest.head {
+        let _ = writeln!(text, "{:<24} {:>14} {:>12}", "LM head (once)", head.bytes, "");
+    }
+    let _ = writeln!(text, "\nlosses");
+    for served in &card.losses {
+        let note = if served.note.is_empty() { String::new() } else { format!(" ({})", served.note) };
+        let _ = writeln!(text, "  {} {}{note}", if served.served { "yes" } else { "no " }, served.loss);
+    }
+    text.trim_end().to_string()
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
+}

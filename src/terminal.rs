@@ -1,0 +1,130 @@
+//! Talk on stderr: progress with rate and ETA, a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::exit::Failure;
+
+/// Set by Ctrl-C and SIGTERM; long work looks at it between batches and stops cleanly.
+pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Makes the first Ctrl-C (or SIGTERM) ask for a clean stop, the second one end the process.
+pub(crate) fn install_stop_handler() -> Result<(), Failure> {
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after the current step; press Ctrl-C again to stop at once");
+    })
+    .map_err(|error| Failure::ours(format!("can't install the signal handler: {error}")))
+}
+
+/// Whether a stop was asked for.
+pub(crate) fn stopped() -> bool {
+    STOP.load(Ordering::Relaxed)
+}
+
+/// One line of talk.
+pub(crate) fn say(text: impl std::fmt::Display) {
+    eprintln!("{text}");
+}
+
+/// Progress of one piece of work.
+pub(crate) struct Progress {
+    label: String,
+    bar: Option<ProgressBar>,
+    started: Instant,
+    last_line: Option<Instant>,
+    first_done: Option<u64>,
+}
+
+/// Between two plain lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// A bar (or line) headed by `label`; nothing is shown before the first update.
+    pub(crate) fn new(label: impl Into<String>) -> Self {
+        let label = label.into();
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}%  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            bar.set_style(style);
+            bar.set_prefix(label.clone());
+            bar
+        });
+        Self { label, bar, started: Instant::now(), last_line: None, first_done: None }
+    }
+
+    /// Shows `done` of `total` with `detail` (rate, loss …) and the time that is left.
+    pub(crate) fn update(&mut self, done: u64, total: u64, detail: &str) {
+        // What an earlier run had done says nothing about the speed of this one.
+        let first = *self.first_done.get_or_insert(done);
+        let eta = self.eta(done.saturating_sub(first), total.saturating_sub(done));
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            bar.set_message(format!("{detail}  ETA {eta}"));
+        } else if done >= total || self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
+            self.last_line = Some(Instant::now());
+            let percent = 100.0 * done as f64 / (total.max(1)) as f64;
+            eprintln!("{}: {percent:.0}%  {detail}  ETA {eta}", self.label);
+        }
+    }
+
+    fn eta(&self, done_here: u64, left: u64) -> String {
+        if left == 0 {
+            return "0s".into();
+        }
+        if done_here == 0 {
+            return "--".into();
+        }
+        let seconds = self.started.elapsed().as_secs_f64() / done_here as f64 * left as f64;
+        duration(seconds)
+    }
+
+    /// Removes the bar.
+    pub(crate) fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// `75` → `1m15s`.
+pub(crate) fn duration(seconds: f64) -> String {
+    let whole = seconds.round().max(0.0) as u64;
+    match (whole / 3600, whole / 60 % 60, whole % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+/// `1536000` → `1.5 MB`.
+pub(crate) fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if value < 1000.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_and_sizes_are_short() {
+        assert_eq!(duration(9.4), "9s");
+        assert_eq!(duration(75.0), "1m15s");
+        assert_eq!(duration(3700.0), "1h01m");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1_536_000), "1.5 MB");
+    }
+}
