@@ -8,18 +8,25 @@
 //! no global random state (a suggestion is a function of the study's seed, the trial's number and the observations
 //! it is based on), and a failed trial's value never reaches a surrogate.
 
+mod acquisition;
 mod config;
 mod error;
+mod gp;
 mod objective;
 mod params;
+mod rng;
 mod run;
+mod sampler;
 mod space;
+mod study;
+mod targets;
 mod view;
 
 pub use config::{Direction, SaboOptions, SamplerKind, StudyConfig};
 pub use error::{BoxError, Error, Result};
 pub use objective::{DependsOn, Discrepancy, Objective, Outcome, Trial};
 pub use params::{Params, Value};
-pub use run::{Control, read_study, run_study};
+pub use run::{Control, run_study};
 pub use space::{Domain, Parameter, Space};
+pub use study::{Asked, Holder, STUDY_FILE, Study, Told, read_study};
 pub use view::{LateResult, Progress, StudySummary, StudyView, TrialState, TrialView, Why};

@@ -1,13 +1,15 @@
 //! Running a study from the first trial to the last.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::config::StudyConfig;
 use crate::error::{Error, Result};
-use crate::objective::Objective;
+use crate::objective::{Objective, Outcome, Trial};
 use crate::space::Space;
-use crate::view::{Progress, StudySummary, StudyView};
+use crate::study::{Asked, Claim, Heartbeat, Holder, STUDY_FILE, Study};
+use crate::view::{Progress, StudySummary, StudyView, TrialState};
 
 /// How the caller steers [`run_study`].
 pub struct Control<'a> {
@@ -19,25 +21,161 @@ pub struct Control<'a> {
     pub progress: &'a mut dyn FnMut(&Progress),
 }
 
+/// How long to wait for trials that run elsewhere before looking again.
+const POLL: Duration = Duration::from_millis(100);
+
 /// Searches `space` for the configuration with the best value, until `config.trials` trials are finished.
 ///
 /// The study lives in `dir/study.sqlite`, a trial's artefacts in `dir/trials/00012/`. Killed at any instant and
-/// called again with `control.resume`, it goes on with the same suggestions as if it had never stopped.
+/// called again with `control.resume`, it goes on with the same suggestions as if it had never stopped. Several
+/// processes may run the same study: each takes the next trial, knowing which ones are pending.
 pub fn run_study(
     dir: &Path,
-    _space: &Space,
-    _config: &StudyConfig,
-    _objective: &mut dyn Objective,
-    _control: &mut Control<'_>,
+    space: &Space,
+    config: &StudyConfig,
+    objective: &mut dyn Objective,
+    control: &mut Control<'_>,
 ) -> Result<StudySummary> {
-    Err(Error::StudyMissing {
-        path: dir.to_owned(),
+    let started = Instant::now();
+    let mut study = if control.resume {
+        Study::open_or_create(dir, space, config)?
+    } else {
+        Study::create(dir, space, config)?
+    };
+    loop {
+        if control.stop.load(Ordering::Relaxed) {
+            return summary(&study, started);
+        }
+        let thinking = Instant::now();
+        match study.claim(Holder::Process, Some(config.trials), Some(&mut *objective))? {
+            Claim::Done => return summary(&study, started),
+            Claim::Wait => std::thread::sleep(POLL),
+            Claim::Trial(asked) => {
+                (control.progress)(&Progress::Started {
+                    trial: asked.trial,
+                    resumed: asked.resumed,
+                    params: asked.params.clone(),
+                    why: asked.why.clone(),
+                    suggest_seconds: thinking.elapsed().as_secs_f64(),
+                    finished: finished(&study.view()?),
+                    trials: config.trials,
+                });
+                if evaluate(&mut study, &asked, objective)? == Evaluated::Stopped {
+                    return summary(&study, started);
+                }
+                (control.progress)(&finished_event(&study.view()?, asked.trial));
+            }
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Evaluated {
+    Told,
+    Stopped,
+}
+
+/// Evaluates one trial under its lease. Whatever happens here, the trial ends with a result or is given back.
+fn evaluate(study: &mut Study, asked: &Asked, objective: &mut dyn Objective) -> Result<Evaluated> {
+    let trial_dir = study.trial_dir(asked.trial);
+    let lease_seconds = study.config().lease_seconds;
+    let fraction = study.config().fraction;
+    let database = study.dir().join(STUDY_FILE);
+    let begun = Instant::now();
+    let mut held = Held {
+        study,
+        asked,
+        begun,
+        open: true,
+    };
+    std::fs::create_dir_all(&trial_dir).map_err(|source| Error::Io {
+        path: trial_dir.clone(),
+        source,
+    })?;
+    let heartbeat = Heartbeat::start(database, asked.trial, asked.token, lease_seconds);
+    let outcome = objective.evaluate(&Trial {
+        number: asked.trial,
+        params: &asked.params,
+        fraction,
+        seed: asked.seed,
+        dir: &trial_dir,
+    });
+    drop(heartbeat);
+    let outcome = outcome.map_err(|source| Error::Objective {
+        trial: asked.trial,
+        source,
+    })?;
+    held.open = false;
+    let seconds = begun.elapsed().as_secs_f64();
+    held.study
+        .tell(asked.trial, Some(asked.token), &outcome, seconds)?;
+    Ok(if outcome == Outcome::Stopped {
+        Evaluated::Stopped
+    } else {
+        Evaluated::Told
     })
 }
 
-/// Reads a study without changing it.
-pub fn read_study(dir: &Path) -> Result<StudyView> {
-    Err(Error::StudyMissing {
-        path: dir.to_owned(),
+/// Gives the trial back on every way out that brings no result: an error, or a panic of the objective.
+struct Held<'a> {
+    study: &'a mut Study,
+    asked: &'a Asked,
+    begun: Instant,
+    open: bool,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            let seconds = self.begun.elapsed().as_secs_f64();
+            // If this fails too, the lease runs out by itself.
+            let _ = self.study.tell(
+                self.asked.trial,
+                Some(self.asked.token),
+                &Outcome::Stopped,
+                seconds,
+            );
+        }
+    }
+}
+
+fn finished(view: &StudyView) -> u64 {
+    (view.count(TrialState::Complete) + view.count(TrialState::Failed)) as u64
+}
+
+fn finished_event(view: &StudyView, number: u64) -> Progress {
+    let trial = view.trials.iter().find(|t| t.number == number);
+    let done = finished(view);
+    let total: f64 = view
+        .trials
+        .iter()
+        .filter(|t| t.state.is_finished())
+        .filter_map(|t| t.seconds)
+        .sum();
+    let left = view.config.trials.saturating_sub(done);
+    let best = view.best();
+    Progress::Finished {
+        trial: number,
+        state: trial.map_or(TrialState::Running, |t| t.state),
+        value: trial.and_then(|t| t.value),
+        error: trial.and_then(|t| t.error.clone()),
+        seconds: trial.and_then(|t| t.seconds).unwrap_or(0.0),
+        best_value: best.and_then(|t| t.value),
+        best_trial: best.map(|t| t.number),
+        finished: done,
+        trials: view.config.trials,
+        eta_seconds: (done > 0).then(|| total / done as f64 * left as f64),
+    }
+}
+
+fn summary(study: &Study, started: Instant) -> Result<StudySummary> {
+    let view = study.view()?;
+    Ok(StudySummary {
+        completed: finished(&view) >= view.config.trials,
+        complete: view.count(TrialState::Complete) as u64,
+        failed: view.count(TrialState::Failed) as u64,
+        trials: view.config.trials,
+        best: view.best().cloned(),
+        seconds: started.elapsed().as_secs_f64(),
     })
 }

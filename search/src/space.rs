@@ -165,6 +165,11 @@ impl Space {
         Ok(self.params(&self.point(params)?))
     }
 
+    /// The first difference to another space: what it is, here, there.
+    pub(crate) fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        self.spec.difference(&other.spec)
+    }
+
     fn from_spec(spec: SpaceSpec) -> Result<Self> {
         let (parameters, forbidden) = spec::compile(&spec)?;
         let space = Self {

@@ -54,6 +54,28 @@ enum OneOrMany {
     Many(Vec<Value>),
 }
 
+impl SpaceSpec {
+    /// The first difference to another space: what it is, here, there.
+    pub(super) fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        let json = |p: Option<&ParamSpec>| {
+            p.and_then(|p| serde_json::to_string(p).ok())
+                .unwrap_or_else(|| "no such parameter".to_owned())
+        };
+        let longest = self.param.len().max(other.param.len());
+        for j in 0..longest {
+            let (a, b) = (self.param.get(j), other.param.get(j));
+            let (here, there) = (json(a), json(b));
+            if here != there {
+                let name = a.or(b).map_or("", |p| p.name.as_str());
+                return Some((format!("search space (parameter `{name}`)"), here, there));
+            }
+        }
+        let forbid = |spec: &Self| serde_json::to_string(&spec.forbid).unwrap_or_default();
+        let (here, there) = (forbid(self), forbid(other));
+        (here != there).then(|| ("search space (forbid)".to_owned(), here, there))
+    }
+}
+
 impl OneOrMany {
     fn values(&self) -> Vec<Value> {
         match self {

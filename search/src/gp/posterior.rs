@@ -1,0 +1,245 @@
+//! Conditioning on observations and predicting, with faer's dense factorisations on one thread.
+
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt;
+use faer::linalg::triangular_solve::{
+    solve_lower_triangular_in_place, solve_upper_triangular_in_place,
+};
+use faer::{Mat, MatMut, Par};
+
+use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order};
+use crate::space::{Point, Space};
+
+/// Candidates that are predicted together: a block of columns of the cross covariance stays in the cache.
+const BLOCK: usize = 512;
+
+/// Diagonal additions that are tried, in this order, where rounding makes a matrix indefinite.
+const JITTERS: [f64; 4] = [0.0, 1e-8, 1e-6, 1e-4];
+
+/// A lower Cholesky factor.
+pub(crate) struct Cholesky {
+    lower: Mat<f64>,
+}
+
+impl Cholesky {
+    /// Factorises a symmetric matrix given by its lower triangle; `None` where it is not positive definite even
+    /// with a little added to the diagonal.
+    pub(crate) fn of(matrix: Mat<f64>) -> Option<Self> {
+        let n = matrix.nrows();
+        let scale = (0..n).fold(0.0f64, |m, i| m.max(matrix[(i, i)]));
+        if !scale.is_finite() {
+            return None;
+        }
+        let mut memory = MemBuffer::new(llt::factor::cholesky_in_place_scratch::<f64>(
+            n,
+            Par::Seq,
+            faer::Spec::default(),
+        ));
+        for jitter in JITTERS {
+            let mut lower = matrix.clone();
+            for i in 0..n {
+                lower[(i, i)] += jitter * scale;
+            }
+            let done = llt::factor::cholesky_in_place(
+                lower.as_mut(),
+                llt::factor::LltRegularization::default(),
+                Par::Seq,
+                MemStack::new(&mut memory),
+                faer::Spec::default(),
+            );
+            if done.is_ok() {
+                return Some(Self { lower });
+            }
+        }
+        None
+    }
+
+    /// K⁻¹y.
+    pub(crate) fn solve(&self, y: &[f64]) -> Vec<f64> {
+        let mut x = self.whiten(y);
+        let n = x.len();
+        solve_upper_triangular_in_place(
+            self.lower.transpose(),
+            MatMut::from_column_major_slice_mut(&mut x, n, 1),
+            Par::Seq,
+        );
+        x
+    }
+
+    /// L⁻¹y.
+    pub(crate) fn whiten(&self, y: &[f64]) -> Vec<f64> {
+        let mut x = y.to_vec();
+        let n = x.len();
+        solve_lower_triangular_in_place(
+            self.lower.as_ref(),
+            MatMut::from_column_major_slice_mut(&mut x, n, 1),
+            Par::Seq,
+        );
+        x
+    }
+
+    /// K⁻¹ (its lower triangle).
+    pub(crate) fn inverse(&self) -> Mat<f64> {
+        let n = self.lower.nrows();
+        let mut inverse = Mat::zeros(n, n);
+        let mut memory = MemBuffer::new(llt::inverse::inverse_scratch::<f64>(n, Par::Seq));
+        llt::inverse::inverse(
+            inverse.as_mut(),
+            self.lower.as_ref(),
+            Par::Seq,
+            MemStack::new(&mut memory),
+        );
+        inverse
+    }
+
+    /// ln|K|.
+    pub(crate) fn log_determinant(&self) -> f64 {
+        (0..self.lower.nrows())
+            .map(|i| 2.0 * self.lower[(i, i)].ln())
+            .sum()
+    }
+}
+
+/// Factorises the covariance of the observations, noise included.
+pub(crate) fn factorise(orders: &[Order], columns: &Columns, hyper: &Hyper) -> Option<Cholesky> {
+    let n = columns.len;
+    let tables: Vec<FactorTable> = (0..orders.len())
+        .map(|j| {
+            let places = &columns.places[j];
+            FactorTable::new(orders[j], hyper.scale(j), places, places)
+        })
+        .collect();
+    let additive: Vec<f64> = (0..orders.len()).map(|j| hyper.additive(j)).collect();
+    let mut matrix = Mat::zeros(n, n);
+    for i in 0..n {
+        for l in 0..i {
+            let (mut product, mut sum) = (hyper.product(), CONSTANT);
+            for (j, table) in tables.iter().enumerate() {
+                let index = &columns.index[j];
+                let k = table.value[index[i] as usize * table.width + index[l] as usize];
+                product *= k;
+                sum += additive[j] * k;
+            }
+            matrix[(i, l)] = product + sum;
+        }
+        matrix[(i, i)] = hyper.variance() + hyper.noise();
+    }
+    Cholesky::of(matrix)
+}
+
+/// A conditioned process.
+pub(crate) struct Posterior<'a> {
+    orders: &'a [Order],
+    columns: &'a Columns,
+    hyper: &'a Hyper,
+    cholesky: Cholesky,
+    /// L⁻¹y.
+    whitened: Vec<f64>,
+}
+
+/// Mean and variance of the latent function (without the noise) at some points.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Prediction {
+    pub(crate) mean: Vec<f64>,
+    pub(crate) variance: Vec<f64>,
+}
+
+impl<'a> Posterior<'a> {
+    /// Conditions on `targets` at `columns`; `None` where the covariance is not positive definite.
+    pub(crate) fn new(
+        orders: &'a [Order],
+        columns: &'a Columns,
+        hyper: &'a Hyper,
+        targets: &[f64],
+    ) -> Option<Self> {
+        let cholesky = factorise(orders, columns, hyper)?;
+        let whitened = cholesky.whiten(targets);
+        Some(Self {
+            orders,
+            columns,
+            hyper,
+            cholesky,
+            whitened,
+        })
+    }
+
+    /// Predicts at points given by the places of each parameter.
+    pub(crate) fn predict(&self, candidates: &Columns) -> Prediction {
+        let n = self.columns.len;
+        let d = self.orders.len();
+        // Rows: the candidates' places, so that the factors of one observation lie together.
+        let tables: Vec<FactorTable> = (0..d)
+            .map(|j| {
+                FactorTable::new(
+                    self.orders[j],
+                    self.hyper.scale(j),
+                    &candidates.places[j],
+                    &self.columns.places[j],
+                )
+            })
+            .collect();
+        let additive: Vec<f64> = (0..d).map(|j| self.hyper.additive(j)).collect();
+        // For every parameter and candidate place: the factor with each observation (n contiguous numbers).
+        let rows: Vec<Vec<f64>> = (0..d)
+            .map(|j| {
+                let table = &tables[j];
+                let mut row = Vec::with_capacity(candidates.places[j].len() * n);
+                for place in 0..candidates.places[j].len() {
+                    let values = &table.value[place * table.width..(place + 1) * table.width];
+                    row.extend(
+                        self.columns.index[j]
+                            .iter()
+                            .map(|index| values[*index as usize]),
+                    );
+                }
+                row
+            })
+            .collect();
+        let variance = self.hyper.variance();
+        let mut prediction = Prediction {
+            mean: Vec::with_capacity(candidates.len),
+            variance: Vec::with_capacity(candidates.len),
+        };
+        let mut block = vec![0.0; n * BLOCK];
+        let mut products = vec![0.0; n];
+        for start in (0..candidates.len).step_by(BLOCK) {
+            let count = BLOCK.min(candidates.len - start);
+            for (offset, column) in block[..n * count].chunks_exact_mut(n).enumerate() {
+                products.fill(self.hyper.product());
+                column.fill(CONSTANT);
+                for j in 0..d {
+                    let place = candidates.index[j][start + offset] as usize;
+                    let factors = &rows[j][place * n..(place + 1) * n];
+                    let weight = additive[j];
+                    for ((sum, product), k) in column.iter_mut().zip(&mut products).zip(factors) {
+                        *product *= k;
+                        *sum += weight * k;
+                    }
+                }
+                for (sum, product) in column.iter_mut().zip(&products) {
+                    *sum += product;
+                }
+            }
+            solve_lower_triangular_in_place(
+                self.cholesky.lower.as_ref(),
+                MatMut::from_column_major_slice_mut(&mut block[..n * count], n, count),
+                Par::Seq,
+            );
+            for column in block[..n * count].chunks_exact(n) {
+                let (mut mean, mut explained) = (0.0, 0.0);
+                for (v, y) in column.iter().zip(&self.whitened) {
+                    mean += v * y;
+                    explained += v * v;
+                }
+                prediction.mean.push(mean);
+                prediction.variance.push((variance - explained).max(1e-12));
+            }
+        }
+        prediction
+    }
+
+    /// Predicts at points of a space.
+    pub(crate) fn predict_points(&self, space: &Space, points: &[Point]) -> Prediction {
+        self.predict(&Columns::new(space, points))
+    }
+}

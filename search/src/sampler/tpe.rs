@@ -1,0 +1,176 @@
+//! Tree-structured Parzen estimator (Bergstra et al. 2011): the ratio of the density of good configurations to that
+//! of the others, with joint (multivariate) kernels.
+
+use super::sobol::scrambled;
+use super::{History, Sampler, Suggestion, Tried};
+use crate::config::StudyConfig;
+use crate::error::Result;
+use crate::rng::{Rng, Stream};
+use crate::space::{Domain, Point, Space};
+use crate::view::Why;
+
+/// At most this many configurations count as good.
+const MAX_GOOD: usize = 25;
+/// Candidates in a space that is not enumerated.
+const CANDIDATES: u64 = 1024;
+
+impl Sampler {
+    pub(super) fn tpe(
+        &self,
+        config: &StudyConfig,
+        number: u64,
+        history: &History,
+        tried: &Tried,
+    ) -> Result<Suggestion> {
+        let mut order: Vec<(f64, &Point)> = history
+            .observations
+            .iter()
+            .map(|o| (o.value.unwrap_or(f64::INFINITY), &o.point))
+            .collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let good = order.len().div_ceil(7).clamp(2, MAX_GOOD);
+        let points: Vec<&Point> = order.iter().map(|(_, point)| *point).collect();
+        let (better, worse) = points.split_at(good.min(points.len()));
+        let mut worse = worse.to_vec();
+        worse.extend(&history.pending);
+        let better = Parzen::new(&self.space, better);
+        let worse = Parzen::new(&self.space, &worse);
+
+        let drawn;
+        let candidates = if let Some(points) = &self.points {
+            points
+        } else {
+            drawn = self.tpe_candidates(config, number, &better);
+            &drawn
+        };
+        let chosen = candidates
+            .iter()
+            .filter(|point| !tried.contains(point) && !self.space.is_forbidden(point))
+            .map(|point| (better.log_density(point) - worse.log_density(point), point))
+            .reduce(|best, next| if next.0 > best.0 { next } else { best });
+        let Some((score, point)) = chosen else {
+            return self.random(config, number, tried);
+        };
+        Ok(Suggestion {
+            point: point.clone(),
+            why: Why {
+                by: "tpe".to_owned(),
+                score: Some(score),
+                ..Why::default()
+            },
+        })
+    }
+
+    /// Half from the density of good configurations, half quasi-random.
+    fn tpe_candidates(&self, config: &StudyConfig, number: u64, better: &Parzen<'_>) -> Vec<Point> {
+        let mut rng = Rng::new(config.seed, Stream::Candidates, number);
+        let dimensions = self.space.parameters().len();
+        (0..CANDIDATES)
+            .map(|index| {
+                if index % 2 == 0 {
+                    better.draw(&mut rng)
+                } else {
+                    let unit = scrambled(
+                        index,
+                        dimensions,
+                        config.seed,
+                        Stream::Candidates,
+                        number + 1,
+                    );
+                    self.space.point_at(&unit)
+                }
+            })
+            .collect()
+    }
+}
+
+/// A mixture with one kernel per configuration and a uniform one as prior.
+struct Parzen<'a> {
+    space: &'a Space,
+    centres: Vec<&'a Point>,
+    /// Width of the kernels over places in `[0, 1]`.
+    width: f64,
+    /// Weight that a nominal kernel leaves to the other levels.
+    leak: f64,
+}
+
+impl<'a> Parzen<'a> {
+    fn new(space: &'a Space, centres: &[&'a Point]) -> Self {
+        let n = centres.len() as f64;
+        let d = space.parameters().len() as f64;
+        // Scott's rule for points spread over the unit interval.
+        let width = (0.3 * (n + 1.0).powf(-1.0 / (d + 4.0))).max(0.05);
+        Self {
+            space,
+            centres: centres.to_vec(),
+            width,
+            leak: 1.0 / (1.0 + n.sqrt()),
+        }
+    }
+
+    fn log_density(&self, point: &[f64]) -> f64 {
+        let kernels = self
+            .centres
+            .iter()
+            .map(|centre| self.kernel(centre, point))
+            .sum::<f64>();
+        ((kernels + 1.0) / (self.centres.len() as f64 + 1.0)).ln()
+    }
+
+    /// Density of one kernel relative to the uniform one.
+    fn kernel(&self, centre: &[f64], point: &[f64]) -> f64 {
+        let mut density = 1.0;
+        for (j, parameter) in self.space.parameters().iter().enumerate() {
+            let domain = parameter.domain();
+            density *= match domain {
+                Domain::Categorical { values } if values.len() < 2 => 1.0,
+                Domain::Categorical { values } => {
+                    let levels = values.len() as f64;
+                    if centre[j] == point[j] {
+                        (1.0 - self.leak) * levels + self.leak
+                    } else {
+                        self.leak
+                    }
+                }
+                _ => {
+                    let z = (domain.place(centre[j]) - domain.place(point[j])) / self.width;
+                    (-0.5 * z * z).exp() / (self.width * std::f64::consts::TAU.sqrt())
+                }
+            };
+        }
+        density
+    }
+
+    /// A configuration from the mixture.
+    fn draw(&self, rng: &mut Rng) -> Point {
+        let centre = rng.below(self.centres.len() + 1);
+        let unit: Vec<f64> = self
+            .space
+            .parameters()
+            .iter()
+            .enumerate()
+            .map(|(j, parameter)| {
+                let Some(centre) = self.centres.get(centre) else {
+                    return rng.uniform();
+                };
+                let domain = parameter.domain();
+                let levels = domain.levels().unwrap_or(0) as f64;
+                if domain.is_nominal() {
+                    if rng.uniform() < self.leak {
+                        rng.uniform()
+                    } else {
+                        (centre[j] + 0.5) / levels
+                    }
+                } else {
+                    let at = if levels > 0.0 {
+                        (centre[j] + 0.5) / levels
+                    } else {
+                        centre[j]
+                    };
+                    (at + self.width * rng.normal()).clamp(0.0, 1.0)
+                }
+            })
+            .collect();
+        self.space.point_at(&unit)
+    }
+}
