@@ -1,17 +1,22 @@
 //! Reading a cache.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::OnceLock;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::head::Head;
 use crate::manifest::Manifest;
 use crate::sequence::{HiddenState, Sequence, TokenDigest};
+use crate::shard::Shard;
+use crate::spec::CacheSpec;
+use crate::store::Store;
 
 /// How files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Io {
-    /// Memory-mapped: nothing is copied before it is decoded. For local disks.
+    /// Memory-mapped: nothing is copied before it is decoded. For local disks; nobody may cut the files short while
+    /// they are read.
     #[default]
     Mmap,
     /// Positional reads: a file cut short by someone else is an error instead of a signal. For network disks.
@@ -23,7 +28,7 @@ pub enum Io {
 pub struct Columns {
     /// The five statistics.
     pub statistics: bool,
-    /// The top-k.
+    /// The top-k (reads the statistics too: it is stored relative to the maximum).
     pub top_k: bool,
     /// Hidden states by layer number.
     pub layers: Vec<u32>,
@@ -60,15 +65,53 @@ pub struct RowInfo {
 /// An open cache; `Send + Sync`, share it in an `Arc`.
 #[derive(Debug)]
 pub struct Cache {
-    dir: PathBuf,
+    store: Store,
+    io: Io,
     manifest: Manifest,
+    spec: CacheSpec,
+    /// Each opened and its footer parsed at the first use.
+    shards: Vec<OnceLock<Shard>>,
 }
 
 impl Cache {
     /// Opens the cache in `dir`: validates the manifest, and the existence and length of every file.
+    ///
+    /// # Errors
+    /// [`Error::NotACache`], [`Error::Unfinished`], [`Error::UnknownVersion`], [`Error::UnknownCodec`],
+    /// [`Error::Missing`], [`Error::WrongLength`], [`Error::Damaged`].
     pub fn open(dir: &Path, io: Io) -> Result<Cache> {
-        let _ = (dir, io);
-        unimplemented!()
+        let store = Store::new(dir);
+        let manifest = Manifest::load(&store)?;
+        for (file, expected) in files(&manifest) {
+            match store.length(file)? {
+                Some(found) if found == expected => {}
+                Some(found) => {
+                    return Err(Error::WrongLength {
+                        file: file.to_owned(),
+                        found,
+                        expected,
+                    });
+                }
+                None => {
+                    return Err(Error::Missing {
+                        file: file.to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(Cache::new(store, io, manifest))
+    }
+
+    /// Without looking at the files, for [`crate::verify`], which looks at each.
+    pub(crate) fn new(store: Store, io: Io, manifest: Manifest) -> Cache {
+        let shards = manifest.shards.iter().map(|_| OnceLock::new()).collect();
+        Cache {
+            store,
+            io,
+            spec: manifest.spec(),
+            manifest,
+            shards,
+        }
     }
 
     /// What the cache holds.
@@ -78,33 +121,114 @@ impl Cache {
 
     /// The folder.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.store.root()
     }
 
     /// Every sequence in cache order, from the small native columns.
     pub fn rows(&self) -> Result<Vec<RowInfo>> {
-        unimplemented!()
+        let mut rows = Vec::new();
+        for index in 0..self.manifest.shards.len() {
+            rows.extend(self.shard_rows(index)?);
+        }
+        Ok(rows)
     }
 
-    /// Decodes rows of one shard, in the order asked; checks every checksum on the way. Callable from many threads.
+    pub(crate) fn shard_rows(&self, index: usize) -> Result<Vec<RowInfo>> {
+        let keys = self.shard(index)?.keys()?;
+        let positions: u64 = keys.iter().map(|key| u64::from(key.positions)).sum();
+        let info = &self.manifest.shards[index];
+        if positions != info.positions {
+            let message = format!(
+                "its rows have {positions} positions, the manifest says {}",
+                info.positions
+            );
+            return Err(Error::damaged(&info.file, message));
+        }
+        let rows = keys.into_iter().enumerate().map(|(row, key)| RowInfo {
+            shard: index as u32,
+            row: row as u32,
+            positions: key.positions,
+            targets: key.targets,
+            split_hash: key.split_hash,
+            token_digest: key.digest,
+        });
+        Ok(rows.collect())
+    }
+
+    /// Decodes rows of one shard, in the order asked; checks the checksums of every column that it reads. Callable from
+    /// many threads.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] names shard, column and row; [`Error::NoColumn`] where the cache lacks a column;
+    /// [`Error::InvalidRequest`] for a shard or row that does not exist.
     pub fn read(&self, shard: u32, rows: &[u32], columns: &Columns) -> Result<Vec<Sequence>> {
-        let _ = (shard, rows, columns);
-        unimplemented!()
+        self.shard(shard as usize)?.read(rows, columns)
     }
 
-    /// The LM head; `None` where the cache has none.
+    /// The LM head, its digest checked; `None` where the cache has none.
     pub fn head(&self) -> Result<Option<Head>> {
-        unimplemented!()
+        let Some(info) = &self.manifest.head else {
+            return Ok(None);
+        };
+        let source = self.store.open(&info.file, info.bytes, self.io)?;
+        let bytes = source
+            .range(0, usize::try_from(info.bytes).unwrap_or(usize::MAX))
+            .map_err(|error| Error::damaged(&info.file, format!("it cannot be read: {error}")))?;
+        if blake3::hash(&bytes).to_hex().as_str() != info.digest {
+            return Err(Error::damaged(&info.file, "its digest does not match"));
+        }
+        crate::head::parse(info, &bytes).map(Some)
     }
 
-    /// Logits \[T·V\] = hidden · headᵀ in f32.
+    /// Logits \[T·V\] = hidden · headᵀ in f32, of the last hidden state. For export and witnesses; allocates them all.
     pub fn rebuild_logits(&self, head: &Head, hidden: &HiddenState) -> Result<Vec<f32>> {
-        let _ = (head, hidden);
-        unimplemented!()
+        if hidden.layer != self.manifest.teacher.num_layers {
+            return Err(Error::InvalidRequest(format!(
+                "logits come from layer {}, not from layer {}",
+                self.manifest.teacher.num_layers, hidden.layer
+            )));
+        }
+        crate::logits::rebuild(head, hidden)
     }
 
-    /// Bytes on disk per column, and `footer` for the rest of the shards.
+    /// Bytes on disk per column over all shards, and `footer` for what is no column; together the shards' lengths.
     pub fn bytes_by_column(&self) -> Result<BTreeMap<String, u64>> {
-        unimplemented!()
+        let mut totals = BTreeMap::new();
+        for (index, info) in self.manifest.shards.iter().enumerate() {
+            self.shard(index)?.bytes_by_column(info.bytes, &mut totals);
+        }
+        Ok(totals)
     }
+
+    fn shard(&self, index: usize) -> Result<&Shard> {
+        let (Some(cell), Some(info)) = (self.shards.get(index), self.manifest.shards.get(index))
+        else {
+            let message = format!(
+                "the cache has {} shards, not shard {index}",
+                self.shards.len()
+            );
+            return Err(Error::InvalidRequest(message));
+        };
+        if let Some(shard) = cell.get() {
+            return Ok(shard);
+        }
+        // Two threads may both open it; one result is dropped, which costs less than a lock around every read.
+        let source = self.store.open(&info.file, info.bytes, self.io)?;
+        let shard = Shard::open(&self.spec, index, info, source)?;
+        Ok(cell.get_or_init(|| shard))
+    }
+}
+
+/// The files that a manifest names, with their lengths.
+pub(crate) fn files(manifest: &Manifest) -> impl Iterator<Item = (&str, u64)> {
+    let shards = manifest
+        .shards
+        .iter()
+        .map(|info| (info.file.as_str(), info.bytes));
+    shards.chain(
+        manifest
+            .head
+            .iter()
+            .map(|info| (info.file.as_str(), info.bytes)),
+    )
 }

@@ -221,7 +221,10 @@ impl Error {
             Error::DiskFull { .. } => {
                 "free some space, then run the same command again with --resume"
             }
-            Error::InvalidSpec { .. } | Error::InvalidRequest(_) | Error::Io { .. } | Error::Encode { .. } => return None,
+            Error::InvalidSpec { .. }
+            | Error::InvalidRequest(_)
+            | Error::Io { .. }
+            | Error::Encode { .. } => return None,
         };
         Some(hint.to_owned())
     }

@@ -1,1 +1,319 @@
-//! Under way.
+//! Blobs: the 24-byte header, and the sections that payloads are made of.
+
+use half::slice::HalfBitsSliceExt;
+use xxhash_rust::xxh3::xxh3_64;
+use zstd::bulk::{Compressor, Decompressor};
+
+use crate::error::Error;
+
+pub(crate) const HEADER: usize = 24;
+
+/// Longest payload of one blob before compression, unless one position alone is longer.
+pub(crate) const BLOB_LIMIT: usize = (4 << 20) - (64 << 10);
+
+const RAW: u32 = 1 << 31;
+
+/// What a bulk column is stored with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Codec {
+    pub(crate) id: u8,
+    pub(crate) version: u8,
+    pub(crate) name: &'static str,
+}
+
+pub(crate) const TOP_K_F16_STEPS: Codec = Codec {
+    id: 1,
+    version: 1,
+    name: "topk-f16-steps",
+};
+pub(crate) const INT8_CHANNEL: Codec = Codec {
+    id: 2,
+    version: 1,
+    name: "int8-channel",
+};
+pub(crate) const F16_PLANES: Codec = Codec {
+    id: 3,
+    version: 1,
+    name: "f16-planes",
+};
+pub(crate) const CODECS: [Codec; 3] = [TOP_K_F16_STEPS, INT8_CHANNEL, F16_PLANES];
+
+/// What is wrong with a blob; the caller adds file, column and row.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    Damaged(String),
+    UnknownCodec { id: u8, version: u8 },
+}
+
+impl Fault {
+    pub(crate) fn at(self, file: &str, column: &str, row: u64) -> Error {
+        match self {
+            Fault::Damaged(message) => Error::Damaged {
+                file: file.to_owned(),
+                column: Some(column.to_owned()),
+                row: Some(row),
+                message,
+            },
+            Fault::UnknownCodec { id, version } => {
+                let name = CODECS
+                    .iter()
+                    .find(|codec| codec.id == id)
+                    .map(|codec| codec.name.to_owned());
+                Error::UnknownCodec {
+                    file: file.to_owned(),
+                    column: column.to_owned(),
+                    codec: name.unwrap_or_else(|| format!("number {id}")),
+                    version: u32::from(version),
+                }
+            }
+        }
+    }
+}
+
+pub(crate) fn damaged<T>(message: impl Into<String>) -> Result<T, Fault> {
+    Err(Fault::Damaged(message.into()))
+}
+
+/// The fields that tie a blob to its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) codec: Codec,
+    pub(crate) layer: u16,
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+    pub(crate) width: u32,
+}
+
+/// Positions per blob for values of `bytes` bytes per position.
+pub(crate) fn positions_per_blob(bytes: usize) -> usize {
+    (BLOB_LIMIT / bytes.max(1)).max(1)
+}
+
+/// Writes a blob: the header first, the payload by [`Encoder`]'s methods, the checksum by [`Encoder::finish`].
+pub(crate) struct Encoder {
+    compressor: Compressor<'static>,
+    blob: Vec<u8>,
+}
+
+impl Encoder {
+    pub(crate) fn new() -> std::io::Result<Encoder> {
+        Ok(Encoder {
+            compressor: Compressor::new(1)?,
+            blob: Vec::new(),
+        })
+    }
+
+    pub(crate) fn begin(&mut self, header: Header) {
+        self.blob.clear();
+        self.blob.extend_from_slice(&[0; 8]);
+        self.blob.push(header.codec.id);
+        self.blob.push(header.codec.version);
+        self.blob.extend_from_slice(&header.layer.to_le_bytes());
+        self.blob.extend_from_slice(&header.first.to_le_bytes());
+        self.blob.extend_from_slice(&header.count.to_le_bytes());
+        self.blob.extend_from_slice(&header.width.to_le_bytes());
+    }
+
+    /// One section; stays uncompressed unless zstd saves a twentieth.
+    pub(crate) fn section(&mut self, data: &[u8]) -> std::io::Result<()> {
+        let compressed = self.compressor.compress(data)?;
+        let (word, bytes) = if compressed.len() + data.len() / 20 < data.len() {
+            (compressed.len() as u32, compressed.as_slice())
+        } else {
+            (data.len() as u32 | RAW, data)
+        };
+        self.blob.extend_from_slice(&word.to_le_bytes());
+        self.blob.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Two sections: low bytes, high bytes.
+    pub(crate) fn planes(&mut self, values: &[u16]) -> std::io::Result<()> {
+        let low: Vec<u8> = values.iter().map(|value| *value as u8).collect();
+        self.section(&low)?;
+        let high: Vec<u8> = values.iter().map(|value| (value >> 8) as u8).collect();
+        self.section(&high)
+    }
+
+    pub(crate) fn plain(&mut self, bytes: &[u8]) {
+        self.blob.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn finish(&mut self) -> &[u8] {
+        let checksum = xxh3_64(&self.blob[8..]);
+        self.blob[..8].copy_from_slice(&checksum.to_le_bytes());
+        &self.blob
+    }
+}
+
+/// Reads blobs; keeps its buffers from one blob to the next.
+pub(crate) struct Decoder {
+    decompressor: Decompressor<'static>,
+    first: Vec<u8>,
+    second: Vec<u8>,
+}
+
+/// What is left of a payload.
+pub(crate) struct Payload<'a>(&'a [u8]);
+
+impl<'a> Payload<'a> {
+    pub(crate) fn take(&mut self, count: usize) -> Result<&'a [u8], Fault> {
+        match self.0.split_at_checked(count) {
+            Some((head, tail)) => {
+                self.0 = tail;
+                Ok(head)
+            }
+            None => damaged(format!(
+                "the blob ends {} bytes early",
+                count - self.0.len()
+            )),
+        }
+    }
+
+    pub(crate) fn word(&mut self) -> Result<u32, Fault> {
+        let bytes = self.take(4)?;
+        Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+    }
+
+    pub(crate) fn end(self) -> Result<(), Fault> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            damaged(format!("{} bytes too many in the blob", self.0.len()))
+        }
+    }
+}
+
+impl Decoder {
+    pub(crate) fn new() -> std::io::Result<Decoder> {
+        Ok(Decoder {
+            decompressor: Decompressor::new()?,
+            first: Vec::new(),
+            second: Vec::new(),
+        })
+    }
+
+    /// Checks checksum and header against what the row says; `left` positions are not yet covered. Returns the number
+    /// of positions in this blob and its payload.
+    pub(crate) fn open<'a>(
+        blob: &'a [u8],
+        expected: Header,
+        left: usize,
+        bytes_per_position: usize,
+    ) -> Result<(usize, Payload<'a>), Fault> {
+        if blob.len() < HEADER {
+            return damaged(format!(
+                "a blob of {} bytes is shorter than its header",
+                blob.len()
+            ));
+        }
+        let word =
+            |at: usize| u32::from_le_bytes([blob[at], blob[at + 1], blob[at + 2], blob[at + 3]]);
+        let stored = u64::from(word(0)) | u64::from(word(4)) << 32;
+        if xxh3_64(&blob[8..]) != stored {
+            return damaged("the blob's checksum does not match");
+        }
+        if (blob[8], blob[9]) != (expected.codec.id, expected.codec.version) {
+            let known = CODECS
+                .iter()
+                .find(|codec| (codec.id, codec.version) == (blob[8], blob[9]));
+            return match known {
+                Some(codec) => damaged(format!(
+                    "a blob of codec {} in a column of codec {}",
+                    codec.name, expected.codec.name
+                )),
+                None => Err(Fault::UnknownCodec {
+                    id: blob[8],
+                    version: blob[9],
+                }),
+            };
+        }
+        let layer = u16::from_le_bytes([blob[10], blob[11]]);
+        if (layer, word(12), word(20)) != (expected.layer, expected.first, expected.width) {
+            return damaged(format!(
+                "the blob says layer {layer}, first position {}, width {}, the row says {}, {}, {}",
+                word(12),
+                word(20),
+                expected.layer,
+                expected.first,
+                expected.width
+            ));
+        }
+        let count = word(16) as usize;
+        if count == 0 || count > left {
+            return damaged(format!(
+                "the blob covers {count} positions, {left} are left"
+            ));
+        }
+        // Bounds every allocation below.
+        if count > 1 && count > positions_per_blob(bytes_per_position) {
+            return damaged(format!(
+                "the blob covers {count} positions, more than any caskd writes"
+            ));
+        }
+        Ok((count, Payload(&blob[HEADER..])))
+    }
+
+    /// One section of `length` bytes.
+    pub(crate) fn section<'a, 'p: 'a>(
+        &'a mut self,
+        payload: &mut Payload<'p>,
+        length: usize,
+    ) -> Result<&'a [u8], Fault> {
+        section(&mut self.decompressor, &mut self.first, payload, length)
+    }
+
+    /// `count` values from two planes, appended to `out`.
+    pub(crate) fn planes(
+        &mut self,
+        payload: &mut Payload<'_>,
+        count: usize,
+        out: &mut Vec<u16>,
+    ) -> Result<(), Fault> {
+        let low = section(&mut self.decompressor, &mut self.first, payload, count)?;
+        let high = section(&mut self.decompressor, &mut self.second, payload, count)?;
+        out.extend(
+            low.iter()
+                .zip(high)
+                .map(|(low, high)| u16::from(*low) | u16::from(*high) << 8),
+        );
+        Ok(())
+    }
+}
+
+fn section<'a, 'p: 'a>(
+    decompressor: &mut Decompressor<'static>,
+    buffer: &'a mut Vec<u8>,
+    payload: &mut Payload<'p>,
+    length: usize,
+) -> Result<&'a [u8], Fault> {
+    let word = payload.word()?;
+    let stored = payload.take((word & !RAW) as usize)?;
+    if word & RAW != 0 {
+        if stored.len() != length {
+            return damaged(format!(
+                "a section has {} bytes instead of {length}",
+                stored.len()
+            ));
+        }
+        return Ok(stored);
+    }
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    match decompressor.decompress_to_buffer(stored, &mut buffer[..length]) {
+        Ok(found) if found == length => Ok(&buffer[..length]),
+        Ok(found) => damaged(format!(
+            "a section unpacks to {found} bytes instead of {length}"
+        )),
+        Err(error) => damaged(format!("a section cannot be unpacked: {error}")),
+    }
+}
+
+/// 16-bit patterns to f32.
+pub(crate) fn widen(patterns: &[u16], out: &mut [f32]) {
+    use half::slice::HalfFloatSliceExt;
+    patterns
+        .reinterpret_cast::<half::f16>()
+        .convert_to_f32_slice(out);
+}

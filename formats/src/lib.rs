@@ -18,13 +18,14 @@ mod head;
 mod hidden;
 mod logits;
 mod manifest;
-mod planes;
+
 mod sequence;
 mod shard;
 mod source;
 mod spec;
 mod store;
 mod topk;
+mod unchecked;
 mod verify;
 mod writer;
 

@@ -4,7 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::FORMAT_VERSION;
+use crate::error::{Error, Result};
+use crate::frame::CODECS;
+use crate::shard;
 use crate::spec::{CacheSpec, DataInfo, HeadDtype, LayerSpec, TeacherInfo, Tier, TokenizerInfo};
+use crate::store::{MANIFEST, Store};
 
 /// Codec of one bulk column; stands in the manifest, in every shard's metadata and in the Arrow field.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
@@ -117,4 +122,194 @@ impl Manifest {
             data: self.data.clone(),
         }
     }
+
+    /// The file's bytes, with the checksum filled in.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let empty = Manifest {
+            checksum: String::new(),
+            ..self.clone()
+        };
+        let text = serde_json::to_string_pretty(&empty)
+            .map_err(|error| Error::damaged(MANIFEST, error.to_string()))?;
+        let Some(front) = text.strip_suffix("\"\n}") else {
+            return Err(Error::damaged(
+                MANIFEST,
+                "the checksum is not its last field",
+            ));
+        };
+        let checksum = checksum(front.as_bytes());
+        Ok(format!("{front}{checksum}{TAIL}").into_bytes())
+    }
+
+    /// Reads and validates the manifest of a cache.
+    pub(crate) fn load(store: &Store) -> Result<Manifest> {
+        let Some(bytes) = store.read_small(MANIFEST, SIZE_LIMIT)? else {
+            let dir = store.root().to_owned();
+            return match store.length(crate::store::PLAN)? {
+                Some(_) => Err(Error::Unfinished { dir }),
+                None => Err(Error::NotACache { dir }),
+            };
+        };
+        let manifest = Manifest::parse(&bytes)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Manifest> {
+        let damaged = |message: String| Error::damaged(MANIFEST, message);
+        let value: serde_json::Value =
+            serde_json::from_slice(bytes).map_err(|error| damaged(format!("no JSON: {error}")))?;
+        // The version comes first: a later format may keep its checksum elsewhere.
+        let version = value
+            .get("format_version")
+            .and_then(serde_json::Value::as_u64);
+        let version = version.ok_or_else(|| damaged("it has no format_version".to_owned()))?;
+        let sound = is_sound(bytes);
+        if version != u64::from(FORMAT_VERSION) {
+            return Err(if sound == Some(false) {
+                damaged("its checksum does not match".to_owned())
+            } else {
+                Error::UnknownVersion {
+                    file: MANIFEST.to_owned(),
+                    found: version,
+                    expected: FORMAT_VERSION,
+                }
+            });
+        }
+        if sound != Some(true) {
+            return Err(damaged("its checksum does not match".to_owned()));
+        }
+        serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
+    }
+
+    /// Whether the fields fit together; a checksum proves nothing against someone who can compute one.
+    fn check(&self) -> Result<()> {
+        let wrong = |message: String| Err(Error::damaged(MANIFEST, message));
+        for column in &self.columns {
+            let known = CODECS.iter().any(|codec| {
+                codec.name == column.codec && u32::from(codec.version) == column.version
+            });
+            if !known {
+                return Err(Error::UnknownCodec {
+                    file: MANIFEST.to_owned(),
+                    column: column.name.clone(),
+                    codec: column.codec.clone(),
+                    version: column.version,
+                });
+            }
+        }
+        let spec = self.spec();
+        spec.check().or_else(|error| wrong(error.to_string()))?;
+        if self.columns != shard::column_infos(&spec) {
+            return wrong("its columns contradict its layers and top_k".to_owned());
+        }
+        if self.shards.len() != spec.num_shards() {
+            return wrong(format!(
+                "{} shards, {} sequences need {}",
+                self.shards.len(),
+                spec.data.sequences,
+                spec.num_shards()
+            ));
+        }
+        let mut positions = 0_u64;
+        for (index, info) in self.shards.iter().enumerate() {
+            check_name(
+                &info.file,
+                &info.digest,
+                &shard::file_name(index, &info.digest),
+            )?;
+            let most = info.sequences.saturating_mul(self.max_len as u64);
+            if info.sequences != spec.sequences_in_shard(index) as u64 || info.positions > most {
+                return wrong(format!(
+                    "`{}` has {} sequences and {} positions, the data has {} for it",
+                    info.file,
+                    info.sequences,
+                    info.positions,
+                    spec.sequences_in_shard(index)
+                ));
+            }
+            positions = positions.saturating_add(info.positions);
+        }
+        if positions != self.data.positions {
+            return wrong(format!(
+                "the shards have {positions} positions, the data {}",
+                self.data.positions
+            ));
+        }
+        let last = self.layers.last().filter(|_| self.tier == Tier::Exact);
+        match (&self.head, last) {
+            (None, Some(_)) => wrong("the exact tier has no head".to_owned()),
+            (None, None) => Ok(()),
+            (Some(head), last) => {
+                check_name(
+                    &head.file,
+                    &head.digest,
+                    &crate::head::file_name(&head.digest),
+                )?;
+                if head.vocab_size != self.vocab_size
+                    || last.is_some_and(|last| last.width != head.width)
+                {
+                    return wrong(format!(
+                        "a head of {} x {} does not fit",
+                        head.vocab_size, head.width
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Far above the manifest of any cache that fits on a disk.
+const SIZE_LIMIT: u64 = 64 << 20;
+
+/// What follows the checksum's digits.
+const TAIL: &str = "\"\n}\n";
+
+const CHECKSUM_FIELD: &[u8] = b"  \"checksum\": \"";
+
+/// blake3 of the manifest without the digits.
+fn checksum(front: &[u8]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(front).update(TAIL.as_bytes());
+    hasher.finalize().to_hex().to_string()
+}
+
+/// `None`: there is no checksum where this version has it.
+fn is_sound(bytes: &[u8]) -> Option<bool> {
+    let body = bytes.strip_suffix(TAIL.as_bytes())?;
+    let (front, digits) = body.split_at_checked(body.len().checked_sub(64)?)?;
+    front
+        .ends_with(CHECKSUM_FIELD)
+        .then(|| checksum(front).as_bytes() == digits)
+}
+
+/// A file's name must be the one that follows from its digest, so no name leads out of the folder.
+fn check_name(file: &str, digest: &str, expected: &str) -> Result<()> {
+    let plain = !file.starts_with('/')
+        && !file.contains(['\\', ':', '\0'])
+        && !file.split('/').any(|part| part == "..");
+    if !plain {
+        return Err(Error::damaged(
+            MANIFEST,
+            format!("the path `{}` leads out of the cache", file.escape_debug()),
+        ));
+    }
+    if digest.len() != 64
+        || !digest
+            .bytes()
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+    {
+        return Err(Error::damaged(
+            MANIFEST,
+            format!("`{}` has no blake3 digest", file.escape_debug()),
+        ));
+    }
+    if file != expected {
+        return Err(Error::damaged(
+            MANIFEST,
+            format!("`{}` should be named `{expected}`", file.escape_debug()),
+        ));
+    }
+    Ok(())
 }

@@ -69,3 +69,21 @@ pub fn split_hash(token_ids: &[u32]) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = token_digest(token_ids);
     u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
+
+impl Statistics {
+    /// The five columns in the order of the file: mean, std, min, max, log_sum_exp.
+    pub(crate) fn columns(&self) -> [&[f32]; 5] {
+        [
+            &self.mean,
+            &self.std,
+            &self.min,
+            &self.max,
+            &self.log_sum_exp,
+        ]
+    }
+}
+
+/// Trues in a loss mask, the first token not counted: nothing predicts it.
+pub(crate) fn count_targets(loss_mask: &[bool]) -> u32 {
+    loss_mask.iter().skip(1).filter(|target| **target).count() as u32
+}

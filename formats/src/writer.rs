@@ -1,44 +1,405 @@
-//! Building a cache.
+//! Building a cache so that a kill at any instant leaves an unfinished build that resumes, or a finished cache.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
-use crate::error::Result;
-use crate::head::HeadWeights;
-use crate::manifest::{Manifest, ShardInfo};
+use serde_json::{Value, json};
+
+use crate::FORMAT_VERSION;
+use crate::error::{Error, Result};
+use crate::head::{self, HeadWeights};
+use crate::manifest::{HeadInfo, Manifest, ShardInfo};
 use crate::sequence::Sequence;
-use crate::spec::CacheSpec;
+use crate::shard::{self, encode_shard};
+use crate::spec::{CacheSpec, Tier};
+use crate::store::{LOCK, MANIFEST, PLAN, SHARDS, Store, is_temporary};
 
 /// A build under way; holds an exclusive lock on the folder that dies with the process.
 #[derive(Debug)]
-pub struct CacheWriter {}
+pub struct CacheWriter {
+    store: Store,
+    spec: CacheSpec,
+    shards: BTreeMap<usize, ShardInfo>,
+    head: Option<HeadInfo>,
+    /// The manifest, where the folder holds a finished cache.
+    published: Option<Manifest>,
+    /// Dropped last, after everything that it protects.
+    lock: File,
+}
 
 impl CacheWriter {
-    /// Begins a cache in `dir` (created if need be), or with `resume` goes on with the unfinished one in it.
+    /// Begins a cache in `dir` (created if need be), or with `resume` goes on with the unfinished one in it: shards
+    /// whose digest matches their name are kept. Resuming a finished cache of the same plan is harmless.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSpec`], [`Error::Locked`] where another process is building, [`Error::CacheExists`] where the
+    /// folder holds something else, [`Error::PlanDiffers`] where the build in it had another spec.
     pub fn open(dir: &Path, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
-        let _ = (dir, spec, resume);
-        unimplemented!()
+        CacheWriter::open_in(Store::new(dir), spec, resume)
+    }
+
+    fn open_in(store: Store, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
+        spec.check()?;
+        // Nothing is put into a folder that is not ours; the lock file shows a build by someone else.
+        let before = contents(&store)?;
+        if before == Contents::Foreign {
+            return Err(Error::CacheExists {
+                dir: store.root().to_owned(),
+                what: "other files",
+            });
+        }
+        if before == Contents::Finished && !resume {
+            return Err(Error::CacheExists {
+                dir: store.root().to_owned(),
+                what: "a finished cache",
+            });
+        }
+        store.create_folder("")?;
+        let lock = store.lock()?;
+        // What another build did between the first look and the lock counts.
+        match contents(&store)? {
+            Contents::Empty => store.publish(PLAN, &[&plan(spec)])?,
+            Contents::Unfinished if !resume => {
+                return Err(Error::CacheExists {
+                    dir: store.root().to_owned(),
+                    what: "an unfinished build",
+                });
+            }
+            Contents::Finished if !resume => {
+                return Err(Error::CacheExists {
+                    dir: store.root().to_owned(),
+                    what: "a finished cache",
+                });
+            }
+            Contents::Foreign => {
+                return Err(Error::CacheExists {
+                    dir: store.root().to_owned(),
+                    what: "other files",
+                });
+            }
+            Contents::Unfinished => compare_plan(&store, spec)?,
+            Contents::Finished => {
+                let manifest = Manifest::load(&store)?;
+                compare(
+                    &store,
+                    &plan_value(&manifest.spec(), &manifest.caskd_version),
+                    &current_plan(spec),
+                )?;
+                let shards = manifest.shards.iter().cloned().enumerate().collect();
+                let head = manifest.head.clone();
+                return Ok(CacheWriter {
+                    store,
+                    spec: spec.clone(),
+                    shards,
+                    head,
+                    published: Some(manifest),
+                    lock,
+                });
+            }
+        }
+        store.create_folder(SHARDS)?;
+        let shards = done_shards(&store, spec)?;
+        Ok(CacheWriter {
+            store,
+            spec: spec.clone(),
+            shards,
+            head: None,
+            published: None,
+            lock,
+        })
     }
 
     /// Whether this shard is already on disk, whole.
     pub fn is_done(&self, shard: usize) -> bool {
-        let _ = shard;
-        unimplemented!()
+        self.shards.contains_key(&shard)
     }
 
-    /// Writes one shard under a name that contains its digest.
+    /// Writes one shard under a name that contains its digest. In a finished cache it only compares.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSequence`] where a sequence does not fit the spec or holds NaN; [`Error::DiskFull`].
     pub fn write_shard(&mut self, shard: usize, sequences: &[Sequence]) -> Result<ShardInfo> {
-        let _ = (shard, sequences);
-        unimplemented!()
+        let expected = self.spec.sequences_in_shard(shard);
+        if sequences.len() != expected || expected == 0 {
+            return Err(Error::InvalidRequest(format!(
+                "shard {shard} must hold {expected} sequences, not {}",
+                sequences.len()
+            )));
+        }
+        let encoded = encode_shard(&self.spec, shard, sequences)?;
+        let digest = blake3::hash(&encoded.bytes).to_hex().to_string();
+        let info = ShardInfo {
+            file: shard::file_name(shard, &digest),
+            digest,
+            bytes: encoded.bytes.len() as u64,
+            sequences: sequences.len() as u64,
+            positions: encoded.positions,
+            footer: encoded.footer,
+        };
+        if let Some(before) = self.shards.get(&shard).filter(|before| **before == info) {
+            return Ok(before.clone());
+        }
+        self.refuse_published(&info.file)?;
+        self.store.publish(&info.file, &[&encoded.bytes])?;
+        self.shards.insert(shard, info.clone());
+        Ok(info)
     }
 
-    /// Writes the LM head.
+    /// Writes the LM head. In a finished cache it only compares.
     pub fn write_head(&mut self, head: &HeadWeights<'_>) -> Result<()> {
-        let _ = head;
-        unimplemented!()
+        let expected = head
+            .vocab_size
+            .checked_mul(head.width)
+            .and_then(|size| size.checked_mul(head.dtype.bytes()));
+        if head.vocab_size != self.spec.vocab_size || expected != Some(head.bytes.len()) {
+            return Err(Error::InvalidRequest(format!(
+                "a head of {} x {} {:?} with {} bytes does not fit the vocabulary of {}",
+                head.vocab_size,
+                head.width,
+                head.dtype,
+                head.bytes.len(),
+                self.spec.vocab_size
+            )));
+        }
+        let last = self
+            .spec
+            .layers
+            .last()
+            .filter(|last| last.layer == self.spec.teacher.num_layers);
+        if last.is_some_and(|last| last.width != head.width) {
+            return Err(Error::InvalidRequest(format!(
+                "a head of width {} does not fit the last layer",
+                head.width
+            )));
+        }
+        let preamble = head::preamble(head);
+        let digest = blake3::Hasher::new()
+            .update(&preamble)
+            .update(head.bytes)
+            .finalize()
+            .to_hex()
+            .to_string();
+        let info = HeadInfo {
+            file: head::file_name(&digest),
+            digest,
+            bytes: (preamble.len() + head.bytes.len()) as u64,
+            dtype: head.dtype,
+            vocab_size: head.vocab_size,
+            width: head.width,
+        };
+        if self.head.as_ref() == Some(&info) {
+            return Ok(());
+        }
+        self.refuse_published(&info.file)?;
+        self.store.publish(&info.file, &[&preamble, head.bytes])?;
+        self.head = Some(info);
+        Ok(())
     }
 
-    /// Publishes the cache: the manifest is written last.
+    /// Publishes the cache: everything else is on disk before the manifest is.
+    ///
+    /// # Errors
+    /// [`Error::Incomplete`] where a shard or the exact tier's head was not written.
     pub fn finish(self) -> Result<Manifest> {
-        unimplemented!()
+        let manifest = match &self.published {
+            Some(manifest) => manifest.clone(),
+            None => self.publish()?,
+        };
+        self.store.remove(PLAN)?;
+        // Removed while locked: who opened it meanwhile finds out and tries again.
+        self.store.remove(LOCK)?;
+        self.store.sync("")?;
+        drop(self.lock);
+        Ok(manifest)
     }
+
+    fn publish(&self) -> Result<Manifest> {
+        let incomplete = |missing: String| {
+            Err(Error::Incomplete {
+                dir: self.store.root().to_owned(),
+                missing,
+            })
+        };
+        let missing: Vec<String> = (0..self.spec.num_shards())
+            .filter(|shard| !self.is_done(*shard))
+            .map(|shard| shard.to_string())
+            .collect();
+        if !missing.is_empty() {
+            return incomplete(format!("shards {} are missing", missing.join(", ")));
+        }
+        if self.spec.tier == Tier::Exact && self.head.is_none() {
+            return incomplete("the exact tier needs the LM head".to_owned());
+        }
+        let positions: u64 = self.shards.values().map(|info| info.positions).sum();
+        if positions != self.spec.data.positions {
+            return incomplete(format!(
+                "the shards hold {positions} positions of {}",
+                self.spec.data.positions
+            ));
+        }
+        self.remove_strays()?;
+        self.store.sync(SHARDS)?;
+        let spec = self.spec.clone();
+        let mut manifest = Manifest {
+            format_version: FORMAT_VERSION,
+            caskd_version: env!("CARGO_PKG_VERSION").to_owned(),
+            columns: shard::column_infos(&spec),
+            tier: spec.tier,
+            top_k: spec.top_k,
+            vocab_size: spec.vocab_size,
+            layers: spec.layers,
+            sequences_per_shard: spec.sequences_per_shard,
+            max_len: spec.max_len,
+            teacher: spec.teacher,
+            tokenizer: spec.tokenizer,
+            data: spec.data,
+            shards: self.shards.values().cloned().collect(),
+            head: self.head.clone(),
+            checksum: String::new(),
+        };
+        let bytes = manifest.to_bytes()?;
+        self.store.publish(MANIFEST, &[&bytes])?;
+        manifest = Manifest::load(&self.store)?;
+        Ok(manifest)
+    }
+
+    /// Files of our own making that the manifest will not name: torn temporary files, shards of a damaged build.
+    fn remove_strays(&self) -> Result<()> {
+        for name in self.store.list(SHARDS)? {
+            let path = format!("{SHARDS}/{name}");
+            let is_ours = is_temporary(&name) || shard_number(&name).is_some();
+            if is_ours && !self.shards.values().any(|info| info.file == path) {
+                self.store.remove(&path)?;
+            }
+        }
+        for name in self.store.list("")? {
+            let is_head = name.starts_with("head-") && name.ends_with(".safetensors");
+            let is_ours = is_temporary(&name) || is_head;
+            if is_ours && self.head.as_ref().is_none_or(|head| head.file != name) {
+                self.store.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse_published(&self, file: &str) -> Result<()> {
+        match self.published {
+            Some(_) => Err(Error::CacheExists {
+                dir: self.store.path(file),
+                what: "another published file",
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Contents {
+    Empty,
+    Unfinished,
+    Finished,
+    Foreign,
+}
+
+fn contents(store: &Store) -> Result<Contents> {
+    let names = store.list("")?;
+    let has = |name: &str| names.iter().any(|other| other == name);
+    Ok(if has(MANIFEST) {
+        Contents::Finished
+    } else if has(PLAN) {
+        Contents::Unfinished
+    } else if names.iter().all(|name| name == LOCK || is_temporary(name)) {
+        Contents::Empty
+    } else {
+        Contents::Foreign
+    })
+}
+
+fn plan_value(spec: &CacheSpec, caskd_version: &str) -> Value {
+    json!({ "format_version": FORMAT_VERSION, "caskd_version": caskd_version, "spec": spec })
+}
+
+fn current_plan(spec: &CacheSpec) -> Value {
+    plan_value(spec, env!("CARGO_PKG_VERSION"))
+}
+
+fn plan(spec: &CacheSpec) -> Vec<u8> {
+    format!("{:#}\n", current_plan(spec)).into_bytes()
+}
+
+fn compare_plan(store: &Store, spec: &CacheSpec) -> Result<()> {
+    let bytes = store.read_small(PLAN, 64 << 20)?.unwrap_or_default();
+    let found: Value =
+        serde_json::from_slice(&bytes).map_err(|error| Error::damaged(PLAN, error.to_string()))?;
+    compare(store, &found, &current_plan(spec))
+}
+
+fn compare(store: &Store, found: &Value, expected: &Value) -> Result<()> {
+    match first_difference(found, expected, "") {
+        None => Ok(()),
+        Some((field, found, expected)) => Err(Error::PlanDiffers {
+            dir: store.root().to_owned(),
+            field: field
+                .trim_start_matches('.')
+                .trim_start_matches("spec.")
+                .to_owned(),
+            found,
+            expected,
+        }),
+    }
+}
+
+/// Dotted name and both values of the first field that differs.
+fn first_difference(
+    found: &Value,
+    expected: &Value,
+    path: &str,
+) -> Option<(String, String, String)> {
+    let text = |value: Option<&Value>| value.map_or_else(|| "absent".to_owned(), Value::to_string);
+    match (found, expected) {
+        (Value::Object(a), Value::Object(b)) => {
+            let keys = a.keys().chain(b.keys().filter(|key| !a.contains_key(*key)));
+            keys.map(|key| (key, a.get(key), b.get(key)))
+                .find_map(|(key, a, b)| match (a, b) {
+                    (Some(a), Some(b)) => first_difference(a, b, &format!("{path}.{key}")),
+                    _ => Some((format!("{path}.{key}"), text(a), text(b))),
+                })
+        }
+        _ if found == expected => None,
+        _ => Some((path.to_owned(), text(Some(found)), text(Some(expected)))),
+    }
+}
+
+/// The number in a shard's file name; `None` for other names.
+fn shard_number(name: &str) -> Option<usize> {
+    let (number, digest) = name.strip_suffix(".parquet")?.split_once('-')?;
+    let plain = number.len() >= 5
+        && number.bytes().all(|digit| digit.is_ascii_digit())
+        && digest.len() == 16;
+    if plain { number.parse().ok() } else { None }
+}
+
+/// Shards on disk whose digest matches their name; others of that form are removed.
+fn done_shards(store: &Store, spec: &CacheSpec) -> Result<BTreeMap<usize, ShardInfo>> {
+    let mut done = BTreeMap::new();
+    for name in store.list(SHARDS)? {
+        let file = format!("{SHARDS}/{name}");
+        let Some(number) = shard_number(&name) else {
+            continue;
+        };
+        let digest = store.digest(&file)?;
+        let info = if shard::file_name(number, &digest) == file && number < spec.num_shards() {
+            shard::describe(store, spec, number, &file, digest)?
+        } else {
+            None
+        };
+        match info {
+            Some(info) => {
+                done.insert(number, info);
+            }
+            None => store.remove(&file)?,
+        }
+    }
+    Ok(done)
 }

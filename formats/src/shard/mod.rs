@@ -1,0 +1,12 @@
+//! One shard: a Parquet file with a row per sequence. `schema` is the layout, `write` and `read` follow it.
+
+mod read;
+mod schema;
+mod write;
+
+pub(crate) use read::{Shard, describe};
+pub(crate) use schema::{column_infos, file_name, hidden_column};
+pub(crate) use write::encode_shard;
+
+#[cfg(target_endian = "big")]
+compile_error!("caskd-formats hands little-endian buffers to and from the disk as they are");

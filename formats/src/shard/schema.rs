@@ -1,0 +1,211 @@
+//! Columns, encodings and metadata of a shard, and the checksums of its native columns.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
+use parquet::schema::types::ColumnPath;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use crate::FORMAT_VERSION;
+use crate::frame::TOP_K_F16_STEPS;
+use crate::hidden::codec_of;
+use crate::manifest::ColumnInfo;
+use crate::sequence::{Statistics, TokenDigest};
+use crate::spec::CacheSpec;
+
+pub(super) const SOURCE: &str = "source";
+pub(super) const TOKEN_DIGEST: &str = "token_digest";
+pub(super) const SPLIT_HASH: &str = "split_hash";
+pub(super) const POSITIONS: &str = "positions";
+pub(super) const TARGETS: &str = "targets";
+pub(super) const TOKEN_IDS: &str = "token_ids";
+pub(super) const LOSS_MASK: &str = "loss_mask";
+pub(super) const STATISTICS: [&str; 5] = ["mean", "std", "min", "max", "log_sum_exp"];
+pub(super) const KEYS_CHECKSUM: &str = "keys_checksum";
+pub(super) const TOKENS_CHECKSUM: &str = "tokens_checksum";
+pub(super) const STATISTICS_CHECKSUM: &str = "statistics_checksum";
+pub(super) const TOP_K: &str = "top_k";
+
+/// Key of our metadata in the file, and in the Arrow fields of bulk columns.
+pub(super) const METADATA_KEY: &str = "caskd";
+
+/// Pages of native lists: small enough that one row costs little, large enough for many short rows.
+const NATIVE_PAGE: usize = 16 << 10;
+
+/// Column name of a layer's hidden state.
+pub(crate) fn hidden_column(layer: u32) -> String {
+    format!("hidden.{layer}")
+}
+
+/// The one name that a shard of this number and digest may have.
+pub(crate) fn file_name(shard: usize, digest: &str) -> String {
+    format!(
+        "{}/{shard:05}-{}.parquet",
+        crate::store::SHARDS,
+        digest.get(..16).unwrap_or(digest)
+    )
+}
+
+pub(super) fn scales_key(layer: u32) -> String {
+    format!("caskd.scales.{}", hidden_column(layer))
+}
+
+/// What a shard says about itself under [`METADATA_KEY`].
+#[derive(Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ShardMetadata {
+    pub(super) format_version: u32,
+    pub(super) shard: usize,
+    pub(super) sequences: u64,
+    pub(super) positions: u64,
+    pub(super) columns: Vec<ColumnInfo>,
+}
+
+impl ShardMetadata {
+    pub(super) fn new(
+        spec: &CacheSpec,
+        shard: usize,
+        sequences: u64,
+        positions: u64,
+    ) -> ShardMetadata {
+        ShardMetadata {
+            format_version: FORMAT_VERSION,
+            shard,
+            sequences,
+            positions,
+            columns: column_infos(spec),
+        }
+    }
+}
+
+/// The bulk columns in file order, with their codecs.
+pub(crate) fn column_infos(spec: &CacheSpec) -> Vec<ColumnInfo> {
+    let mut columns = Vec::new();
+    if spec.top_k > 0 {
+        columns.push(ColumnInfo {
+            name: TOP_K.to_owned(),
+            codec: TOP_K_F16_STEPS.name.to_owned(),
+            version: u32::from(TOP_K_F16_STEPS.version),
+            parameters: BTreeMap::from([
+                ("k".to_owned(), spec.top_k as u64),
+                ("vocab_size".to_owned(), spec.vocab_size as u64),
+            ]),
+        });
+    }
+    for layer in &spec.layers {
+        let codec = codec_of(layer.codec);
+        columns.push(ColumnInfo {
+            name: hidden_column(layer.layer),
+            codec: codec.name.to_owned(),
+            version: u32::from(codec.version),
+            parameters: BTreeMap::from([("width".to_owned(), layer.width as u64)]),
+        });
+    }
+    columns
+}
+
+fn list_of(data_type: DataType) -> DataType {
+    DataType::List(element(data_type))
+}
+
+pub(super) fn element(data_type: DataType) -> Arc<Field> {
+    Arc::new(Field::new("element", data_type, false))
+}
+
+/// The Arrow schema; `blob` is `Binary` to write and `BinaryView` to read without copying.
+pub(super) fn arrow_schema(spec: &CacheSpec, blob: &DataType) -> SchemaRef {
+    let mut fields = vec![
+        Field::new(SOURCE, DataType::Utf8, false),
+        Field::new(TOKEN_DIGEST, DataType::FixedSizeBinary(32), false),
+        Field::new(SPLIT_HASH, DataType::UInt64, false),
+        Field::new(POSITIONS, DataType::UInt32, false),
+        Field::new(TARGETS, DataType::UInt32, false),
+        Field::new(TOKEN_IDS, list_of(DataType::UInt32), false),
+        Field::new(LOSS_MASK, list_of(DataType::Boolean), false),
+    ];
+    for name in STATISTICS {
+        fields.push(Field::new(name, list_of(DataType::Float32), false));
+    }
+    for name in [KEYS_CHECKSUM, TOKENS_CHECKSUM, STATISTICS_CHECKSUM] {
+        fields.push(Field::new(name, DataType::UInt64, false));
+    }
+    for column in column_infos(spec) {
+        // A string map of a plain struct always serialises.
+        let codec = serde_json::to_string(&column).unwrap_or_default();
+        let metadata = HashMap::from([(METADATA_KEY.to_owned(), codec)]);
+        fields.push(Field::new(&column.name, list_of(blob.clone()), false).with_metadata(metadata));
+    }
+    Arc::new(Schema::new(fields))
+}
+
+pub(super) fn writer_properties(spec: &CacheSpec) -> WriterProperties {
+    let list = |name: &str| {
+        ColumnPath::new(vec![
+            name.to_owned(),
+            "list".to_owned(),
+            "element".to_owned(),
+        ])
+    };
+    let mut properties = WriterProperties::builder()
+        .set_writer_version(WriterVersion::PARQUET_1_0)
+        .set_created_by("caskd".to_owned())
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_dictionary_enabled(false)
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_max_row_group_row_count(None)
+        // Rows are cut into pages one by one.
+        .set_write_batch_size(1)
+        .set_data_page_size_limit(NATIVE_PAGE);
+    for name in [SPLIT_HASH, POSITIONS, TARGETS] {
+        properties = properties
+            .set_column_statistics_enabled(ColumnPath::from(name), EnabledStatistics::Chunk);
+    }
+    for name in STATISTICS {
+        properties = properties.set_column_encoding(list(name), Encoding::BYTE_STREAM_SPLIT);
+    }
+    for column in column_infos(spec) {
+        let path = list(&column.name);
+        properties = properties
+            .set_column_compression(path.clone(), Compression::UNCOMPRESSED)
+            .set_column_data_page_row_count_limit(path.clone(), 1)
+            // One row is one page however long it is.
+            .set_column_data_page_size_limit(path, usize::MAX);
+    }
+    properties.build()
+}
+
+pub(super) fn keys_checksum(
+    digest: &TokenDigest,
+    split_hash: u64,
+    positions: u32,
+    targets: u32,
+) -> u64 {
+    let mut bytes = [0; 48];
+    bytes[..32].copy_from_slice(digest);
+    bytes[32..40].copy_from_slice(&split_hash.to_le_bytes());
+    bytes[40..44].copy_from_slice(&positions.to_le_bytes());
+    bytes[44..].copy_from_slice(&targets.to_le_bytes());
+    xxh3_64(&bytes)
+}
+
+pub(super) fn tokens_checksum(source: &str, token_ids: &[u32], loss_mask: &[bool]) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(&(source.len() as u32).to_le_bytes());
+    hasher.update(source.as_bytes());
+    hasher.update(&(token_ids.len() as u32).to_le_bytes());
+    hasher.update(bytemuck::cast_slice(token_ids));
+    hasher.update(bytemuck::cast_slice(loss_mask));
+    hasher.digest()
+}
+
+pub(super) fn statistics_checksum(statistics: &Statistics) -> u64 {
+    let mut hasher = Xxh3::new();
+    for column in statistics.columns() {
+        hasher.update(bytemuck::cast_slice(column));
+    }
+    hasher.digest()
+}

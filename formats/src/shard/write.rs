@@ -1,0 +1,259 @@
+//! Sequences to the bytes of a shard.
+
+use std::sync::Arc;
+
+use arrow::array::{
+    ArrayRef, BinaryArray, BooleanArray, FixedSizeBinaryArray, Float32Array, ListArray,
+    RecordBatch, StringArray, UInt32Array, UInt64Array,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::DataType;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use parquet::arrow::ArrowWriter;
+use parquet::file::metadata::{KeyValue, ParquetMetaData};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::schema::{
+    METADATA_KEY, ShardMetadata, TOP_K, arrow_schema, element, hidden_column, keys_checksum,
+    scales_key, statistics_checksum, tokens_checksum, writer_properties,
+};
+use crate::error::{Error, Result};
+use crate::frame::Encoder;
+use crate::manifest::FooterInfo;
+use crate::sequence::{Sequence, Statistics, count_targets, token_digest};
+use crate::spec::{CacheSpec, HiddenCodec};
+use crate::{hidden, topk};
+
+/// A shard in memory, not yet named.
+pub(crate) struct EncodedShard {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) positions: u64,
+    pub(crate) footer: FooterInfo,
+}
+
+/// Encodes shard number `shard`; every sequence is checked first.
+pub(crate) fn encode_shard(
+    spec: &CacheSpec,
+    shard: usize,
+    sequences: &[Sequence],
+) -> Result<EncodedShard> {
+    for sequence in sequences {
+        check(spec, sequence)?;
+    }
+    let positions = sequences
+        .iter()
+        .map(|sequence| sequence.token_ids.len() as u64)
+        .sum();
+    let scales: Vec<Vec<f32>> = spec
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(index, layer)| match layer.codec {
+            HiddenCodec::Int8 => {
+                let states: Vec<_> = sequences
+                    .iter()
+                    .map(|sequence| &sequence.hidden[index])
+                    .collect();
+                hidden::channel_scales(&states, layer.width)
+            }
+            HiddenCodec::F16 => Vec::new(),
+        })
+        .collect();
+
+    let failed = |message: String| Error::Encode { shard, message };
+    let schema = arrow_schema(spec, &DataType::Binary);
+    let mut writer =
+        ArrowWriter::try_new(Vec::new(), schema.clone(), Some(writer_properties(spec)))
+            .map_err(|error| failed(error.to_string()))?;
+    let metadata = ShardMetadata::new(spec, shard, sequences.len() as u64, positions);
+    let json = serde_json::to_string(&metadata).map_err(|error| failed(error.to_string()))?;
+    writer.append_key_value_metadata(KeyValue::new(METADATA_KEY.to_owned(), json));
+    for (layer, scales) in spec
+        .layers
+        .iter()
+        .zip(&scales)
+        .filter(|(_, scales)| !scales.is_empty())
+    {
+        let text = STANDARD.encode(bytemuck::cast_slice::<f32, u8>(scales));
+        writer.append_key_value_metadata(KeyValue::new(scales_key(layer.layer), text));
+    }
+    let mut encoder = Encoder::new().map_err(|error| failed(error.to_string()))?;
+    for sequence in sequences {
+        let columns = columns(spec, sequence, &scales, &mut encoder)
+            .map_err(|error| failed(error.to_string()))?;
+        let batch = RecordBatch::try_new(schema.clone(), columns)
+            .map_err(|error| failed(error.to_string()))?;
+        writer
+            .write(&batch)
+            .map_err(|error| failed(error.to_string()))?;
+    }
+    let parquet = writer.finish().map_err(|error| failed(error.to_string()))?;
+    let bytes = writer.inner().clone();
+    let tail = data_end(&parquet).min(bytes.len());
+    let footer = FooterInfo {
+        bytes: (bytes.len() - tail) as u64,
+        checksum: format!("{:016x}", xxh3_64(&bytes[tail..])),
+    };
+    Ok(EncodedShard {
+        bytes,
+        positions,
+        footer,
+    })
+}
+
+/// Where the last column chunk ends and the tail begins.
+pub(super) fn data_end(metadata: &ParquetMetaData) -> usize {
+    let chunks = metadata
+        .row_groups()
+        .iter()
+        .flat_map(|group| group.columns());
+    chunks
+        .map(|chunk| {
+            let (start, length) = chunk.byte_range();
+            (start + length) as usize
+        })
+        .max()
+        .unwrap_or(0)
+}
+
+fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
+    let positions = sequence.token_ids.len();
+    let wrong =
+        |column: &str, message: String| Err(Error::invalid(&sequence.source, column, message));
+    if positions == 0 || positions > spec.max_len {
+        return wrong(
+            "token_ids",
+            format!("{positions} positions, expected 1..={}", spec.max_len),
+        );
+    }
+    if let Some(id) = sequence
+        .token_ids
+        .iter()
+        .find(|id| **id as usize >= spec.vocab_size)
+    {
+        return wrong(
+            "token_ids",
+            format!(
+                "token id {id} is beyond the vocabulary of {}",
+                spec.vocab_size
+            ),
+        );
+    }
+    if sequence.loss_mask.len() != positions {
+        return wrong(
+            "loss_mask",
+            format!(
+                "{} entries for {positions} tokens",
+                sequence.loss_mask.len()
+            ),
+        );
+    }
+    let Some(statistics) = &sequence.statistics else {
+        return wrong("statistics", "absent".to_owned());
+    };
+    check_statistics(sequence, statistics)?;
+    match &sequence.top_k {
+        Some(top_k) if spec.top_k > 0 => {
+            topk::check(top_k, &statistics.max, spec.top_k, spec.vocab_size)
+                .map_err(|message| Error::invalid(&sequence.source, TOP_K, message))?
+        }
+        None if spec.top_k == 0 => {}
+        Some(_) => return wrong(TOP_K, "present, but the plan keeps none".to_owned()),
+        None => return wrong(TOP_K, "absent".to_owned()),
+    }
+    let found: Vec<u32> = sequence.hidden.iter().map(|state| state.layer).collect();
+    let planned: Vec<u32> = spec.layers.iter().map(|layer| layer.layer).collect();
+    if found != planned {
+        return wrong(
+            "hidden",
+            format!("layers {found:?}, the plan keeps {planned:?}"),
+        );
+    }
+    for (state, layer) in sequence.hidden.iter().zip(&spec.layers) {
+        hidden::check(state, layer, positions).map_err(|message| {
+            Error::invalid(&sequence.source, hidden_column(layer.layer), message)
+        })?;
+    }
+    Ok(())
+}
+
+fn check_statistics(sequence: &Sequence, statistics: &Statistics) -> Result<()> {
+    for (name, values) in super::schema::STATISTICS
+        .into_iter()
+        .zip(statistics.columns())
+    {
+        let wrong = |message: String| Err(Error::invalid(&sequence.source, name, message));
+        if values.len() != sequence.token_ids.len() {
+            return wrong(format!(
+                "{} values for {} tokens",
+                values.len(),
+                sequence.token_ids.len()
+            ));
+        }
+        let must_be_finite = matches!(name, "max" | "log_sum_exp");
+        let refused = |value: &f32| value.is_nan() || must_be_finite && !value.is_finite();
+        if let Some(position) = values.iter().position(refused) {
+            return wrong(format!("{} at position {position}", values[position]));
+        }
+    }
+    Ok(())
+}
+
+/// The arrays of one checked sequence, in the order of the schema.
+fn columns(
+    spec: &CacheSpec,
+    sequence: &Sequence,
+    scales: &[Vec<f32>],
+    encoder: &mut Encoder,
+) -> Result<Vec<ArrayRef>, Box<dyn std::error::Error>> {
+    let digest = token_digest(&sequence.token_ids);
+    let split_hash = crate::split_hash(&sequence.token_ids);
+    let positions = sequence.token_ids.len() as u32;
+    let targets = count_targets(&sequence.loss_mask);
+    let statistics = sequence
+        .statistics
+        .as_ref()
+        .ok_or("statistics are absent")?;
+
+    let mut columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from(vec![sequence.source.as_str()])),
+        Arc::new(FixedSizeBinaryArray::try_from_iter([digest].into_iter())?),
+        Arc::new(UInt64Array::from(vec![split_hash])),
+        Arc::new(UInt32Array::from(vec![positions])),
+        Arc::new(UInt32Array::from(vec![targets])),
+        one_list(Arc::new(UInt32Array::from(sequence.token_ids.clone())))?,
+        one_list(Arc::new(BooleanArray::from(sequence.loss_mask.clone())))?,
+    ];
+    for values in statistics.columns() {
+        columns.push(one_list(Arc::new(Float32Array::from(values.to_vec())))?);
+    }
+    for checksum in [
+        keys_checksum(&digest, split_hash, positions, targets),
+        tokens_checksum(&sequence.source, &sequence.token_ids, &sequence.loss_mask),
+        statistics_checksum(statistics),
+    ] {
+        columns.push(Arc::new(UInt64Array::from(vec![checksum])));
+    }
+    if let Some(top_k) = &sequence.top_k {
+        columns.push(blobs(&topk::encode(encoder, top_k, spec.vocab_size)?)?);
+    }
+    for ((state, layer), scales) in sequence.hidden.iter().zip(&spec.layers).zip(scales) {
+        columns.push(blobs(&hidden::encode(encoder, state, layer, scales)?)?);
+    }
+    Ok(columns)
+}
+
+fn one_list(values: ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
+    let offsets = OffsetBuffer::from_lengths([values.len()]);
+    Ok(Arc::new(ListArray::try_new(
+        element(values.data_type().clone()),
+        offsets,
+        values,
+        None,
+    )?))
+}
+
+fn blobs(blobs: &[Vec<u8>]) -> Result<ArrayRef, arrow::error::ArrowError> {
+    one_list(Arc::new(BinaryArray::from_iter_values(blobs)))
+}
