@@ -1,1 +1,48 @@
-//! placeholder
+//! Trains students from a teacher cache, and judges them.
+//!
+//! One step: a batch is read ahead and collated ([`train()`] says in which order), the trunk of the
+//! student runs with its graph, the fused head turns last hidden states into losses and their
+//! gradient chunk by chunk, the trunk's backward pass starts from that gradient, AdamW updates the
+//! adapters.
+//!
+//! Letters in shape comments, beside those of `caskd_models`:
+//!
+//! | letter | means |
+//! |---|---|
+//! | P | real positions of a batch (padding not counted) |
+//! | N | target positions of a batch: position t is one when the loss mask holds at t + 1 |
+//! | K | kept entries of a top-k column |
+//! | R | coefficients of the code that teacher logits are rebuilt from |
+//!
+//! What this crate never does: load the teacher, hold [tokens, V] tensors of a whole batch, use a
+//! global random generator, let a thread's speed reach a result, change an existing run without
+//! being asked to resume it, train on a loss that the cache cannot answer rightly.
+
+mod batch;
+mod checkpoint;
+mod config;
+mod error;
+mod eval;
+mod head;
+pub mod losses;
+mod objective;
+mod optimizer;
+mod order;
+mod probe;
+mod reader;
+mod recipe;
+mod run_folder;
+mod step;
+mod teacher_logits;
+mod train;
+
+pub use config::{CacheIo, Dtype, TrainConfig};
+pub use error::{Error, Result};
+pub use eval::{CacheScore, TextScore, evaluate_cache, evaluate_text, teacher_perplexity};
+pub use objective::check_fit;
+pub use probe::{Pair, Probe, probe};
+pub use recipe::{
+    AlignmentTerm, CrossEntropyTerm, DualScalingTerm, KdType, KlTerm, LayerPair, Layers, LossTerm,
+};
+pub use run_folder::{is_run, load_run, run_cache};
+pub use train::{Control, StepReport, TrainSummary, train};

@@ -1,0 +1,169 @@
+//! One batch: the decoded sequences of a forward pass as tensors.
+
+use caskd_formats::{Columns, Sequence};
+use tch::{Device, Tensor};
+
+use crate::losses::TopKRows;
+use crate::{Error, Result};
+
+/// Sequences padded to one length, with what the cache knows of them.
+///
+/// B sequences of at most T positions hold P real positions, of which N predict a target.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    /// Where each sequence comes from.
+    pub(crate) sources: Vec<String>,
+    /// [B, T] i64, padded on the right with 0.
+    pub(crate) input_ids: Tensor,
+    /// Real positions as indices into B·T [P] i64, by sequence and position.
+    pub(crate) positions: Tensor,
+    /// Target positions as indices into B·T [N] i64.
+    pub(crate) targets: Tensor,
+    /// Target positions as indices into P [N] i64.
+    pub(crate) targets_in_positions: Tensor,
+    /// The tokens to predict [N] i64.
+    pub(crate) labels: Tensor,
+    /// Sequence of each target position [N] i64.
+    pub(crate) sequence_of_target: Tensor,
+    /// The teacher's hidden states by layer, each [P, D] f32.
+    pub(crate) hidden: Vec<(u32, Tensor)>,
+    /// log Σ exp of the teacher's logits at the target positions [N].
+    pub(crate) log_sum_exp: Option<Tensor>,
+    /// The teacher's largest logits at the target positions.
+    pub(crate) top_k: Option<TopKRows>,
+}
+
+impl Batch {
+    /// Collates decoded sequences. Tokens at or above `vocabulary` are an error: no embedding has them.
+    pub(crate) fn collate(sequences: &[Sequence], columns: &Columns, vocabulary: usize) -> Result<Batch> {
+        let longest = sequences.iter().map(|sequence| sequence.token_ids.len()).max().unwrap_or(0);
+        let mut input_ids = vec![0i64; sequences.len() * longest];
+        let mut positions = Vec::new();
+        let (mut targets, mut targets_in_positions) = (Vec::new(), Vec::new());
+        let (mut labels, mut sequence_of_target) = (Vec::new(), Vec::new());
+        for (b, sequence) in sequences.iter().enumerate() {
+            let tokens = &sequence.token_ids;
+            if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
+                let sequence = sequence.source.clone();
+                return Err(Error::TokenOutOfRange { sequence, token, vocabulary });
+            }
+            for (t, &token) in tokens.iter().enumerate() {
+                let flat = (b * longest + t) as i64;
+                input_ids[flat as usize] = i64::from(token);
+                if sequence.loss_mask.get(t + 1) == Some(&true) {
+                    targets.push(flat);
+                    targets_in_positions.push(positions.len() as i64);
+                    labels.push(i64::from(tokens[t + 1]));
+                    sequence_of_target.push(b as i64);
+                }
+                positions.push(flat);
+            }
+        }
+        let log_sum_exp = columns.statistics.then(|| log_sum_exp_rows(sequences)).flatten();
+        Ok(Batch {
+            top_k: log_sum_exp.as_ref().filter(|_| columns.top_k).and_then(|rows| top_k_rows(sequences, rows)),
+            log_sum_exp,
+            sources: sequences.iter().map(|sequence| sequence.source.clone()).collect(),
+            input_ids: Tensor::from_slice(&input_ids).view([sequences.len() as i64, longest as i64]),
+            positions: Tensor::from_slice(&positions),
+            targets: Tensor::from_slice(&targets),
+            targets_in_positions: Tensor::from_slice(&targets_in_positions),
+            labels: Tensor::from_slice(&labels),
+            sequence_of_target: Tensor::from_slice(&sequence_of_target),
+            hidden: columns.layers.iter().filter_map(|&layer| hidden_rows(sequences, layer)).collect(),
+        })
+    }
+
+    /// The same on another device.
+    pub(crate) fn to_device(&self, device: Device) -> Batch {
+        let to = |tensor: &Tensor| tensor.to_device(device);
+        Batch {
+            sources: self.sources.clone(),
+            input_ids: to(&self.input_ids),
+            positions: to(&self.positions),
+            targets: to(&self.targets),
+            targets_in_positions: to(&self.targets_in_positions),
+            labels: to(&self.labels),
+            sequence_of_target: to(&self.sequence_of_target),
+            hidden: self.hidden.iter().map(|(layer, rows)| (*layer, to(rows))).collect(),
+            log_sum_exp: self.log_sum_exp.as_ref().map(to),
+            top_k: self.top_k.as_ref().map(|top_k| TopKRows {
+                ids: to(&top_k.ids),
+                logits: to(&top_k.logits),
+                log_sum_exp: to(&top_k.log_sum_exp),
+            }),
+        }
+    }
+
+    /// B.
+    pub(crate) fn num_sequences(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// P.
+    pub(crate) fn num_positions(&self) -> usize {
+        self.positions.numel()
+    }
+
+    /// N.
+    pub(crate) fn num_targets(&self) -> usize {
+        self.targets.numel()
+    }
+
+    /// The teacher's hidden states of one layer [P, D].
+    ///
+    /// # Panics
+    /// When the layer was not read; the plan of a run reads every layer it uses.
+    pub(crate) fn teacher_hidden(&self, layer: u32) -> &Tensor {
+        let found = self.hidden.iter().find(|(of, _)| *of == layer);
+        &found.expect("every layer in use is among the columns read").1
+    }
+
+    /// The sequence that a target row belongs to.
+    pub(crate) fn source_of_target(&self, row: i64) -> &str {
+        &self.sources[self.sequence_of_target.int64_value(&[row]) as usize]
+    }
+}
+
+fn hidden_rows(sequences: &[Sequence], layer: u32) -> Option<(u32, Tensor)> {
+    let mut values = Vec::new();
+    let mut width = 0;
+    for sequence in sequences {
+        let state = sequence.hidden.iter().find(|state| state.layer == layer)?;
+        width = state.width;
+        values.extend_from_slice(&state.values);
+    }
+    Some((layer, Tensor::from_slice(&values).view([-1, width as i64])))
+}
+
+/// Positions of a sequence that predict a target.
+fn target_positions(sequence: &Sequence) -> impl Iterator<Item = usize> + '_ {
+    (0..sequence.token_ids.len()).filter(|t| sequence.loss_mask.get(t + 1) == Some(&true))
+}
+
+fn log_sum_exp_rows(sequences: &[Sequence]) -> Option<Tensor> {
+    let mut values = Vec::new();
+    for sequence in sequences {
+        let statistics = sequence.statistics.as_ref()?;
+        values.extend(target_positions(sequence).map(|t| statistics.log_sum_exp[t]));
+    }
+    Some(Tensor::from_slice(&values))
+}
+
+fn top_k_rows(sequences: &[Sequence], log_sum_exp: &Tensor) -> Option<TopKRows> {
+    let (mut ids, mut logits) = (Vec::new(), Vec::new());
+    let mut k = 0;
+    for sequence in sequences {
+        let top_k = sequence.top_k.as_ref()?;
+        k = top_k.k;
+        for t in target_positions(sequence) {
+            ids.extend(top_k.ids[t * k..(t + 1) * k].iter().map(|&id| i64::from(id)));
+            logits.extend_from_slice(&top_k.logits[t * k..(t + 1) * k]);
+        }
+    }
+    Some(TopKRows {
+        ids: Tensor::from_slice(&ids).view([-1, k as i64]),
+        logits: Tensor::from_slice(&logits).view([-1, k as i64]),
+        log_sum_exp: log_sum_exp.shallow_clone(),
+    })
+}

@@ -1,0 +1,271 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong while training or evaluating. Messages are lower-case fragments;
+/// [`Error::hint`] says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error("cannot {action} `{path}`: {source}")]
+    Io {
+        /// What was tried ("read", "write", …).
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A tensor file could not be read or written.
+    #[error("cannot {action} the tensors of `{path}`: {source}")]
+    Tensors {
+        /// "read" or "write".
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// libtorch's answer.
+        source: tch::TchError,
+    },
+    /// A JSON file of the run folder does not parse.
+    #[error("`{path}` is not the JSON expected here: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The parser's answer.
+        source: serde_json::Error,
+    },
+    /// The teacher cache cannot answer.
+    #[error(transparent)]
+    Cache(#[from] caskd_formats::Error),
+    /// The student cannot be loaded, extended or saved.
+    #[error(transparent)]
+    Model(#[from] caskd_models::Error),
+    /// The configuration is no TOML.
+    #[error("the configuration does not parse: {message}")]
+    ConfigSyntax {
+        /// The parser's answer, with line and column.
+        message: String,
+    },
+    /// A key that the configuration does not have.
+    #[error("unknown configuration key `{key}`")]
+    UnknownKey {
+        /// As it was given.
+        key: String,
+        /// The known key that looks most like it.
+        nearest: Option<String>,
+    },
+    /// A value that its key does not take.
+    #[error("`{key}` = {value} is not possible: {message}")]
+    BadValue {
+        /// The key, dotted where nested.
+        key: String,
+        /// As it was given.
+        value: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// Recipe keys and `[[loss]]` entries in one configuration.
+    #[error("`{key}` has no effect beside explicit [[loss]] entries")]
+    RecipeBesideLosses {
+        /// The first recipe key that was set.
+        key: String,
+    },
+    /// Student and cache were made with different tokenizers.
+    #[error(
+        "the tokenizer of student `{student}` is not the one the cache was built with \
+         (fingerprints {student_fingerprint} and {cache_fingerprint})"
+    )]
+    TokenizerMismatch {
+        /// The student's name.
+        student: String,
+        /// Its tokenizer's fingerprint, shortened.
+        student_fingerprint: String,
+        /// The cache's, shortened.
+        cache_fingerprint: String,
+    },
+    /// The heads differ by more than padding rows.
+    #[error(
+        "vocabulary mismatch: student `{student}` has {student_rows} rows in its head, the teacher \
+         {cache_rows}, their tokenizer {tokens} tokens"
+    )]
+    VocabularyMismatch {
+        /// The student's name.
+        student: String,
+        /// V of the student.
+        student_rows: usize,
+        /// V of the cached teacher.
+        cache_rows: usize,
+        /// Tokens of the tokenizer, added ones included.
+        tokens: usize,
+    },
+    /// A loss asks for more than the cache holds.
+    #[error("loss `{term}` cannot be answered by this {tier} cache: {reason}")]
+    TierCannotAnswer {
+        /// The loss.
+        term: String,
+        /// The cache's tier.
+        tier: String,
+        /// What is missing, and why it matters.
+        reason: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// Hidden layers that the cache does not hold.
+    #[error("the cache holds no teacher layer {missing}; it has {present}")]
+    MissingLayers {
+        /// Those asked for and absent, as a list.
+        missing: String,
+        /// Those the cache has, as a list.
+        present: String,
+    },
+    /// Nothing to train or evaluate on.
+    #[error("no sequence to use: {reason}")]
+    NoSequences {
+        /// Why none is left.
+        reason: String,
+    },
+    /// A cached token that the student has no embedding for.
+    #[error("{sequence}: token {token} is outside the vocabulary of {vocabulary}")]
+    TokenOutOfRange {
+        /// Where the sequence comes from ("file.jsonl:17").
+        sequence: String,
+        /// The token.
+        token: u32,
+        /// Rows both heads have.
+        vocabulary: usize,
+    },
+    /// A text that the tokenizer refuses.
+    #[error("the text cannot be tokenized: {message}")]
+    Tokenizer {
+        /// The tokenizer's answer.
+        message: String,
+    },
+    /// The output folder exists and no resumption was asked for.
+    #[error("`{path}` exists already")]
+    OutputExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A folder that is no run (any more).
+    #[error("`{path}` is not a run folder: {reason}")]
+    NotARun {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A run can only be resumed with what it was started with.
+    #[error("cannot resume `{path}`: {what} was {then} and is now {now}")]
+    ResumeDiffers {
+        /// The run folder.
+        path: PathBuf,
+        /// A configuration key, "student" or "cache".
+        what: String,
+        /// At the start of the run.
+        then: String,
+        /// Now.
+        now: String,
+    },
+    /// A student that is no longer the one the run trained.
+    #[error("`{path}` has changed since run `{run}` was trained on it")]
+    StudentChanged {
+        /// The student.
+        path: PathBuf,
+        /// The run.
+        run: PathBuf,
+    },
+    /// Every checkpoint of a run is damaged.
+    #[error("no checkpoint of `{path}` can be read: {reason}")]
+    NoCheckpoint {
+        /// The folder of the checkpoints.
+        path: PathBuf,
+        /// What is wrong with the newest.
+        reason: String,
+    },
+    /// A loss or gradient left the finite numbers.
+    #[error("{what} is not finite at step {step}, in {sources}")]
+    NotFinite {
+        /// "loss `kl`" or "the gradient of `…`".
+        what: String,
+        /// The step, from 1.
+        step: u64,
+        /// Where the sequences come from ("file.jsonl:17, …").
+        sources: String,
+        /// The newest checkpoint, from before it happened.
+        checkpoint: Option<PathBuf>,
+    },
+    /// A device this build or machine does not have.
+    #[error("device `{device}` is not available")]
+    NoDevice {
+        /// As configured.
+        device: String,
+    },
+    /// A reading thread ended without an answer.
+    #[error("a thread reading the cache ended unexpectedly")]
+    ReaderLost,
+}
+
+impl Error {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Cache(error) => error.hint(),
+            Error::Model(error) => error.hint(),
+            Error::UnknownKey { nearest, .. } => nearest.as_ref().map(|key| format!("did you mean `{key}`?")),
+            Error::RecipeBesideLosses { .. } => {
+                Some("remove the recipe keys, or the [[loss]] entries: one of the two decides the loss".to_owned())
+            }
+            Error::TokenizerMismatch { .. } => {
+                Some("train a student of the teacher's tokenizer, or build a cache from a teacher of this one".to_owned())
+            }
+            Error::VocabularyMismatch { .. } => Some(
+                "heads may differ only by padding rows: both need at least as many rows as the tokenizer has tokens"
+                    .to_owned(),
+            ),
+            Error::TierCannotAnswer { remedy, .. } => Some(remedy.clone()),
+            Error::MissingLayers { missing, .. } => {
+                Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
+            }
+            Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::OutputExists { .. } => Some("choose another folder, or continue this run with `--resume`".to_owned()),
+            Error::NotARun { .. } => Some("name a folder that `caskd train` wrote".to_owned()),
+            Error::ResumeDiffers { .. } => {
+                Some("resume with what the run was started with, or start a new run in another folder".to_owned())
+            }
+            Error::StudentChanged { .. } => Some("train again, or put the original student back".to_owned()),
+            Error::NotFinite { checkpoint, .. } => Some(match checkpoint {
+                Some(path) => format!(
+                    "the last good checkpoint is `{}`; try a lower learning_rate or loss weight in a new run",
+                    path.display()
+                ),
+                None => "no checkpoint was written before it; try a lower learning_rate or loss weight".to_owned(),
+            }),
+            Error::NoCheckpoint { .. } => Some("start the run again in another folder".to_owned()),
+            Error::NoDevice { .. } => Some("set `device` to \"cpu\", or to a GPU that libtorch sees, as \"cuda:0\"".to_owned()),
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                Some("free some space and continue with `--resume`".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    /// True where a loss or gradient left the finite numbers: the configuration diverges, nothing is
+    /// broken.
+    pub fn is_divergence(&self) -> bool {
+        matches!(self, Error::NotFinite { .. })
+    }
+
+    /// True where the user can mend it (exit code 2), false where it is our fault (exit code 1).
+    pub fn is_user(&self) -> bool {
+        match self {
+            Error::Cache(error) => error.is_user(),
+            Error::Model(error) => error.is_user(),
+            Error::ReaderLost => false,
+            _ => true,
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The fused head: LM head, logit losses and their backward pass over chunks of target positions.
+//!
+//! [N, V] tensors never exist for a whole batch. For each chunk the student's logits are made
+//! without a graph, the losses and their gradient are taken on them by autograd inside the chunk, and
+//! only dL/dh [N, D] is kept; the trunk's backward pass starts from that. Prompt positions never
+//! reach the head.
+
+use tch::{Kind, Tensor};
+
+use crate::batch::Batch;
+use crate::losses::{LogitLoss, LogitRows, Normalization, SampleSigma, TopKRows};
+use crate::teacher_logits::LinearCode;
+
+/// Logits that one chunk holds: small enough for the last-level cache to help and for the allocator
+/// to reuse the memory, large enough for the matrix product to run at full speed.
+const CHUNK_LOGITS: i64 = 6 << 20;
+
+/// Rows of a chunk, whatever the vocabulary.
+const CHUNK_ROWS: std::ops::RangeInclusive<i64> = 16..=1024;
+
+/// A logit loss and what each of its values is multiplied with in the total.
+pub(crate) struct ScaledLoss<'a> {
+    /// The loss.
+    pub(crate) loss: &'a dyn LogitLoss,
+    /// Weight over the denominator of the reduction.
+    pub(crate) scale: f64,
+}
+
+/// The two heads.
+pub(crate) struct Heads<'a> {
+    /// [V, D], the student's, frozen.
+    pub(crate) student: &'a Tensor,
+    /// The teacher's; `None` where no loss asks for full logits.
+    pub(crate) teacher: Option<&'a LinearCode>,
+}
+
+/// What the head gives back.
+pub(crate) struct HeadGradient {
+    /// dL/dh at the target positions [N, D], in the kind of the student's matrix products.
+    pub(crate) hidden: Tensor,
+    /// Σ of the values of each loss over the target positions, unscaled.
+    pub(crate) sums: Vec<f64>,
+}
+
+/// A loss value that is not finite.
+#[derive(Debug)]
+pub(crate) struct NotFiniteRow {
+    /// Index of the loss.
+    pub(crate) loss: usize,
+    /// Index of the target position in the batch.
+    pub(crate) row: i64,
+}
+
+/// Rows of a chunk for a vocabulary.
+pub(crate) fn rows_per_chunk(vocabulary: i64) -> i64 {
+    (CHUNK_LOGITS / vocabulary.max(1)).clamp(*CHUNK_ROWS.start(), *CHUNK_ROWS.end())
+}
+
+/// Losses and dL/dh of the rows `hidden` [N, D] (detached, the student's kind), N the batch's target
+/// positions, `chunk` rows at a time.
+pub(crate) fn fused_head(
+    hidden: &Tensor,
+    batch: &Batch,
+    heads: &Heads<'_>,
+    losses: &[ScaledLoss<'_>],
+    chunk: i64,
+) -> Result<HeadGradient, NotFiniteRow> {
+    let coefficients = heads.teacher.map(|code| {
+        batch.teacher_hidden(code.layer).index_select(0, &batch.targets_in_positions)
+    });
+    let sigmas = sample_sigmas(hidden, coefficients.as_ref(), batch, heads, losses, chunk);
+    let mut sums = vec![0.0; losses.len()];
+    let mut gradients = Vec::new();
+    for (first, rows) in chunks(hidden.size()[0], chunk) {
+        let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
+        let teacher = teacher_chunk(heads.teacher, coefficients.as_ref(), first, rows);
+        let top_k = batch.top_k.as_ref().map(|top_k| TopKRows {
+            ids: top_k.ids.narrow(0, first, rows),
+            logits: top_k.logits.narrow(0, first, rows),
+            log_sum_exp: top_k.log_sum_exp.narrow(0, first, rows),
+        });
+        let sigmas: Vec<(Normalization, SampleSigma)> = sigmas
+            .iter()
+            .map(|(norm, sigma)| {
+                let student = sigma.student.narrow(0, first, rows);
+                let teacher = sigma.teacher.narrow(0, first, rows);
+                (*norm, SampleSigma { student, teacher })
+            })
+            .collect();
+        let rows = LogitRows {
+            student: &student,
+            teacher: teacher.as_ref(),
+            top_k: top_k.as_ref(),
+            labels: &batch.labels.narrow(0, first, rows),
+            sample_sigmas: &sigmas,
+        };
+        let mut total: Option<Tensor> = None;
+        for (index, ScaledLoss { loss, scale }) in losses.iter().enumerate() {
+            let values = loss.value(&rows);
+            let sum = values.sum(Kind::Double).double_value(&[]);
+            if !sum.is_finite() {
+                return Err(NotFiniteRow { loss: index, row: first + first_not_finite(&values) });
+            }
+            sums[index] += sum;
+            let scaled = values.sum(None::<Kind>) * *scale;
+            total = Some(total.map_or_else(|| scaled.shallow_clone(), |total| total + &scaled));
+        }
+        if let Some(total) = total {
+            let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
+            gradients.push(gradient.to_kind(heads.student.kind()).matmul(heads.student));
+        }
+    }
+    Ok(HeadGradient { hidden: Tensor::cat(&gradients, 0), sums })
+}
+
+/// Logits in f32 of hidden states, without a graph: [N, D], [V, D] → [N, V].
+pub(crate) fn logits(hidden: &Tensor, head: &Tensor) -> Tensor {
+    tch::no_grad(|| hidden.matmul(&head.tr()).to_kind(Kind::Float))
+}
+
+/// Starts and lengths of chunks that cover `rows`.
+pub(crate) fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> {
+    let chunk = chunk.max(1);
+    (0..rows).step_by(chunk as usize).map(move |first| (first, chunk.min(rows - first)))
+}
+
+fn teacher_chunk(code: Option<&LinearCode>, coefficients: Option<&Tensor>, first: i64, rows: i64) -> Option<Tensor> {
+    let (code, coefficients) = (code?, coefficients?);
+    Some(tch::no_grad(|| code.logits(&coefficients.narrow(0, first, rows))))
+}
+
+/// σ per sample for each normalisation that a loss asks for, spread over the target positions: a
+/// pass of its own, since σ needs all positions of a sample before the first of them has a loss.
+fn sample_sigmas(
+    hidden: &Tensor,
+    coefficients: Option<&Tensor>,
+    batch: &Batch,
+    heads: &Heads<'_>,
+    losses: &[ScaledLoss<'_>],
+    chunk: i64,
+) -> Vec<(Normalization, SampleSigma)> {
+    let mut norms: Vec<Normalization> = losses.iter().filter_map(|scaled| scaled.loss.sample_sigma()).collect();
+    norms.dedup();
+    norms
+        .into_iter()
+        .map(|norm| {
+            let (mut student, mut teacher) = (Vec::new(), Vec::new());
+            for (first, rows) in chunks(hidden.size()[0], chunk) {
+                student.push(moments(&norm.apply(&logits(&hidden.narrow(0, first, rows), heads.student))));
+                if let Some(logits) = teacher_chunk(heads.teacher, coefficients, first, rows) {
+                    teacher.push(moments(&norm.apply(&logits)));
+                }
+            }
+            let spread = |chunks: &[Tensor]| sigma_of_samples(&Tensor::cat(chunks, 0), batch);
+            (norm, SampleSigma { student: spread(&student), teacher: spread(&teacher) })
+        })
+        .collect()
+}
+
+/// Mean and mean square over the vocabulary in f64: [N, V] → [N, 2].
+fn moments(logits: &Tensor) -> Tensor {
+    let mean = logits.mean_dim([-1].as_slice(), true, None::<Kind>);
+    let variance = (logits - &mean).square().mean_dim([-1].as_slice(), true, None::<Kind>).to_kind(Kind::Double);
+    let mean = mean.to_kind(Kind::Double);
+    Tensor::cat(&[mean.shallow_clone(), variance + mean.square()], 1)
+}
+
+/// From the moments of the rows [N, 2] to the σ of each row's sample [N, 1] f32.
+fn sigma_of_samples(moments: &Tensor, batch: &Batch) -> Tensor {
+    let of = &batch.sequence_of_target;
+    let samples = batch.num_sequences() as i64;
+    let sums = Tensor::zeros([samples, 2], (Kind::Double, moments.device())).index_add(0, of, moments);
+    let counts = of.bincount(None::<Tensor>, samples).clamp_min(1).to_kind(Kind::Double).unsqueeze(1);
+    let means = sums / counts;
+    let variance = means.narrow(1, 1, 1) - means.narrow(1, 0, 1).square();
+    variance.clamp_min(0.0).sqrt().to_kind(Kind::Float).index_select(0, of)
+}
+
+fn first_not_finite(values: &Tensor) -> i64 {
+    values.isfinite().to_kind(Kind::Int64).argmin(0, false).int64_value(&[])
+}

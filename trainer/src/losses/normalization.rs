@@ -1,0 +1,44 @@
+//! Normalisations of Table 2, ahead of a loss: of logits over the vocabulary, of hidden states over
+//! the width, always one position at a time.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+/// ε of Eq. 9 and of the standardisation.
+const EPSILON: f64 = 1e-6;
+
+/// "Logits Normalization" and "Hidden States Normalization" of Table 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalization {
+    /// As they are.
+    #[default]
+    None,
+    /// (x − min) / (max − min + ε), BayesKD Eq. 9.
+    MaxMin,
+    /// (x − mean) / (σ + ε) with the population's σ (Sun et al. 2024, "Logit standardization in
+    /// knowledge distillation").
+    Standardize,
+}
+
+impl Normalization {
+    /// All three, in Table 2's order.
+    pub const ALL: [Normalization; 3] = [Normalization::None, Normalization::MaxMin, Normalization::Standardize];
+
+    /// Normalises each vector along the last dimension: [.., D] → [.., D], gradients included.
+    pub fn apply(self, x: &Tensor) -> Tensor {
+        match self {
+            Normalization::None => x.shallow_clone(),
+            Normalization::MaxMin => {
+                let min = x.amin([-1], true);
+                let range = x.amax([-1], true) - &min;
+                (x - min) / (range + EPSILON)
+            }
+            Normalization::Standardize => {
+                let centred = x - x.mean_dim([-1].as_slice(), true, None::<Kind>);
+                let sigma = centred.square().mean_dim([-1].as_slice(), true, None::<Kind>).sqrt();
+                centred / (sigma + EPSILON)
+            }
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use caskd_formats::Cache;
+use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
+use serde::{Deserialize, Serialize};
+
+use crate::train::{StepReport, TrainSummary};
+use crate::{Error, Result, TrainConfig};
+
+const CONFIG: &str = "config.toml";
+const RECORD: &str = "run.json";
+const LOG: &str = "log.jsonl";
+const ADAPTER: &str = "adapter";
+
+/// `run.json`: what the run trained on what, and how it ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RunRecord {
+    /// Version of the program.
+    pub(crate) caskd_version: String,
+    /// The student's path.
+    pub(crate) student: PathBuf,
+    /// Digest of its weights.
+    pub(crate) student_digest: String,
+    /// The cache's folder.
+    pub(crate) cache: PathBuf,
+    /// Checksum of its manifest.
+    pub(crate) cache_digest: String,
+    /// Once the run is complete.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) summary: Option<TrainSummary>,
+}
+
+/// An open run folder.
+pub(crate) struct RunFolder {
+    path: PathBuf,
+    pub(crate) record: RunRecord,
+    log: Option<File>,
+}
+
+/// Whether a folder is a run's.
+pub fn is_run(path: &Path) -> bool {
+    path.join(RECORD).is_file()
+}
+
+/// The cache that a run was trained on.
+pub fn run_cache(run: &Path) -> Result<PathBuf> {
+    Ok(read_record(run)?.cache)
+}
+
+/// A finished run's student with the trained adapters attached.
+///
+/// # Errors
+/// A folder that is no run, a run that is not finished, a student that has changed or moved.
+pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    let record = read_record(run)?;
+    if record.summary.is_none() {
+        let reason = "it has not finished; go on with `--resume`".to_owned();
+        return Err(Error::NotARun { path: run.to_owned(), reason });
+    }
+    let mut model = load(&record.student, options)?;
+    if model.digest != record.student_digest {
+        return Err(Error::StudentChanged { path: record.student, run: run.to_owned() });
+    }
+    load_adapters(&mut model.network, &run.join(ADAPTER))?;
+    Ok(model)
+}
+
+impl RunRecord {
+    /// The record of a run that begins.
+    pub(crate) fn new(student: &LoadedModel, student_path: &Path, cache: &Cache) -> RunRecord {
+        let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        RunRecord {
+            caskd_version: env!("CARGO_PKG_VERSION").to_owned(),
+            student: absolute(student_path),
+            student_digest: student.digest.clone(),
+            cache: absolute(cache.dir()),
+            cache_digest: cache.manifest().checksum.clone(),
+            summary: None,
+        }
+    }
+}
+
+impl RunFolder {
+    /// Makes the folder, or with `resume` opens the one there is after checking that nothing which
+    /// decides the result has changed.
+    pub(crate) fn open(path: &Path, config: &TrainConfig, record: RunRecord, resume: bool) -> Result<RunFolder> {
+        let exists = path.exists();
+        if exists && !resume {
+            return Err(Error::OutputExists { path: path.to_owned() });
+        }
+        // A folder without a record was cut off before its first step, or is someone else's.
+        let record = if is_run(path) {
+            resumable(path, config, record)?
+        } else if exists && fs::read_dir(path).map_err(io("read", path))?.next().is_some() && !path.join(CONFIG).exists()
+        {
+            return Err(Error::NotARun { path: path.to_owned(), reason: "it holds something else".to_owned() });
+        } else {
+            fs::create_dir_all(path).map_err(io("create", path))?;
+            write_whole(&path.join(CONFIG), config.to_toml()?.as_bytes())?;
+            write_json(&path.join(RECORD), &record)?;
+            record
+        };
+        Ok(RunFolder { path: path.to_owned(), record, log: None })
+    }
+
+    /// Folder of the checkpoints.
+    pub(crate) fn checkpoints(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+
+    /// Folder of the final adapters.
+    pub(crate) fn adapter(&self) -> PathBuf {
+        self.path.join(ADAPTER)
+    }
+
+    /// Opens the log, without the lines of steps that a resumed run makes again.
+    pub(crate) fn open_log(&mut self, steps_made: u64) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Line {
+            step: u64,
+        }
+        let path = self.path.join(LOG);
+        let old = match fs::read_to_string(&path) {
+            Ok(old) => old,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(io("read", &path)(error)),
+        };
+        let made = |line: &&str| serde_json::from_str(line).is_ok_and(|Line { step }| step <= steps_made);
+        let kept: String = old.lines().filter(made).flat_map(|line| [line, "\n"]).collect();
+        write_whole(&path, kept.as_bytes())?;
+        self.log = Some(OpenOptions::new().append(true).open(&path).map_err(io("write", &path))?);
+        Ok(())
+    }
+
+    /// Adds a step's line to the log.
+    pub(crate) fn log(&mut self, report: &StepReport) -> Result<()> {
+        let path = self.path.join(LOG);
+        let Some(log) = &mut self.log else { return Ok(()) };
+        let mut line = serde_json::to_vec(report).map_err(|source| Error::Json { path: path.clone(), source })?;
+        line.push(b'\n');
+        log.write_all(&line).map_err(io("write", &path))
+    }
+
+    /// Records that the run is complete: from now on it can be loaded.
+    pub(crate) fn finish(&mut self, summary: &TrainSummary) -> Result<()> {
+        self.record.summary = Some(summary.clone());
+        write_json(&self.path.join(RECORD), &self.record)
+    }
+}
+
+/// The record of the run that is there, when it may be resumed.
+fn resumable(path: &Path, config: &TrainConfig, now: RunRecord) -> Result<RunRecord> {
+    let then = read_record(path)?;
+    let config_path = path.join(CONFIG);
+    let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
+    let differs = |what: &str, then: String, now: String| Error::ResumeDiffers {
+        path: path.to_owned(),
+        what: what.to_owned(),
+        then,
+        now,
+    };
+    if let Some((key, then, now)) = TrainConfig::from_toml(&text)?.first_difference(config) {
+        return Err(differs(&format!("`{key}`"), then, now));
+    }
+    let identities = [
+        ("the student", (&then.student_digest, &then.student), (&now.student_digest, &now.student)),
+        ("the cache", (&then.cache_digest, &then.cache), (&now.cache_digest, &now.cache)),
+    ];
+    for (what, then, now) in identities {
+        if then.0 != now.0 {
+            let shown = |(digest, path): (&String, &PathBuf)| {
+                format!("`{}` ({})", path.display(), digest.chars().take(12).collect::<String>())
+            };
+            return Err(differs(what, shown(then), shown(now)));
+        }
+    }
+    Ok(RunRecord { summary: then.summary, ..now })
+}
+
+fn read_record(run: &Path) -> Result<RunRecord> {
+    let path = run.join(RECORD);
+    let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::NotARun { path: run.to_owned(), reason: format!("it has no `{RECORD}`") }
+        }
+        _ => io("read", &path)(error),
+    })?;
+    serde_json::from_str(&text).map_err(|source| Error::Json { path, source })
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text =
+        serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    text.push(b'\n');
+    write_whole(path, &text)
+}
+
+/// Writes a file that has its name only when it is complete.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let unfinished = path.with_extension("unfinished");
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&unfinished)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, path)?;
+        path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    };
+    write().map_err(io("write", path))
+}
+
+fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}

@@ -1,0 +1,94 @@
+//! One forward and backward pass: the trunk by autograd, the head fused, hidden states aligned.
+
+use tch::{Kind, Tensor};
+
+use caskd_models::Llama;
+
+use crate::batch::Batch;
+use crate::head::{Heads, ScaledLoss, fused_head, rows_per_chunk};
+use crate::losses::HiddenPositions;
+use crate::objective::{Objective, StepSize, Work};
+use crate::teacher_logits::LinearCode;
+
+/// Which term left the finite numbers, and where.
+#[derive(Debug)]
+pub(crate) struct NotFiniteTerm {
+    /// Name of the term.
+    pub(crate) term: String,
+    /// The sequence, or all of the batch where it cannot be told.
+    pub(crate) sources: String,
+}
+
+/// Adds the gradient of one batch's share of the step to the student's trainable tensors. Returns
+/// each term's share of its (unweighted) value over the step.
+pub(crate) fn forward_backward(
+    student: &Llama,
+    objective: &Objective,
+    teacher: Option<&LinearCode>,
+    batch: &Batch,
+    step: &StepSize,
+) -> Result<Vec<f64>, NotFiniteTerm> {
+    let forward = student.forward(&batch.input_ids, &objective.student_layers(), true);
+    let width = *forward.last_hidden.size().last().unwrap_or(&0);
+    let vocabulary = objective.vocabulary as i64;
+    let mut shares = vec![0.0; objective.terms.len()];
+    // What the backward pass of the trunk starts from.
+    let mut roots: Vec<Tensor> = Vec::new();
+
+    let (of_logits, losses): (Vec<usize>, Vec<ScaledLoss<'_>>) = objective
+        .terms
+        .iter()
+        .enumerate()
+        .filter_map(|(index, term)| match &term.work {
+            Work::Logits { loss, .. } => {
+                Some((index, ScaledLoss { loss: loss.as_ref(), scale: term.weight / term.denominator(step) }))
+            }
+            Work::Hidden { .. } => None,
+        })
+        .unzip();
+    if !losses.is_empty() && batch.num_targets() > 0 {
+        let rows = forward.last_hidden.detach().view([-1, width]).index_select(0, &batch.targets);
+        let heads = Heads { student: &student.head().narrow(0, 0, vocabulary), teacher };
+        let head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(|bad| {
+            let term = objective.terms[of_logits[bad.loss]].name.clone();
+            NotFiniteTerm { term, sources: batch.source_of_target(bad.row).to_owned() }
+        })?;
+        for (&index, sum) in of_logits.iter().zip(&head.sums) {
+            shares[index] = sum / objective.terms[index].denominator(step);
+        }
+        // Its gradient with respect to the last hidden state is the one the head computed.
+        let gradient = forward.last_hidden.detach().zeros_like().view([-1, width]);
+        let gradient = gradient.index_copy(0, &batch.targets, &head.hidden);
+        roots.push((forward.last_hidden.view([-1, width]) * gradient).sum(Kind::Float));
+    }
+
+    for (index, term) in objective.terms.iter().enumerate() {
+        let Work::Hidden { loss, pairs, positions } = &term.work else { continue };
+        for pair in pairs {
+            let (in_batch, in_positions) = match positions {
+                HiddenPositions::All => (&batch.positions, None),
+                HiddenPositions::Targets => (&batch.targets, Some(&batch.targets_in_positions)),
+            };
+            let teacher = batch.teacher_hidden(pair.teacher);
+            let teacher = in_positions.map_or_else(|| teacher.shallow_clone(), |rows| teacher.index_select(0, rows));
+            let Some((_, student)) = forward.hidden.iter().find(|(layer, _)| *layer == pair.student) else {
+                continue; // The forward pass returns every layer it was asked for.
+            };
+            let student = student.view([-1, student.size()[2]]).index_select(0, in_batch).to_kind(Kind::Float);
+            let mean = loss.sum_over_positions(&student, &teacher) / term.denominator(step);
+            shares[index] += mean.double_value(&[]);
+            // The embeddings (layer 0) are frozen: nothing to train there.
+            if mean.requires_grad() {
+                roots.push(mean * term.weight);
+            }
+        }
+        if !shares[index].is_finite() {
+            return Err(NotFiniteTerm { term: term.name.clone(), sources: batch.sources.join(", ") });
+        }
+    }
+
+    if let Some(root) = roots.into_iter().reduce(|sum, root| sum + root) {
+        root.backward();
+    }
+    Ok(shares)
+}
