@@ -64,3 +64,102 @@ fn standardise(values: impl Iterator<Item = f64> + Clone) -> Vec<f64> {
     };
     values.map(|v| (v - mean) * scale).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// ∫ max(best − ξ − y, 0) N(y; μ, σ²) dy by Simpson's rule.
+    fn integrated(mean: f64, deviation: f64, best: f64, xi: f64) -> f64 {
+        let steps = 20_000;
+        let (low, high) = (
+            mean - 12.0 * deviation,
+            (best - xi).min(mean + 12.0 * deviation),
+        );
+        if high <= low {
+            return 0.0;
+        }
+        let h = (high - low) / f64::from(steps);
+        let f = |y: f64| {
+            let z = (y - mean) / deviation;
+            let density = (-0.5 * z * z).exp() / (deviation * std::f64::consts::TAU.sqrt());
+            (best - xi - y).max(0.0) * density
+        };
+        let inner: f64 = (1..steps)
+            .map(|i| f(low + f64::from(i) * h) * if i % 2 == 1 { 4.0 } else { 2.0 })
+            .sum();
+        h / 3.0 * (f(low) + inner + f(high))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn expected_improvement_is_the_integral(
+            mean in -3.0..3.0f64, deviation in 0.01..3.0f64, best in -3.0..3.0f64, xi in -0.5..0.5f64,
+        ) {
+            let analytic = expected_improvement(mean, deviation, best, xi);
+            prop_assert!((analytic - integrated(mean, deviation, best, xi)).abs() < 1e-8);
+        }
+    }
+
+    #[test]
+    fn without_uncertainty_only_the_improvement_counts() {
+        assert_eq!(expected_improvement(1.0, 0.0, 3.0, 0.5), 1.5);
+        assert_eq!(expected_improvement(3.0, 0.0, 1.0, 0.0), 0.0);
+    }
+
+    /// Eqs. 10–12 by hand: Z = (2 − 1.5 − 0.1)/0.8 = 0.5, Φ(Z) = 0.691462461274, φ(Z) = 0.352065326764,
+    /// EI = 0.4·Φ + 0.8·φ; S = 2·0.3 + 0.5·1.2 = 1.2; α = 0.7.
+    #[test]
+    fn laei_on_hand_values() {
+        let options = SaboOptions {
+            alpha: 0.7,
+            lambda1: 2.0,
+            lambda2: 0.5,
+            xi: 0.1,
+            ..SaboOptions::laei()
+        };
+        let ei = expected_improvement(1.5, 0.8, 2.0, options.xi);
+        assert!((ei - 0.558_237_245_921).abs() < 1e-9, "{ei}");
+        let s = discrepancy(
+            &options,
+            &Discrepancy {
+                logits: 0.3,
+                hidden: 1.2,
+            },
+        );
+        assert!((s - 1.2).abs() < 1e-12);
+        let laei = ei + alpha(&options, 100) * s;
+        assert!((laei - (0.558_237_245_921 + 0.84)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn alpha_decays_and_turns() {
+        let options = SaboOptions {
+            alpha: 1.0,
+            decay: Some(10.0),
+            ..SaboOptions::default()
+        };
+        assert_eq!(alpha(&options, 0), 1.0);
+        assert_eq!(alpha(&options, 10), 0.5);
+        let inverted = SaboOptions {
+            inverted: true,
+            ..options
+        };
+        assert_eq!(alpha(&inverted, 30), -0.1);
+    }
+
+    #[test]
+    fn a_part_that_never_varies_weighs_nothing() {
+        let parts: Vec<Discrepancy> = (0..4)
+            .map(|i| Discrepancy {
+                logits: 5.0,
+                hidden: f64::from(i),
+            })
+            .collect();
+        let s = standardised_discrepancies(&SaboOptions::default(), &parts);
+        assert!((s.iter().sum::<f64>()).abs() < 1e-12);
+        assert!((s[3] + s[0]).abs() < 1e-12 && s[3] > 1.0);
+    }
+}

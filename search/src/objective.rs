@@ -63,7 +63,7 @@ pub struct Discrepancy {
 
 /// Names of the parameters on which each part of a [`Discrepancy`] depends; names that the space does not have
 /// are ignored.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DependsOn {
     /// For D.
     pub logits: Vec<String>,

@@ -15,7 +15,6 @@ pub(crate) enum Stream {
     Sobol = 3,
     Candidates = 4,
     Ties = 5,
-    Restarts = 6,
 }
 
 /// One step of SplitMix64 (Steele, Lea and Flood 2014).

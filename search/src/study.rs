@@ -90,6 +90,15 @@ impl Study {
         Self::open(dir)
     }
 
+    /// A study that lives and dies with this object, for objectives that cost nothing.
+    pub fn in_memory(space: &Space, config: &StudyConfig) -> Result<Self> {
+        config.validate()?;
+        let dir = PathBuf::from(":memory:");
+        let mut store = Store::open(&dir)?;
+        store.create(space, config)?;
+        Ok(Self::from_store(dir, store, space, config.clone()))
+    }
+
     /// Opens the study in a folder.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(STUDY_FILE);
@@ -104,14 +113,19 @@ impl Study {
             return Err(missing());
         }
         let (space, config) = store.space_and_config()?;
-        let known = store.discrepancies()?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            sampler: Sampler::new(&Space::from_json(&space)?),
+        let mut study = Self::from_store(dir.to_owned(), store, &Space::from_json(&space)?, config);
+        study.known = study.store.discrepancies()?;
+        Ok(study)
+    }
+
+    fn from_store(dir: PathBuf, store: Store, space: &Space, config: StudyConfig) -> Self {
+        Self {
+            dir,
             store,
             config,
-            known,
-        })
+            sampler: Sampler::new(space),
+            known: BTreeMap::new(),
+        }
     }
 
     /// Opens the study in a folder, or creates it. An existing one must have been created with the same space and

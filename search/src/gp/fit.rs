@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use faer::Mat;
 
 use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order};
-use super::posterior::{Cholesky, factorise};
+use super::posterior::Cholesky;
 
 /// Log-normal priors on the hyper-parameters: mean and standard deviation of the logarithm.
 #[derive(Debug, Clone, Copy)]
@@ -303,7 +303,75 @@ fn add(a: &mut [f64], factor: f64, b: &[f64]) {
     }
 }
 
-/// Only for callers that need the factor of the fitted matrix.
-pub(crate) fn covariance(orders: &[Order], columns: &Columns, hyper: &Hyper) -> Option<Cholesky> {
-    factorise(orders, columns, hyper)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gp::kernel::orders;
+    use crate::rng::{Rng, Stream};
+    use crate::space::{Point, Space};
+
+    /// Random points of Table 2 (repeated ones included) and a noisy function of them.
+    fn data(n: usize) -> (Vec<Point>, Vec<f64>) {
+        let space = Space::table2();
+        let mut rng = Rng::new(4, Stream::Random, 0);
+        let points: Vec<Point> = (0..n)
+            .map(|_| {
+                let unit: Vec<f64> = space.parameters().iter().map(|_| rng.uniform()).collect();
+                space.point_at(&unit)
+            })
+            .collect();
+        let targets = points
+            .iter()
+            .map(|p| {
+                (p[0] - 1.5) * 0.4 + (p[2] / 10.0 - 1.0) * p[6] + p[3] * 0.3 + 0.2 * rng.normal()
+            })
+            .collect();
+        (points, targets)
+    }
+
+    #[test]
+    fn gradients_agree_with_finite_differences() {
+        let space = Space::table2();
+        let orders = orders(&space);
+        let (points, targets) = data(30);
+        let columns = Columns::new(&space, &points);
+        let problem = Problem::new(&orders, &columns, &targets, &Priors::default());
+        let mut rng = Rng::new(8, Stream::Random, 1);
+        for _ in 0..5 {
+            let mode = problem.prior_mode().theta;
+            let theta: Vec<f64> = mode.iter().map(|t| t + 0.7 * rng.normal()).collect();
+            let (_, gradient) = problem.loss(&theta);
+            for (i, analytic) in gradient.iter().enumerate() {
+                let at = |step: f64| {
+                    let mut moved = theta.clone();
+                    moved[i] += step;
+                    problem.loss(&moved).0
+                };
+                let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!(
+                    (analytic - numeric).abs() < 1e-5 * (1.0 + numeric.abs()),
+                    "component {i}: {analytic} against {numeric}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn fitting_finds_the_noise_and_lowers_the_loss() {
+        let space = Space::table2();
+        let orders = orders(&space);
+        let (points, targets) = data(120);
+        let columns = Columns::new(&space, &points);
+        let problem = Problem::new(&orders, &columns, &targets, &Priors::default());
+        let start = problem.prior_mode();
+        let fitted = map_estimate(&problem, 100);
+        let (before, after) = (problem.loss(&start.theta).0, problem.loss(&fitted.theta));
+        assert!(after.0 < before - 5.0);
+        assert!(norm(&after.1) < 0.1, "{:?}", after.1);
+        assert!(
+            (fitted.noise().sqrt() - 0.2).abs() < 0.08,
+            "{}",
+            fitted.noise().sqrt()
+        );
+    }
 }

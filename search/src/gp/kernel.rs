@@ -20,9 +20,6 @@ pub(crate) struct Hyper {
 }
 
 impl Hyper {
-    pub(crate) fn count(dimensions: usize) -> usize {
-        2 * dimensions + 2
-    }
     pub(crate) fn scale(&self, j: usize) -> f64 {
         self.theta[j].exp()
     }

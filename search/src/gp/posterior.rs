@@ -101,7 +101,7 @@ impl Cholesky {
 }
 
 /// Factorises the covariance of the observations, noise included.
-pub(crate) fn factorise(orders: &[Order], columns: &Columns, hyper: &Hyper) -> Option<Cholesky> {
+fn factorise(orders: &[Order], columns: &Columns, hyper: &Hyper) -> Option<Cholesky> {
     let n = columns.len;
     let tables: Vec<FactorTable> = (0..orders.len())
         .map(|j| {
@@ -241,5 +241,92 @@ impl<'a> Posterior<'a> {
     /// Predicts at points of a space.
     pub(crate) fn predict_points(&self, space: &Space, points: &[Point]) -> Prediction {
         self.predict(&Columns::new(space, points))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gp::kernel::{factor, orders};
+    use crate::rng::{Rng, Stream};
+
+    /// The textbook formula with a plain Gauss-Jordan inverse.
+    #[test]
+    fn predictions_agree_with_the_slow_formula() {
+        let space = Space::table2();
+        let orders = orders(&space);
+        let mut rng = Rng::new(2, Stream::Random, 0);
+        let mut draw = |n: usize| -> Vec<Point> {
+            (0..n)
+                .map(|_| {
+                    let unit: Vec<f64> = space.parameters().iter().map(|_| rng.uniform()).collect();
+                    space.point_at(&unit)
+                })
+                .collect()
+        };
+        let (points, candidates) = (draw(12), draw(700));
+        let targets: Vec<f64> = points
+            .iter()
+            .map(|p| p.iter().sum::<f64>() / 10.0 - 1.0)
+            .collect();
+        let hyper = Hyper {
+            theta: (0..16).map(|i| -0.2 * f64::from(i)).collect(),
+        };
+        let columns = Columns::new(&space, &points);
+        let posterior = Posterior::new(&orders, &columns, &hyper, &targets).unwrap();
+        let fast = posterior.predict_points(&space, &candidates);
+
+        let k = |a: &Point, b: &Point| {
+            let (mut product, mut sum) = (hyper.product(), CONSTANT);
+            for (j, p) in space.parameters().iter().enumerate() {
+                let place = |x: &Point| p.domain().place(x[j]);
+                let f = factor(orders[j], hyper.scale(j), place(a), place(b)).0;
+                product *= f;
+                sum += hyper.additive(j) * f;
+            }
+            product + sum
+        };
+        let n = points.len();
+        let mut augmented: Vec<Vec<f64>> = (0..n)
+            .map(|i| {
+                let noisy =
+                    |l: usize| k(&points[i], &points[l]) + if i == l { hyper.noise() } else { 0.0 };
+                let unit = (0..n).map(|l| f64::from(u8::from(i == l)));
+                (0..n).map(noisy).chain(unit).collect()
+            })
+            .collect();
+        for i in 0..n {
+            let pivot = augmented[i][i];
+            augmented[i].iter_mut().for_each(|x| *x /= pivot);
+            for l in (0..n).filter(|&l| l != i) {
+                let factor = augmented[l][i];
+                let row = augmented[i].clone();
+                augmented[l]
+                    .iter_mut()
+                    .zip(row)
+                    .for_each(|(x, y)| *x -= factor * y);
+            }
+        }
+        for (c, candidate) in candidates.iter().enumerate() {
+            let cross: Vec<f64> = points.iter().map(|p| k(candidate, p)).collect();
+            let (mut mean, mut variance) = (0.0, k(candidate, candidate));
+            for i in 0..n {
+                for l in 0..n {
+                    let inverse = augmented[i][n + l];
+                    mean += cross[i] * inverse * targets[l];
+                    variance -= cross[i] * inverse * cross[l];
+                }
+            }
+            assert!((mean - fast.mean[c]).abs() < 1e-8);
+            assert!((variance - fast.variance[c]).abs() < 1e-8);
+        }
+    }
+
+    #[test]
+    fn singular_matrices_get_jitter_and_hopeless_ones_are_refused() {
+        let ones = Mat::from_fn(3, 3, |_, _| 1.0);
+        assert!(Cholesky::of(ones).is_some());
+        assert!(Cholesky::of(Mat::from_fn(2, 2, |i, l| if i == l { 1.0 } else { 2.0 })).is_none());
+        assert!(Cholesky::of(Mat::from_fn(1, 1, |_, _| f64::NAN)).is_none());
     }
 }

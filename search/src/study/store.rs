@@ -11,6 +11,7 @@ use rusqlite::{
 use super::lease::{is_dead, now};
 use crate::config::StudyConfig;
 use crate::error::{Error, Result};
+use crate::objective::DependsOn;
 use crate::params::Params;
 use crate::sampler::Part;
 use crate::space::Space;
@@ -407,6 +408,36 @@ impl Store {
                 })?
                 .collect()
         })
+    }
+
+    /// On which parameters S(x) depends, once somebody has measured it.
+    pub(crate) fn dependence(&self) -> Result<Option<DependsOn>> {
+        let json: Option<String> = self.check(|c| {
+            c.query_row(
+                "SELECT value FROM meta WHERE key = 'depends_on'",
+                [],
+                |row| row.get(0),
+            )
+            .optional()
+        })?;
+        Ok(json.and_then(|json| serde_json::from_str(&json).ok()))
+    }
+
+    /// The first objective that measures S(x) decides on which parameters it depends, so that every worker and
+    /// every replay looks a measurement up in the same way.
+    pub(crate) fn agree_on_dependence(&mut self, proposed: &DependsOn) -> Result<DependsOn> {
+        if let Some(agreed) = self.dependence()? {
+            return Ok(agreed);
+        }
+        let json = to_json(proposed);
+        self.change(|tx| {
+            tx.execute(
+                "INSERT OR IGNORE INTO meta (key, value) VALUES ('depends_on', ?1)",
+                [&json],
+            )?;
+            Ok(())
+        })?;
+        Ok(self.dependence()?.unwrap_or_else(|| proposed.clone()))
     }
 
     /// Keeps measured discrepancies; what another worker measured first stays.

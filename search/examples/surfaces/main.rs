@@ -1,0 +1,185 @@
+//! Simple regret of the samplers on synthetic response surfaces.
+//!
+//! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo]`
+//! prints one JSON object. Simple regret after t trials is the clean value of the configuration with the lowest
+//! noisy observation among the first t, less the least clean value of the surface.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub
+)]
+
+mod own;
+mod response;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use caskd_search::{
+    BoxError, Discrepancy, Holder, Objective, Outcome, Params, SaboOptions, SamplerKind, Space,
+    Study, StudyConfig, Trial,
+};
+use response::{Fidelity, Levels, SURFACES, clean, minimum, observe};
+
+/// A discrepancy that a surface does not have: what a probe of a student with slightly narrower logits than its
+/// teacher would give. It favours large scaling values and hidden states that are not normalised, half right and
+/// half wrong on S1 to S4.
+struct Synthetic;
+
+impl Objective for Synthetic {
+    fn evaluate(&mut self, _: &Trial<'_>) -> Result<Outcome, BoxError> {
+        Err("the benchmark evaluates by itself".into())
+    }
+
+    fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
+        let c = Levels::of(params);
+        let (teacher, student) = [(2.6, 2.2), (0.11, 0.10), (1.0, 1.0)][c.logits_norm];
+        let scaling = (c.scaling + 1) as f64;
+        let logits = if c.kd_type == 1 {
+            0.02 * scaling
+        } else {
+            scaling * (1.0f64 / teacher - 1.0 / student).abs()
+        };
+        let hidden = [0.0, 1.0, 1.8][c.layers] * [900.0, 0.4, 35.0][c.hidden_norm];
+        Ok(Discrepancy { logits, hidden })
+    }
+}
+
+fn main() {
+    let mut args: BTreeMap<String, String> = BTreeMap::new();
+    let mut given = std::env::args().skip(1);
+    while let Some(key) = given.next() {
+        args.insert(key, given.next().unwrap_or_default());
+    }
+    let number = |key: &str, default: u64| args.get(key).map_or(default, |v| v.parse().unwrap());
+    let (seeds, trials) = (number("--seeds", 20), number("--trials", 50));
+    let surfaces: Vec<usize> = args.get("--surfaces").map_or_else(
+        || (1..=SURFACES.len()).collect(),
+        |list| list.split(',').map(|k| k.parse().unwrap()).collect(),
+    );
+    let samplers = args
+        .get("--samplers")
+        .map_or("random,sobol,tpe,gp,sabo,laei,inverted", |s| s.as_str());
+
+    let mut results = Vec::new();
+    for &surface in &surfaces {
+        let least = minimum(surface);
+        for sampler in samplers.split(',') {
+            let begun = Instant::now();
+            let runs: Vec<Vec<f64>> = (0..seeds)
+                .map(|run| regrets(surface, least, sampler, run, trials))
+                .collect();
+            let seconds = begun.elapsed().as_secs_f64();
+            let mean =
+                |t: usize| runs.iter().filter_map(|r| r.get(t - 1)).sum::<f64>() / seeds as f64;
+            eprintln!(
+                "{:12} {:9} regret@30 {:6.3}  @50 {:6.3}  {:.1} ms per trial",
+                SURFACES[surface - 1],
+                sampler,
+                mean(30.min(trials as usize)),
+                mean(50.min(trials as usize)),
+                1e3 * seconds / (seeds * trials) as f64,
+            );
+            results.push(serde_json::json!({
+                "surface": SURFACES[surface - 1],
+                "sampler": sampler,
+                "regret": runs,
+                "seconds_per_trial": seconds / (seeds * trials) as f64,
+            }));
+        }
+    }
+    let timing: Vec<_> = args.get("--timing").map_or_else(Vec::new, |sizes| {
+        sizes
+            .split(',')
+            .map(|n| suggestion_seconds(n.parse().unwrap()))
+            .collect()
+    });
+    println!(
+        "{}",
+        serde_json::json!({ "results": results, "timing": timing })
+    );
+}
+
+fn config(sampler: &str, seed: u64) -> StudyConfig {
+    let sabo = match sampler {
+        "laei" => SaboOptions::laei(),
+        "inverted" => SaboOptions {
+            inverted: true,
+            ..SaboOptions::default()
+        },
+        _ => SaboOptions::default(),
+    };
+    StudyConfig {
+        sampler: sampler.parse().unwrap_or(SamplerKind::Sabo),
+        seed,
+        sabo,
+        ..StudyConfig::default()
+    }
+}
+
+/// Simple regret after each trial of one run.
+fn regrets(surface: usize, least: f64, sampler: &str, run: u64, trials: u64) -> Vec<f64> {
+    let mut study = Study::in_memory(&Space::table2(), &config(sampler, run)).unwrap();
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    (0..trials)
+        .map(|number| {
+            let asked = study
+                .ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic)
+                .unwrap();
+            let c = Levels::of(&asked.params);
+            let value = observe(surface, c, run * 10_000 + number);
+            study
+                .tell(number, None, &Outcome::Value(value), 0.0)
+                .unwrap();
+            if value < best.0 {
+                best = (value, clean(surface, c, Fidelity::Full) - least);
+            }
+            best.1
+        })
+        .collect()
+}
+
+/// Seconds per suggestion of each sampler after `n` observations.
+fn suggestion_seconds(n: u64) -> serde_json::Value {
+    let mut row = serde_json::Map::new();
+    row.insert("observations".to_owned(), n.into());
+    for sampler in SamplerKind::ALL {
+        let mut study = Study::in_memory(
+            &Space::table2(),
+            &StudyConfig {
+                startup: n,
+                ..config(sampler.name(), 1)
+            },
+        )
+        .unwrap();
+        for number in 0..n {
+            let asked = study.ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic);
+            let c = Levels::of(&asked.unwrap().params);
+            study
+                .tell(number, None, &Outcome::Value(observe(1, c, number)), 0.0)
+                .unwrap();
+        }
+        let mut seconds = Vec::new();
+        for number in n..n + 5 {
+            let begun = Instant::now();
+            let asked = study
+                .ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic)
+                .unwrap();
+            seconds.push(begun.elapsed().as_secs_f64());
+            let value = observe(1, Levels::of(&asked.params), number);
+            study
+                .tell(number, None, &Outcome::Value(value), 0.0)
+                .unwrap();
+        }
+        seconds.sort_by(f64::total_cmp);
+        eprintln!(
+            "{n} observations, {sampler}: {:.4} s per suggestion (median of 5)",
+            seconds[2]
+        );
+        row.insert(sampler.name().to_owned(), seconds[2].into());
+    }
+    row.into()
+}
