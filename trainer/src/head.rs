@@ -173,9 +173,129 @@ fn sigma_of_samples(moments: &Tensor, batch: &Batch) -> Tensor {
     let counts = of.bincount(None::<Tensor>, samples).clamp_min(1).to_kind(Kind::Double).unsqueeze(1);
     let means = sums / counts;
     let variance = means.narrow(1, 1, 1) - means.narrow(1, 0, 1).square();
-    variance.clamp_min(0.0).sqrt().to_kind(Kind::Float).index_select(0, of)
+    variance.clamp_min(1e-12).sqrt().to_kind(Kind::Float).index_select(0, of)
 }
 
 fn first_not_finite(values: &Tensor) -> i64 {
     values.isfinite().to_kind(Kind::Int64).argmin(0, false).int64_value(&[])
+}
+
+#[cfg(test)]
+mod tests {
+    use caskd_formats::{Columns, HiddenState, Sequence, Statistics, TopK};
+    use caskd_models::SeededRng;
+    use tch::Device;
+
+    use super::*;
+    use crate::losses::{CrossEntropy, DualScaling, Kl, Sigma, Tail, TopKKl};
+
+    const WIDTH: usize = 6;
+    const VOCABULARY: usize = 23;
+
+    fn random(rng: &mut SeededRng, shape: &[i64]) -> Tensor {
+        let values: Vec<f32> = (0..shape.iter().product::<i64>()).map(|_| rng.normal() as f32).collect();
+        Tensor::from_slice(&values).view(shape)
+    }
+
+    fn sequence(rng: &mut SeededRng, positions: usize) -> Sequence {
+        let values = |rng: &mut SeededRng, n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
+        Sequence {
+            source: format!("test:{positions}"),
+            token_ids: (0..positions).map(|_| rng.below(VOCABULARY as u64) as u32).collect(),
+            loss_mask: (0..positions).map(|t| t >= 2).collect(),
+            statistics: Some(Statistics { log_sum_exp: vec![4.0; positions], ..Statistics::default() }),
+            top_k: Some(TopK { k: 2, ids: [3, 7].repeat(positions), logits: [2.0, 1.5].repeat(positions) }),
+            hidden: vec![HiddenState { layer: 2, width: WIDTH, values: values(rng, positions * WIDTH) }],
+        }
+    }
+
+    /// The fused head's sums and gradient, whatever the chunk, are those of autograd through one
+    /// product over all positions.
+    #[test]
+    fn chunks_add_up_to_unchunked_autograd() {
+        let mut rng = SeededRng::new(2);
+        let sequences: Vec<Sequence> = [5, 9, 3].map(|positions| sequence(&mut rng, positions)).into();
+        let columns = Columns { statistics: true, top_k: true, layers: vec![2] };
+        let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
+        let rows = batch.num_targets() as i64;
+        assert_eq!((batch.num_positions(), rows), (17, 3 + 7 + 1));
+        let hidden = random(&mut rng, &[rows, WIDTH as i64]);
+        let (student_head, teacher_head) =
+            (random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]), random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]));
+        let code = LinearCode::for_test(&teacher_head, 2);
+        let dual = |sigma: Sigma, logits_norm: Normalization| DualScaling {
+            scaling_value: 2.0,
+            gamma: 1.0,
+            sigma,
+            detach_sigma: true,
+            scaling_squared: false,
+            logits_norm,
+        };
+        let losses: [&dyn LogitLoss; 6] = [
+            &CrossEntropy,
+            &Kl { temperature: 3.0, temperature_squared: true, logits_norm: Normalization::None },
+            &dual(Sigma::Position, Normalization::MaxMin),
+            &dual(Sigma::Sample, Normalization::None),
+            &dual(Sigma::Sample, Normalization::Standardize),
+            &TopKKl { tail: Tail::Uniform },
+        ];
+        let scaled: Vec<ScaledLoss<'_>> =
+            losses.iter().enumerate().map(|(index, &loss)| ScaledLoss { loss, scale: 0.1 + index as f64 }).collect();
+        let heads = Heads { student: &student_head, teacher: Some(&code) };
+
+        let leaf = hidden.copy().set_requires_grad(true);
+        let student = leaf.matmul(&student_head.tr());
+        let coefficients = batch.teacher_hidden(2).index_select(0, &batch.targets_in_positions);
+        let teacher = coefficients.matmul(&teacher_head.tr());
+        let of_sample = |logits: &Tensor| {
+            let per_row: Vec<Tensor> = (0..rows)
+                .map(|row| {
+                    let sample = batch.sequence_of_target.int64_value(&[row]);
+                    let same = batch.sequence_of_target.eq(sample).nonzero().view(-1);
+                    logits.index_select(0, &same).std(false)
+                })
+                .collect();
+            Tensor::stack(&per_row, 0).unsqueeze(1)
+        };
+        let sigmas: Vec<_> = [Normalization::None, Normalization::Standardize]
+            .map(|norm| {
+                let of = |logits: &Tensor| of_sample(&norm.apply(&logits.detach()));
+                (norm, SampleSigma { student: of(&student), teacher: of(&teacher) })
+            })
+            .into();
+        let all = LogitRows {
+            student: &student,
+            teacher: Some(&teacher),
+            top_k: batch.top_k.as_ref(),
+            labels: &batch.labels,
+            sample_sigmas: &sigmas,
+        };
+        let sums: Vec<Tensor> = losses.iter().map(|loss| loss.value(&all).sum(None::<Kind>)).collect();
+        let total: Tensor = sums.iter().zip(&scaled).map(|(sum, scaled)| sum * scaled.scale).sum();
+        let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
+
+        for chunk in [1, 4, 100] {
+            let fused = fused_head(&hidden, &batch, &heads, &scaled, chunk).unwrap();
+            for (got, expected) in fused.sums.iter().zip(&sums) {
+                let expected = expected.double_value(&[]);
+                assert!((got - expected).abs() < 1e-4 * expected.abs(), "{got} and {expected}");
+            }
+            let error = (&fused.hidden - &expected).abs().max().double_value(&[]);
+            assert!(error < 1e-5 * expected.abs().max().double_value(&[]), "chunk {chunk}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_found() {
+        let mut rng = SeededRng::new(3);
+        let sequences = [sequence(&mut rng, 4), sequence(&mut rng, 6)];
+        let batch = Batch::collate(&sequences, &Columns::default(), VOCABULARY).unwrap();
+        let hidden = random(&mut rng, &[batch.num_targets() as i64, WIDTH as i64]);
+        let _ = hidden.get(3).fill_(f64::NAN);
+        let head = Tensor::ones([VOCABULARY as i64, WIDTH as i64], (Kind::Float, Device::Cpu));
+        let heads = Heads { student: &head, teacher: None };
+        let losses = [ScaledLoss { loss: &CrossEntropy, scale: 1.0 }];
+        let Err(bad) = fused_head(&hidden, &batch, &heads, &losses, 2) else { panic!("it is not finite") };
+        assert_eq!((bad.loss, bad.row, batch.source_of_target(bad.row)), (0, 3, "test:6"));
+    }
 }

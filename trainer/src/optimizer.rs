@@ -163,3 +163,94 @@ pub(crate) fn write_tensors(tensors: &[(String, Tensor)], path: &Path) -> Result
 pub(crate) fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
     Tensor::read_safetensors(path).map_err(|source| Error::Tensors { action: "read", path: path.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests {
+    use caskd_models::SeededRng;
+
+    use super::*;
+
+    /// AdamW by hand in f64, one value at a time.
+    fn reference(start: &[f64], gradients: &[Vec<f64>], config: &TrainConfig, rates: &[f64]) -> Vec<f64> {
+        let mut theta = start.to_vec();
+        let (mut m, mut v) = (vec![0.0; start.len()], vec![0.0; start.len()]);
+        for (step, (gradient, rate)) in gradients.iter().zip(rates).enumerate() {
+            let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
+            let clip = (config.max_grad_norm / norm).min(1.0);
+            for i in 0..theta.len() {
+                let g = gradient[i] * clip;
+                m[i] = config.betas[0] * m[i] + (1.0 - config.betas[0]) * g;
+                v[i] = config.betas[1] * v[i] + (1.0 - config.betas[1]) * g * g;
+                let m_hat = m[i] / (1.0 - config.betas[0].powi(step as i32 + 1));
+                let v_hat = v[i] / (1.0 - config.betas[1].powi(step as i32 + 1));
+                theta[i] -= rate * config.weight_decay * theta[i];
+                theta[i] -= rate * m_hat / (v_hat.sqrt() + config.eps);
+            }
+        }
+        theta
+    }
+
+    #[test]
+    fn it_is_adamw_with_clipping_and_survives_being_saved() {
+        let config = TrainConfig { weight_decay: 0.1, max_grad_norm: 1.0, ..TrainConfig::default() };
+        let mut rng = SeededRng::new(4);
+        let mut draw = |n: usize| -> Vec<f64> { (0..n).map(|_| rng.normal()).collect() };
+        let start = draw(6);
+        let gradients: Vec<Vec<f64>> = (0..7).map(|step| draw(6).iter().map(|g| g * 0.2 * step as f64).collect()).collect();
+        let rates: Vec<f64> = (0..7).map(|step| learning_rate(&config, step, 7)).collect();
+        let tensors = || -> Vec<(String, Tensor)> {
+            let at = |range: std::ops::Range<usize>| {
+                let values: Vec<f32> = start[range].iter().map(|&value| value as f32).collect();
+                Tensor::from_slice(&values).set_requires_grad(true)
+            };
+            vec![("a".to_owned(), at(0..4)), ("b".to_owned(), at(4..6))]
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("optimizer.safetensors");
+        let mut parameters = tensors();
+        let clones = |of: &[(String, Tensor)]| of.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+        let mut optimizer = AdamW::new(clones(&parameters), &config);
+        for (step, gradient) in gradients.iter().enumerate() {
+            if step == 3 {
+                optimizer.save(&path).unwrap();
+                parameters = parameters
+                    .iter()
+                    .map(|(name, tensor)| (name.clone(), tensor.detach().copy().set_requires_grad(true)))
+                    .collect();
+                optimizer = AdamW::new(clones(&parameters), &config);
+                optimizer.load(&path).unwrap();
+            }
+            optimizer.zero_grad();
+            let factors = Tensor::from_slice(&gradient.iter().map(|&g| g as f32).collect::<Vec<_>>());
+            let all = Tensor::cat(&[&parameters[0].1, &parameters[1].1], 0);
+            (all * factors).sum(Kind::Float).backward();
+            let norm = optimizer.step(rates[step]).unwrap();
+            let expected = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
+            assert!((norm - expected).abs() < 1e-5);
+        }
+        let expected = reference(&start, &gradients, &config, &rates);
+        let got: Vec<f32> = parameters.iter().flat_map(|(_, t)| Vec::<f32>::try_from(t.detach()).unwrap()).collect();
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!((f64::from(*got) - expected).abs() < 1e-5, "{got} and {expected}");
+        }
+    }
+
+    #[test]
+    fn the_rate_rises_and_falls() {
+        let config = TrainConfig { warmup_ratio: 0.2, learning_rate: 2.0, ..TrainConfig::default() };
+        let rates: Vec<f64> = (0..10).map(|step| learning_rate(&config, step, 10)).collect();
+        assert_eq!(&rates[..3], [1.0, 2.0, 2.0]);
+        assert!(rates.windows(2).skip(2).all(|pair| pair[1] < pair[0]) && rates[9] > 0.0);
+        assert!(learning_rate(&config, 10, 10) < 1e-12);
+        assert_eq!(learning_rate(&TrainConfig::default(), 0, 1), 1e-3);
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_is_named() {
+        let tensor = Tensor::from_slice(&[1f32]).set_requires_grad(true);
+        let mut optimizer = AdamW::new(vec![("lora".to_owned(), tensor.shallow_clone())], &TrainConfig::default());
+        (&tensor * f64::INFINITY).sum(Kind::Float).backward();
+        assert_eq!(optimizer.step(1.0).unwrap_err().parameter, "lora");
+        assert_eq!(tensor.double_value(&[0]), 1.0);
+    }
+}

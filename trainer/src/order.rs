@@ -93,3 +93,78 @@ impl Order {
         batches
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::TrainConfig;
+
+    fn rows(count: usize) -> Vec<RowInfo> {
+        let mut rng = SeededRng::new(count as u64);
+        (0..count as u32)
+            .map(|row| RowInfo {
+                shard: row / 7,
+                row: row % 7,
+                positions: 2 + rng.below(50) as u32,
+                targets: 1,
+                split_hash: rng.next_u64(),
+                token_digest: [0; 32],
+            })
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn an_epoch_is_a_permutation_and_steps_resume_anywhere(
+            count in 1usize..300,
+            batch_size in 1usize..9,
+            gradient_accumulation in 1usize..4,
+            seed: u64,
+            from in 0u64..40,
+        ) {
+            let config = TrainConfig { batch_size, gradient_accumulation, seed, ..TrainConfig::default() };
+            let order = Order::new(rows(count), &config).unwrap();
+            let epoch = order.epoch(1);
+            let mut seen: Vec<(u32, u32)> = epoch.iter().flatten().map(|row| (row.shard, row.row)).collect();
+            seen.sort_unstable();
+            prop_assert_eq!(seen, order.rows.iter().map(|row| (row.shard, row.row)).collect::<Vec<_>>());
+            let short = epoch.iter().filter(|batch| batch.len() < batch_size).count();
+            prop_assert!(short <= 1);
+
+            let whole: Vec<_> = order.clone().steps_from(0).take(from as usize + 5).collect();
+            let resumed: Vec<_> = order.clone().steps_from(from).take(5).collect();
+            prop_assert_eq!(&whole[from as usize..], &resumed[..]);
+            let sizes: Vec<usize> = whole.iter().map(Vec::len).collect();
+            prop_assert_eq!(order.batches_per_step(0, from + 5), sizes);
+        }
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ_and_lengths_come_together() {
+        let order = |seed| Order::new(rows(256), &TrainConfig { seed, ..TrainConfig::default() }).unwrap();
+        assert_ne!(order(0).epoch(0), order(0).epoch(1));
+        assert_ne!(order(0).epoch(0), order(1).epoch(0));
+        let padded = |batch: &Vec<RowInfo>| {
+            let longest = batch.iter().map(|row| row.positions).max().unwrap_or(0);
+            u64::from(longest) * batch.len() as u64
+        };
+        let real: u64 = order(0).rows.iter().map(|row| u64::from(row.positions)).sum();
+        let padded: u64 = order(0).epoch(0).iter().map(padded).sum();
+        assert!((padded as f64) < 1.1 * real as f64, "{padded} padded positions for {real}");
+    }
+
+    #[test]
+    fn a_fraction_lies_inside_a_larger_one() {
+        let kept = |fraction| {
+            let order = Order::new(rows(300), &TrainConfig { fraction, ..TrainConfig::default() }).unwrap();
+            order.rows.iter().map(|row| (row.shard, row.row)).collect::<Vec<_>>()
+        };
+        let (small, large) = (kept(0.1), kept(0.5));
+        assert!(small.iter().all(|row| large.contains(row)));
+        assert!((20..=40).contains(&small.len()) && (120..=180).contains(&large.len()) && kept(1.0).len() == 300);
+        let none = Order::new(rows(3), &TrainConfig { fraction: 1e-9, ..TrainConfig::default() });
+        assert!(matches!(none, Err(Error::NoSequences { .. })));
+    }
+}

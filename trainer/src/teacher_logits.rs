@@ -32,6 +32,12 @@ impl LinearCode {
         Ok(LinearCode { weight, bias: None, layer: cache.manifest().teacher.num_layers })
     }
 
+    /// A code of given weights [V, R].
+    #[cfg(test)]
+    pub(crate) fn for_test(weight: &Tensor, layer: u32) -> LinearCode {
+        LinearCode { weight: weight.shallow_clone(), bias: None, layer }
+    }
+
     /// Logits in f32: [N, R] → [N, V].
     pub(crate) fn logits(&self, coefficients: &Tensor) -> Tensor {
         let product = coefficients.to_kind(self.weight.kind()).matmul(&self.weight.tr()).to_kind(Kind::Float);

@@ -1,9 +1,10 @@
 //! Logits Dual-Scaling.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::kl::{divergence, divided};
+use super::normalization::population_sigma;
 use super::{LogitLoss, LogitRows, Normalization, Requirement};
 
 /// Over which logits the σ of Eq. 2 are taken.
@@ -36,9 +37,6 @@ pub struct DualScaling {
     pub logits_norm: Normalization,
 }
 
-/// Constant logits have σ = 0 and a uniform softmax at any scale.
-const SMALLEST_SIGMA: f64 = 1e-6;
-
 impl LogitLoss for DualScaling {
     fn requirement(&self) -> Requirement {
         Requirement::FullLogits
@@ -50,7 +48,7 @@ impl LogitLoss for DualScaling {
         let (sigma_teacher, sigma_student) = match self.sigma {
             Sigma::Position => {
                 let of = if self.detach_sigma { student.detach() } else { student.shallow_clone() };
-                (position_sigma(&teacher), position_sigma(&of))
+                (population_sigma(&teacher), population_sigma(&of))
             }
             Sigma::Sample => {
                 let sigma = rows.sigma_of(self.logits_norm);
@@ -58,8 +56,8 @@ impl LogitLoss for DualScaling {
             }
         };
         let value = divergence(
-            &(teacher / (sigma_teacher.clamp_min(SMALLEST_SIGMA) * self.scaling_value)),
-            &(student / (sigma_student.clamp_min(SMALLEST_SIGMA) * self.scaling_value)),
+            &(teacher / (sigma_teacher * self.scaling_value)),
+            &(student / (sigma_student * self.scaling_value)),
         );
         let factor = if self.scaling_squared { self.gamma * self.scaling_value.powi(2) } else { self.gamma };
         divided(value, 1.0 / factor)
@@ -68,10 +66,4 @@ impl LogitLoss for DualScaling {
     fn sample_sigma(&self) -> Option<Normalization> {
         (self.sigma == Sigma::Sample).then_some(self.logits_norm)
     }
-}
-
-/// σ over the vocabulary: [N, V] → [N, 1].
-pub(crate) fn position_sigma(logits: &Tensor) -> Tensor {
-    let centred = logits - logits.mean_dim([-1].as_slice(), true, None::<Kind>);
-    centred.square().mean_dim([-1].as_slice(), true, None::<Kind>).sqrt()
 }

@@ -136,3 +136,6 @@ pub enum HiddenPositions {
     /// Only those that predict a target.
     Targets,
 }
+
+#[cfg(test)]
+mod tests;

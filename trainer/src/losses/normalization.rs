@@ -36,9 +36,19 @@ impl Normalization {
             }
             Normalization::Standardize => {
                 let centred = x - x.mean_dim([-1].as_slice(), true, None::<Kind>);
-                let sigma = centred.square().mean_dim([-1].as_slice(), true, None::<Kind>).sqrt();
+                let sigma = root_mean_square(&centred);
                 centred / (sigma + EPSILON)
             }
         }
     }
+}
+
+/// Population standard deviation over the last dimension, at least ε: [.., D] → [.., 1]. Constant
+/// vectors, whose σ has no derivative, get the gradient 0.
+pub(crate) fn population_sigma(x: &Tensor) -> Tensor {
+    root_mean_square(&(x - x.mean_dim([-1].as_slice(), true, None::<Kind>)))
+}
+
+fn root_mean_square(centred: &Tensor) -> Tensor {
+    centred.square().mean_dim([-1].as_slice(), true, None::<Kind>).clamp_min(EPSILON * EPSILON).sqrt()
 }
