@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 use crate::params::{Params, Value};
 use spec::SpaceSpec;
 
+/// Real parameters are coded on this many steps, so that a value read back from a study has the code it had.
+const STEPS: f64 = (1u64 << 30) as f64;
+
 /// One code per parameter, in the space's order.
 pub(crate) type Point = Vec<f64>;
 
@@ -361,7 +364,7 @@ impl Domain {
     pub(crate) fn code_at(&self, unit: f64) -> f64 {
         let unit = unit.clamp(0.0, 1.0);
         match self {
-            Self::Float { .. } => unit,
+            Self::Float { .. } => snap(unit),
             Self::Int {
                 low,
                 high,
@@ -401,7 +404,8 @@ impl Domain {
         match self {
             Self::Float { low, high, log } => {
                 let number = value.as_f64()?;
-                (*low <= number && number <= *high).then(|| position(number, *low, *high, *log))
+                (*low <= number && number <= *high)
+                    .then(|| snap(position(number, *low, *high, *log)))
             }
             Self::Int { low, high, .. } => {
                 let integer = value.as_i64()?;
@@ -426,6 +430,11 @@ fn position(value: f64, low: f64, high: f64, log: bool) -> f64 {
         (value - low) / (high - low)
     };
     unit.clamp(0.0, 1.0)
+}
+
+/// The nearest code of a real parameter.
+pub(crate) fn snap(unit: f64) -> f64 {
+    (unit.clamp(0.0, 1.0) * STEPS).round() / STEPS
 }
 
 /// The identity of a point, for sets of what was tried.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Direction, StudyConfig};
 use crate::error::{Error, Result};
-use crate::objective::{DependsOn, Objective, Outcome};
+use crate::objective::{Objective, Outcome};
 use crate::params::Params;
 use crate::rng::{Rng, Stream};
 use crate::sampler::{Discrepancies, History, Observation, Part, Sampler, Suggestion};
@@ -306,10 +306,11 @@ impl Study {
         history: &History,
         objective: Option<&mut dyn Objective>,
     ) -> Result<Suggestion> {
-        let depends_on = objective
-            .as_ref()
-            .map_or_else(DependsOn::default, |o| o.depends_on());
         let measured = objective.is_some();
+        let depends_on = match &objective {
+            Some(objective) => self.store.agree_on_dependence(&objective.depends_on())?,
+            None => self.store.dependence()?.unwrap_or_default(),
+        };
         let mut measure =
             objective.map(|objective| move |params: &Params| objective.discrepancy(params));
         let mut discrepancies = Discrepancies::new(

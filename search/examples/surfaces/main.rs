@@ -1,6 +1,6 @@
 //! Simple regret of the samplers on synthetic response surfaces.
 //!
-//! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo]`
+//! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--first-run N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo]`
 //! prints one JSON object. Simple regret after t trials is the clean value of the configuration with the lowest
 //! noisy observation among the first t, less the least clean value of the surface.
 
@@ -56,6 +56,7 @@ fn main() {
     }
     let number = |key: &str, default: u64| args.get(key).map_or(default, |v| v.parse().unwrap());
     let (seeds, trials) = (number("--seeds", 20), number("--trials", 50));
+    let first = number("--first-run", 0);
     let surfaces: Vec<usize> = args.get("--surfaces").map_or_else(
         || (1..=SURFACES.len()).collect(),
         |list| list.split(',').map(|k| k.parse().unwrap()).collect(),
@@ -69,7 +70,7 @@ fn main() {
         let least = minimum(surface);
         for sampler in samplers.split(',') {
             let begun = Instant::now();
-            let runs: Vec<Vec<f64>> = (0..seeds)
+            let runs: Vec<Vec<f64>> = (first..first + seeds)
                 .map(|run| regrets(surface, least, sampler, run, trials))
                 .collect();
             let seconds = begun.elapsed().as_secs_f64();

@@ -140,7 +140,7 @@ pub fn clean(surface: usize, c: Levels, fidelity: Fidelity) -> f64 {
             22.0 + 0.6 * t.core
                 + znorm(F, 101, cell as u64)
                 + 0.5 * znorm(F, 102, (c.hard * 6 + c.soft) as u64)
-                + 0.5 * znorm(F, 103, ((c.scaling + 1) * 2 + c.kd_type) as u64)
+                + 0.5 * znorm(F, 103, (c.scaling * 2 + c.kd_type) as u64)
                 + lvl
         }
         _ => super::own::clean(surface, c, fidelity),

@@ -11,7 +11,7 @@ use crate::gp::fit::{Priors, Problem, map_estimate};
 use crate::gp::kernel::{Columns, Hyper, Order, orders};
 use crate::gp::posterior::{Posterior, Prediction};
 use crate::rng::{Rng, Stream};
-use crate::space::{Point, Space, key};
+use crate::space::{Point, Space, key, snap};
 use crate::targets::Warped;
 use crate::view::Why;
 
@@ -283,7 +283,7 @@ impl<'a> Surrogate<'a> {
                 continue;
             }
             next[j] = match parameter.domain().levels() {
-                None => (point[j] + radius * rng.normal()).clamp(0.0, 1.0),
+                None => snap(point[j] + radius * rng.normal()),
                 Some(1) => point[j],
                 Some(levels) if parameter.domain().is_nominal() => {
                     ((point[j] as usize + 1 + rng.below(levels - 1)) % levels) as f64
