@@ -179,6 +179,10 @@ impl Error {
         move |source| Error::Torch { action, source }
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "callers build the value on the spot"
+    )]
     pub(crate) fn unsupported(path: &Path, field: &str, value: impl ToString) -> Error {
         Error::Unsupported {
             path: path.to_owned(),

@@ -101,9 +101,10 @@ impl GgufFile {
             head_dim,
             max_position_embeddings: number("context_length")?,
             rms_norm_eps: self.float("llama.attention.layer_norm_rms_epsilon")?,
-            rope_theta: match self.content.metadata.contains_key("llama.rope.freq_base") {
-                true => self.float("llama.rope.freq_base")?,
-                false => 10_000.0,
+            rope_theta: if self.value("llama.rope.freq_base").is_some() {
+                self.float("llama.rope.freq_base")?
+            } else {
+                10_000.0
             },
             rope_scaling: None,
             tie_word_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
@@ -150,13 +151,12 @@ impl GgufFile {
         if self.content.tensor_infos.contains_key("rope_freqs.weight") {
             return refuse("rope_freqs.weight", "a table of scaled rotary frequencies");
         }
-        if let Some(name) = self
+        let biases = self
             .content
             .tensor_infos
             .keys()
-            .filter(|name| name.ends_with(".bias"))
-            .min()
-        {
+            .filter(|name| name.rsplit('.').next() == Some("bias"));
+        if let Some(name) = biases.min() {
             return refuse(name, "a bias");
         }
         Ok(())

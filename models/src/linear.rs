@@ -143,3 +143,32 @@ impl Adapter {
             .to_kind(x.kind())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// The mean over many masks is the output without dropout, and masks differ between
+    /// projections and seeds.
+    #[test]
+    fn dropout_keeps_the_mean() {
+        tch::set_num_threads(1);
+        let values = |count: i64| Tensor::arange(count, (Kind::Float, Device::Cpu)).sin();
+        let mut linear = Linear::new(values(12).view([3, 4]), None);
+        let mut adapter = Adapter::new("q", (3, 4), 2, 2.0, 0.25, 1, Device::Cpu);
+        adapter.b = values(6).view([3, 2]);
+        linear.adapter = Some(adapter);
+        let x = values(20).view([5, 4]);
+        tch::no_grad(|| {
+            let run = |seed: u64| linear.forward(&x, Pass::Training { dropout_seed: seed });
+            assert_eq!(run(3), run(3));
+            assert_ne!(run(3), run(4));
+            let sum = (0..4000).map(run).reduce(|sum, next| sum + next).unwrap();
+            let difference = (sum / 4000.0 - linear.forward(&x, Pass::Inference))
+                .abs()
+                .max();
+            assert!(difference.double_value(&[]) < 0.03, "{difference}");
+        });
+    }
+}

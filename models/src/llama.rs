@@ -218,6 +218,7 @@ impl Attention {
 }
 
 /// down(silu(gate(x)) · up(x)) (Shazeer 2020).
+#[expect(clippy::struct_field_names, reason = "the checkpoint's names")]
 #[derive(Debug)]
 pub(crate) struct Mlp {
     pub(crate) gate_proj: Linear,
@@ -453,7 +454,7 @@ impl Llama {
                 hidden.push((index as u32, x.view(shape)));
             }
             x = block.forward(&x, &context, &mut |site, tensor| {
-                observe(index, site, tensor)
+                observe(index, site, tensor);
             });
         }
         let last_hidden = self.norm.forward(&x).view(shape);

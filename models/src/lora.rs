@@ -188,6 +188,7 @@ fn same_targets(a: &LoraConfig, b: &LoraConfig) -> bool {
 /// PEFT's `adapter_config.json` → ours; what changes the numbers and is not implemented is refused.
 fn from_peft(path: &Path, config: &Value) -> Result<LoraConfig> {
     #[derive(Deserialize)]
+    #[expect(clippy::struct_field_names, reason = "the file's names")]
     struct Peft {
         peft_type: String,
         r: i64,

@@ -85,7 +85,7 @@ fn special_tokens(config: &Value) -> Value {
 pub(crate) fn write_safetensors(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
     let tensors: Vec<(String, Stored)> = tensors
         .into_iter()
-        .map(|(name, tensor)| (name, Stored::new(tensor)))
+        .map(|(name, tensor)| (name, Stored::new(&tensor)))
         .collect();
     // transformers refuses a file that does not say which framework's layout it has.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -113,7 +113,7 @@ struct Stored {
 }
 
 impl Stored {
-    fn new(tensor: Tensor) -> Stored {
+    fn new(tensor: &Tensor) -> Stored {
         let shape = tensor.size().iter().map(|&n| n as usize).collect();
         Stored {
             tensor: tensor.detach(),

@@ -6,29 +6,31 @@ use std::path::{Path, PathBuf};
 use caskd_models::{LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, load};
 use tch::{Device, Kind, Tensor};
 
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/golden")
         .join(name)
 }
 
-pub fn f32_on_cpu() -> LoadOptions {
+/// One thread: on tiny networks the barriers between threads cost more than the work.
+pub(crate) fn f32_on_cpu() -> LoadOptions {
+    tch::set_num_threads(1);
     LoadOptions {
         device: Device::Cpu,
         kind: Kind::Float,
     }
 }
 
-pub fn tiny(name: &str) -> LoadedModel {
+pub(crate) fn tiny(name: &str) -> LoadedModel {
     load(&golden(name), &f32_on_cpu()).unwrap()
 }
 
 /// Tensors of a safetensors file by name.
-pub fn numbers(path: &Path) -> Vec<(String, Tensor)> {
+pub(crate) fn numbers(path: &Path) -> Vec<(String, Tensor)> {
     Tensor::read_safetensors(path).unwrap()
 }
 
-pub fn pick(numbers: &[(String, Tensor)], name: &str) -> Tensor {
+pub(crate) fn pick(numbers: &[(String, Tensor)], name: &str) -> Tensor {
     let found = numbers.iter().find(|(known, _)| known == name);
     found
         .unwrap_or_else(|| panic!("no {name} in the golden"))
@@ -36,7 +38,7 @@ pub fn pick(numbers: &[(String, Tensor)], name: &str) -> Tensor {
         .shallow_clone()
 }
 
-pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double))
         .abs()
@@ -46,7 +48,7 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 
 /// The real teacher's GGUF: `CASKD_TEACHER`, or what `scripts/fetch.sh teacher` keeps in the user's
 /// cache folder. `None`, said loudly, when it has not been fetched.
-pub fn teacher() -> Option<PathBuf> {
+pub(crate) fn teacher() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("CASKD_TEACHER") {
         return Some(PathBuf::from(path));
     }
@@ -66,7 +68,7 @@ pub fn teacher() -> Option<PathBuf> {
 }
 
 /// A small configuration with random weights.
-pub fn small_config(layers: usize, heads: usize, kv_heads: usize) -> LlamaConfig {
+pub(crate) fn small_config(layers: usize, heads: usize, kv_heads: usize) -> LlamaConfig {
     let dense = LayerShape {
         heads,
         kv_heads,
@@ -90,12 +92,12 @@ pub fn small_config(layers: usize, heads: usize, kv_heads: usize) -> LlamaConfig
     }
 }
 
-pub fn random(config: &LlamaConfig, seed: u64) -> Llama {
+pub(crate) fn random(config: &LlamaConfig, seed: u64) -> Llama {
     Llama::random(config, seed, &f32_on_cpu()).unwrap()
 }
 
 /// Ids [rows, columns] below `vocabulary`, the same at every call.
-pub fn ids(rows: i64, columns: i64, vocabulary: i64) -> Tensor {
+pub(crate) fn ids(rows: i64, columns: i64, vocabulary: i64) -> Tensor {
     let values: Vec<i64> = (0..rows * columns)
         .map(|i| (i * 7919 + 13) % vocabulary)
         .collect();
