@@ -8,6 +8,8 @@
 //! no global random state (a suggestion is a function of the study's seed, the trial's number and the observations
 //! it is based on), and a failed trial's value never reaches a surrogate.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod acquisition;
 mod config;
 mod error;

@@ -105,6 +105,7 @@ impl Params {
     }
 
     /// The parameters named in `names`, in this configuration's order.
+    #[must_use]
     pub fn only(&self, names: &[String]) -> Self {
         Self(
             self.0

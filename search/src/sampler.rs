@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::{SamplerKind, StudyConfig};
 use crate::error::{BoxError, Error, Result};
+use crate::gp::kernel::Columns;
 use crate::objective::{DependsOn, Discrepancy};
 use crate::params::Params;
 use crate::rng::{Rng, Stream};
@@ -50,16 +51,46 @@ pub(crate) type Measure<'a> = dyn FnMut(&Params) -> std::result::Result<Discrepa
 pub(crate) struct Sampler {
     pub(crate) space: Space,
     /// Every distinct point, where the space is finite.
-    points: Option<Vec<Point>>,
+    finite: Option<Finite>,
     /// S(x)'s parts of every point of a finite space, once measured.
     finite_discrepancies: Option<Vec<Discrepancy>>,
+}
+
+/// The points of a space that is listed whole.
+struct Finite {
+    points: Vec<Point>,
+    columns: Columns,
+    index: BTreeMap<Vec<u64>, usize>,
+}
+
+impl Finite {
+    fn new(space: &Space, points: Vec<Point>) -> Self {
+        Self {
+            columns: Columns::new(space, &points),
+            index: points
+                .iter()
+                .enumerate()
+                .map(|(i, p)| (key(p), i))
+                .collect(),
+            points,
+        }
+    }
+
+    /// For each point, whether it was tried.
+    fn tried(&self, tried: &Tried) -> Vec<bool> {
+        let mut flags = vec![false; self.points.len()];
+        for i in tried.0.iter().filter_map(|key| self.index.get(key)) {
+            flags[*i] = true;
+        }
+        flags
+    }
 }
 
 impl Sampler {
     pub(crate) fn new(space: &Space) -> Self {
         Self {
             space: space.clone(),
-            points: space.enumerate(),
+            finite: space.enumerate().map(|points| Finite::new(space, points)),
             finite_discrepancies: None,
         }
     }
@@ -99,7 +130,7 @@ impl Sampler {
         history: &History,
         tried: &Tried,
     ) -> Option<Suggestion> {
-        let points = self.points.as_ref()?;
+        let points = &self.finite.as_ref()?.points;
         if points.iter().any(|point| !tried.contains(point)) {
             return None;
         }

@@ -350,13 +350,12 @@ impl Domain {
     /// Where a code lies in `[0, 1]`; for a nominal parameter, only equality of places means anything.
     pub(crate) fn place(&self, code: f64) -> f64 {
         match self {
-            Self::Float { .. } => code,
+            Self::Float { .. } | Self::Categorical { .. } => code,
             Self::Int { low, high, log } => {
                 let value = *low as f64 + code;
                 position(value, *low as f64, *high as f64, *log)
             }
             Self::Ordinal { places, .. } => places[(code as usize).min(places.len() - 1)],
-            Self::Categorical { .. } => code,
         }
     }
 

@@ -1,13 +1,15 @@
 //! Studies: durable, resumable, deterministic, and never twice at the same point.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use caskd_search::{
     BoxError, Control, Direction, Discrepancy, Error, Holder, Objective, Outcome, Params, Progress,
-    SamplerKind, Space, Study, StudyConfig, StudySummary, Told, Trial, TrialState, read_study,
-    run_study,
+    SamplerKind, Space, Study, StudyConfig, StudySummary, Told, Trial, TrialState, Value,
+    read_study, run_study,
 };
 
 /// A smooth bowl over whatever numbers and names a space has, with some failures.
@@ -48,12 +50,51 @@ impl Objective for Bowl {
         Ok(Discrepancy {
             logits: params
                 .get("scaling_value")
-                .and_then(|v| v.as_f64())
+                .and_then(Value::as_f64)
                 .unwrap_or(0.0),
             hidden: params
                 .get("layers")
                 .map_or(0.0, |v| v.to_string().len() as f64),
         })
+    }
+}
+
+struct Breaks(Bowl);
+
+impl Objective for Breaks {
+    fn evaluate(&mut self, trial: &Trial<'_>) -> Result<Outcome, BoxError> {
+        if trial.number == 9 {
+            return Err("no space left".into());
+        }
+        self.0.evaluate(trial)
+    }
+    fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
+        self.0.discrepancy(params)
+    }
+}
+
+struct Panics;
+
+impl Objective for Panics {
+    fn evaluate(&mut self, _: &Trial<'_>) -> Result<Outcome, BoxError> {
+        panic!("a bug in the objective");
+    }
+    fn discrepancy(&mut self, _: &Params) -> Result<Discrepancy, BoxError> {
+        Ok(Discrepancy::default())
+    }
+}
+
+struct Negated(Bowl);
+
+impl Objective for Negated {
+    fn evaluate(&mut self, trial: &Trial<'_>) -> Result<Outcome, BoxError> {
+        Ok(match self.0.evaluate(trial)? {
+            Outcome::Value(value) => Outcome::Value(-value),
+            other => other,
+        })
+    }
+    fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
+        self.0.discrepancy(params)
     }
 }
 
@@ -263,18 +304,6 @@ fn stopped_and_broken_trials_are_given_back() {
     let view = read_study(dir.path()).unwrap();
     assert_eq!(view.trials[4].state, TrialState::Stopped);
 
-    struct Breaks(Bowl);
-    impl Objective for Breaks {
-        fn evaluate(&mut self, trial: &Trial<'_>) -> Result<Outcome, BoxError> {
-            if trial.number == 9 {
-                return Err("no space left".into());
-            }
-            self.0.evaluate(trial)
-        }
-        fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
-            self.0.discrepancy(params)
-        }
-    }
     let error = run(
         dir.path(),
         &Space::table2(),
@@ -289,15 +318,6 @@ fn stopped_and_broken_trials_are_given_back() {
     );
     assert!(!error.is_user());
 
-    struct Panics;
-    impl Objective for Panics {
-        fn evaluate(&mut self, _: &Trial<'_>) -> Result<Outcome, BoxError> {
-            panic!("a bug in the objective");
-        }
-        fn discrepancy(&mut self, _: &Params) -> Result<Discrepancy, BoxError> {
-            Ok(Discrepancy::default())
-        }
-    }
     let panicked =
         std::panic::catch_unwind(|| run(dir.path(), &Space::table2(), &config, &mut Panics, true));
     assert!(panicked.is_err());
@@ -565,18 +585,6 @@ fn a_trial_that_kills_its_workers_is_given_up() {
 
 #[test]
 fn maximising_mirrors_minimising() {
-    struct Negated(Bowl);
-    impl Objective for Negated {
-        fn evaluate(&mut self, trial: &Trial<'_>) -> Result<Outcome, BoxError> {
-            Ok(match self.0.evaluate(trial)? {
-                Outcome::Value(value) => Outcome::Value(-value),
-                other => other,
-            })
-        }
-        fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
-            self.0.discrepancy(params)
-        }
-    }
     for sampler in [SamplerKind::Gp, SamplerKind::Sabo, SamplerKind::Tpe] {
         let (down, up) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let minimise = config(sampler, 14);

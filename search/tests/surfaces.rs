@@ -1,6 +1,12 @@
 //! The synthetic surfaces agree with their golden values.
 
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unreadable_literal,
+    clippy::excessive_precision
+)]
 
 #[path = "../examples/surfaces/own.rs"]
 mod own;

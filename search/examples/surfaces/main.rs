@@ -22,7 +22,7 @@ use caskd_search::{
     BoxError, Discrepancy, Holder, Objective, Outcome, Params, SaboOptions, SamplerKind, Space,
     Study, StudyConfig, Trial,
 };
-use response::{Fidelity, Levels, SURFACES, clean, minimum, observe};
+use response::{Fidelity, Levels, SURFACES, clean, minimum, observe, sigma};
 
 /// A discrepancy that a surface does not have: what a probe of a student with slightly narrower logits than its
 /// teacher would give. It favours large scaling values and hidden states that are not normalised, half right and
@@ -65,6 +65,10 @@ fn main() {
         .get("--samplers")
         .map_or("random,sobol,tpe,gp,sabo,laei,inverted", |s| s.as_str());
 
+    if args.contains_key("--table") {
+        print_tables();
+        return;
+    }
     let mut results = Vec::new();
     for &surface in &surfaces {
         let least = minimum(surface);
@@ -102,6 +106,23 @@ fn main() {
         "{}",
         serde_json::json!({ "results": results, "timing": timing })
     );
+}
+
+/// Every surface by index: clean value and noise, for benchmarks in other languages.
+fn print_tables() {
+    let tables: Vec<_> = (1..=SURFACES.len())
+        .map(|surface| {
+            let all = || (0..25_920).map(Levels::from_index);
+            serde_json::json!({
+                "surface": SURFACES[surface - 1],
+                "least": minimum(surface),
+                "clean": all().map(|c| clean(surface, c, Fidelity::Full)).collect::<Vec<_>>(),
+                "clean_at_5_percent": all().map(|c| clean(surface, c, Fidelity::FivePercent)).collect::<Vec<_>>(),
+                "sigma": all().map(|c| sigma(surface, c, Fidelity::Full)).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    println!("{}", serde_json::json!({ "tables": tables }));
 }
 
 fn config(sampler: &str, seed: u64) -> StudyConfig {

@@ -3,7 +3,7 @@
 //! S1 to S4 imitate what is known of distillation: perplexity, a mix of tasks, a cliff behind which training
 //! diverges, and a rugged surface. S5 and S6 were written after the samplers were finished, to be tuned on by nobody.
 
-use caskd_search::Params;
+use caskd_search::{Params, Value};
 
 /// A configuration by its levels, in the order of Table 2.
 #[derive(Debug, Clone, Copy)]
@@ -37,14 +37,14 @@ const KINDS: [&str; 2] = ["kl", "dual-scaling"];
 impl Levels {
     pub fn of(params: &Params) -> Self {
         let number = |name: &str, levels: &[f64]| {
-            let value = params.get(name).and_then(|v| v.as_f64());
+            let value = params.get(name).and_then(Value::as_f64);
             levels
                 .iter()
                 .position(|level| Some(*level) == value)
                 .expect(name)
         };
         let text = |name: &str, levels: &[&str]| {
-            let value = params.get(name).and_then(|v| v.as_str());
+            let value = params.get(name).and_then(Value::as_str);
             levels
                 .iter()
                 .position(|level| Some(*level) == value)
@@ -223,11 +223,10 @@ impl Terms {
         let pkd = 2.29 * (1.0 - dual);
         let pka = [2.85, 1.1, 0.0][c.layers]
             + match (aligned, c.hidden_norm, c.layers) {
-                (false, _, _) => 0.0,
                 (true, 0, 1) => 1.4,
                 (true, 0, _) => 3.2,
                 (true, 2, _) => 0.6,
-                (true, _, _) => 0.0,
+                _ => 0.0,
             };
         let pln = [0.9, 0.3, 0.0][c.logits_norm]
             + if c.kd_type == 1 && c.logits_norm == 2 {

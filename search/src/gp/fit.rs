@@ -138,7 +138,7 @@ impl<'a> Problem<'a> {
             }
             matrix[(i, i)] = diagonal;
         }
-        let Some(cholesky) = Cholesky::of(matrix) else {
+        let Some(cholesky) = Cholesky::of(&matrix) else {
             return (f64::INFINITY, vec![0.0; theta.len()]);
         };
         let alpha = cholesky.solve(self.targets);
@@ -238,7 +238,7 @@ fn lbfgs(
             }
         }
         let slope = dot(&direction, &gradient);
-        if !(slope < 0.0) {
+        if slope >= 0.0 || slope.is_nan() {
             if memory.is_empty() {
                 break;
             }

@@ -24,7 +24,7 @@ pub(crate) struct Cholesky {
 impl Cholesky {
     /// Factorises a symmetric matrix given by its lower triangle; `None` where it is not positive definite even
     /// with a little added to the diagonal.
-    pub(crate) fn of(matrix: Mat<f64>) -> Option<Self> {
+    pub(crate) fn of(matrix: &Mat<f64>) -> Option<Self> {
         let n = matrix.nrows();
         let scale = (0..n).fold(0.0f64, |m, i| m.max(matrix[(i, i)]));
         if !scale.is_finite() {
@@ -124,7 +124,7 @@ fn factorise(orders: &[Order], columns: &Columns, hyper: &Hyper) -> Option<Chole
         }
         matrix[(i, i)] = hyper.variance() + hyper.noise();
     }
-    Cholesky::of(matrix)
+    Cholesky::of(&matrix)
 }
 
 /// A conditioned process.
@@ -201,23 +201,39 @@ impl<'a> Posterior<'a> {
             variance: Vec::with_capacity(candidates.len),
         };
         let mut block = vec![0.0; n * BLOCK];
-        let mut products = vec![0.0; n];
+        // Listed points share their leading places with the one before: products and sums over the first j
+        // parameters are kept for every j, and only what changed is computed again.
+        let mut products = vec![vec![self.hyper.product(); n]; d + 1];
+        let mut sums = vec![vec![CONSTANT; n]; d + 1];
         for start in (0..candidates.len).step_by(BLOCK) {
             let count = BLOCK.min(candidates.len - start);
             for (offset, column) in block[..n * count].chunks_exact_mut(n).enumerate() {
-                products.fill(self.hyper.product());
-                column.fill(CONSTANT);
-                for j in 0..d {
-                    let place = candidates.index[j][start + offset] as usize;
+                let candidate = start + offset;
+                let shared = if candidate == 0 {
+                    0
+                } else {
+                    let same = |index: &Vec<u32>| index[candidate] == index[candidate - 1];
+                    candidates
+                        .index
+                        .iter()
+                        .take_while(|index| same(index))
+                        .count()
+                };
+                for j in shared..d {
+                    let place = candidates.index[j][candidate] as usize;
                     let factors = &rows[j][place * n..(place + 1) * n];
                     let weight = additive[j];
-                    for ((sum, product), k) in column.iter_mut().zip(&mut products).zip(factors) {
-                        *product *= k;
-                        *sum += weight * k;
+                    let (done, open) = products.split_at_mut(j + 1);
+                    for ((next, product), k) in open[0].iter_mut().zip(&done[j]).zip(factors) {
+                        *next = product * k;
+                    }
+                    let (done, open) = sums.split_at_mut(j + 1);
+                    for ((next, sum), k) in open[0].iter_mut().zip(&done[j]).zip(factors) {
+                        *next = sum + weight * k;
                     }
                 }
-                for (sum, product) in column.iter_mut().zip(&products) {
-                    *sum += product;
+                for ((k, product), sum) in column.iter_mut().zip(&products[d]).zip(&sums[d]) {
+                    *k = product + sum;
                 }
             }
             solve_lower_triangular_in_place(
@@ -325,8 +341,8 @@ mod tests {
     #[test]
     fn singular_matrices_get_jitter_and_hopeless_ones_are_refused() {
         let ones = Mat::from_fn(3, 3, |_, _| 1.0);
-        assert!(Cholesky::of(ones).is_some());
-        assert!(Cholesky::of(Mat::from_fn(2, 2, |i, l| if i == l { 1.0 } else { 2.0 })).is_none());
-        assert!(Cholesky::of(Mat::from_fn(1, 1, |_, _| f64::NAN)).is_none());
+        assert!(Cholesky::of(&ones).is_some());
+        assert!(Cholesky::of(&Mat::from_fn(2, 2, |i, l| if i == l { 1.0 } else { 2.0 })).is_none());
+        assert!(Cholesky::of(&Mat::from_fn(1, 1, |_, _| f64::NAN)).is_none());
     }
 }

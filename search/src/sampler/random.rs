@@ -21,10 +21,11 @@ impl Sampler {
             by: "random".to_owned(),
             ..Why::default()
         };
-        if let Some(points) = &self.points {
-            let left: Vec<_> = points.iter().filter(|p| !tried.contains(p)).collect();
+        if let Some(finite) = &self.finite {
+            let tried = finite.tried(tried);
+            let left: Vec<usize> = (0..tried.len()).filter(|&i| !tried[i]).collect();
             if !left.is_empty() {
-                let point = left[rng.below(left.len())].clone();
+                let point = finite.points[left[rng.below(left.len())]].clone();
                 return Ok(Suggestion { point, why });
             }
         }

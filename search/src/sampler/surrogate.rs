@@ -64,25 +64,26 @@ impl Sampler {
     ) -> Result<Suggestion> {
         let surrogate = Surrogate::new(&self.space, history)?;
         let finished = history.observations.len();
-        let finite;
-        let (candidates, parts) = if let Some(points) = &self.points {
+        let drawn;
+        let drawn_columns;
+        let (candidates, columns, parts, tried_flags) = if let Some(finite) = &self.finite {
             if let (Some(source), None) = (&mut discrepancies, &self.finite_discrepancies) {
-                self.finite_discrepancies = Some(source.of_all(&self.space, points)?);
+                self.finite_discrepancies = Some(source.of_all(&self.space, &finite.points)?);
             }
-            finite = points;
             let parts = discrepancies.and(self.finite_discrepancies.clone());
-            (finite.clone(), parts)
+            (&finite.points, &finite.columns, parts, finite.tried(tried))
         } else {
-            let candidates = surrogate.candidates(config, number, history, tried)?;
+            drawn = surrogate.candidates(config, number, history, tried)?;
+            drawn_columns = Columns::new(&self.space, &drawn);
             let parts = match discrepancies {
-                Some(source) => Some(source.of_all(&self.space, &candidates)?),
+                Some(source) => Some(source.of_all(&self.space, &drawn)?),
                 None => None,
             };
-            (candidates, parts)
+            (&drawn, &drawn_columns, parts, vec![false; drawn.len()])
         };
-        let scores = surrogate.score(&config.sabo, &candidates, parts.as_deref(), finished)?;
+        let scores = surrogate.score(&config.sabo, columns, parts.as_deref(), finished)?;
         let chosen = (0..candidates.len())
-            .filter(|&i| !tried.contains(&candidates[i]))
+            .filter(|&i| !tried_flags[i])
             .max_by(|&a, &b| scores.total[a].total_cmp(&scores.total[b]).then(b.cmp(&a)));
         let Some(i) = chosen else {
             return self.random(config, number, tried);
@@ -158,7 +159,7 @@ impl<'a> Surrogate<'a> {
     fn score(
         &self,
         options: &SaboOptions,
-        candidates: &[Point],
+        candidates: &Columns,
         parts: Option<&[crate::objective::Discrepancy]>,
         finished: usize,
     ) -> Result<Scores> {
@@ -166,7 +167,7 @@ impl<'a> Surrogate<'a> {
             .ok_or(Error::Surrogate {
                 observations: self.targets.len(),
             })?;
-        let prediction = posterior.predict_points(self.space, candidates);
+        let prediction = posterior.predict(candidates);
         let exact = parts.is_some() && options.is_laei();
         let (best, unit) = if exact {
             (self.best_observed, self.warped.scale)
@@ -261,7 +262,12 @@ impl<'a> Surrogate<'a> {
                     admit(self.neighbour(seed, radius, &mut rng), &mut candidates);
                 }
             }
-            let scores = self.score(&config.sabo, &candidates, None, 0)?;
+            let scores = self.score(
+                &config.sabo,
+                &Columns::new(self.space, &candidates),
+                None,
+                0,
+            )?;
             let mut order: Vec<usize> = (0..candidates.len()).collect();
             order.sort_by(|&a, &b| scores.total[b].total_cmp(&scores.total[a]).then(a.cmp(&b)));
             seeds = order

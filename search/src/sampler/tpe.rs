@@ -5,6 +5,7 @@ use super::sobol::scrambled;
 use super::{History, Sampler, Suggestion, Tried};
 use crate::config::StudyConfig;
 use crate::error::Result;
+use crate::gp::kernel::Columns;
 use crate::rng::{Rng, Stream};
 use crate::space::{Domain, Point, Space};
 use crate::view::Why;
@@ -37,19 +38,26 @@ impl Sampler {
         let worse = Parzen::new(&self.space, &worse);
 
         let drawn;
-        let candidates = if let Some(points) = &self.points {
-            points
+        let drawn_columns;
+        let (candidates, columns, tried) = if let Some(finite) = &self.finite {
+            (&finite.points, &finite.columns, finite.tried(tried))
         } else {
             drawn = self.tpe_candidates(config, number, &better);
-            &drawn
+            drawn_columns = Columns::new(&self.space, &drawn);
+            let flags = drawn
+                .iter()
+                .map(|point| tried.contains(point) || self.space.is_forbidden(point))
+                .collect();
+            (&drawn, &drawn_columns, flags)
         };
-        let chosen = candidates
-            .iter()
-            .filter(|point| !tried.contains(point) && !self.space.is_forbidden(point))
-            .map(|point| (better.log_density(point) - worse.log_density(point), point))
+        let better = better.log_densities(columns);
+        let worse = worse.log_densities(columns);
+        let chosen = (0..candidates.len())
+            .filter(|&i| !tried[i])
+            .map(|i| (better[i] - worse[i], &candidates[i]))
             .reduce(|best, next| if next.0 > best.0 { next } else { best });
         let Some((score, point)) = chosen else {
-            return self.random(config, number, tried);
+            return self.random(config, number, &history.tried());
         };
         Ok(Suggestion {
             point: point.clone(),
@@ -108,37 +116,57 @@ impl<'a> Parzen<'a> {
         }
     }
 
-    fn log_density(&self, point: &[f64]) -> f64 {
-        let kernels = self
-            .centres
+    /// Logarithm of the density, relative to the uniform one, at points given by the places of each parameter.
+    fn log_densities(&self, candidates: &Columns) -> Vec<f64> {
+        let n = self.centres.len();
+        // For every parameter and candidate place: its factor of each kernel (n contiguous numbers).
+        let factors: Vec<Vec<f64>> = self
+            .space
+            .parameters()
             .iter()
-            .map(|centre| self.kernel(centre, point))
-            .sum::<f64>();
-        ((kernels + 1.0) / (self.centres.len() as f64 + 1.0)).ln()
-    }
-
-    /// Density of one kernel relative to the uniform one.
-    fn kernel(&self, centre: &[f64], point: &[f64]) -> f64 {
-        let mut density = 1.0;
-        for (j, parameter) in self.space.parameters().iter().enumerate() {
-            let domain = parameter.domain();
-            density *= match domain {
-                Domain::Categorical { values } if values.len() < 2 => 1.0,
-                Domain::Categorical { values } => {
-                    let levels = values.len() as f64;
-                    if centre[j] == point[j] {
-                        (1.0 - self.leak) * levels + self.leak
-                    } else {
-                        self.leak
+            .zip(&candidates.places)
+            .enumerate()
+            .map(|(j, (parameter, places))| {
+                let domain = parameter.domain();
+                places
+                    .iter()
+                    .flat_map(|place| {
+                        self.centres
+                            .iter()
+                            .map(move |c| (domain.place(c[j]), *place))
+                    })
+                    .map(|(centre, place)| self.factor(domain, centre, place))
+                    .collect()
+            })
+            .collect();
+        let mut kernels = vec![1.0; n];
+        (0..candidates.len)
+            .map(|i| {
+                kernels.fill(1.0);
+                for (index, factors) in candidates.index.iter().zip(&factors) {
+                    let place = index[i] as usize;
+                    for (kernel, factor) in kernels.iter_mut().zip(&factors[place * n..]) {
+                        *kernel *= factor;
                     }
                 }
-                _ => {
-                    let z = (domain.place(centre[j]) - domain.place(point[j])) / self.width;
-                    (-0.5 * z * z).exp() / (self.width * std::f64::consts::TAU.sqrt())
-                }
-            };
+                ((kernels.iter().sum::<f64>() + 1.0) / (n as f64 + 1.0)).ln()
+            })
+            .collect()
+    }
+
+    /// One parameter's factor of a kernel, relative to the uniform density.
+    fn factor(&self, domain: &Domain, centre: f64, place: f64) -> f64 {
+        match domain {
+            Domain::Categorical { values } if values.len() < 2 => 1.0,
+            Domain::Categorical { values } if centre == place => {
+                (1.0 - self.leak) * values.len() as f64 + self.leak
+            }
+            Domain::Categorical { .. } => self.leak,
+            _ => {
+                let z = (centre - place) / self.width;
+                (-0.5 * z * z).exp() / (self.width * std::f64::consts::TAU.sqrt())
+            }
         }
-        density
     }
 
     /// A configuration from the mixture.

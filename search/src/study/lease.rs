@@ -1,6 +1,6 @@
 //! Who works on a trial, whether that worker still lives, and how it says so.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -103,7 +103,7 @@ impl Heartbeat {
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new()
             .name("lease".to_owned())
-            .spawn(move || beat(path, number, token, lease_seconds, &stopped))
+            .spawn(move || beat(&path, number, token, lease_seconds, &stopped))
             .ok();
         Self {
             stop: Some(stop),
@@ -121,11 +121,11 @@ impl Drop for Heartbeat {
     }
 }
 
-fn beat(path: PathBuf, number: u64, token: u64, lease_seconds: f64, stopped: &Receiver<()>) {
+fn beat(path: &Path, number: u64, token: u64, lease_seconds: f64, stopped: &Receiver<()>) {
     let pause = Duration::from_secs_f64((lease_seconds / 3.0).clamp(0.05, 3600.0));
     while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
         // A missed beat is made good by the next one; a lost lease shows when the result is told.
-        if let Ok(mut store) = Store::open(&path) {
+        if let Ok(mut store) = Store::open(path) {
             let _ = store.renew(number, token, now() + lease_seconds);
         }
     }

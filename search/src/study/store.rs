@@ -22,7 +22,7 @@ const SCHEMA_VERSION: i64 = 1;
 /// "cskd", kept in `application_id`.
 const APPLICATION_ID: i64 = 0x6373_6b64;
 /// How long to wait for another process's transaction.
-const BUSY: Duration = Duration::from_secs(60);
+const BUSY: Duration = Duration::from_mins(1);
 
 /// An open study database.
 pub(crate) struct Store {
@@ -225,29 +225,30 @@ impl Store {
         let path = self.path.clone();
         let found = self.change(|tx| {
             let now = now();
-            let open: Vec<(i64, String, Option<String>, Option<f64>, i64)> = tx
+            let open: Vec<OpenTrial> = tx
                 .prepare_cached(
                     "SELECT number, state, owner, lease_expires, attempts FROM trial
                      WHERE state IN ('running', 'stopped') ORDER BY number",
                 )?
                 .query_map([], |row| {
-                    Ok((
-                        row.get(0)?,
-                        row.get(1)?,
-                        row.get(2)?,
-                        row.get(3)?,
-                        row.get(4)?,
-                    ))
+                    Ok(OpenTrial {
+                        number: row.get(0)?,
+                        state: row.get(1)?,
+                        holder: row.get(2)?,
+                        expires: row.get(3)?,
+                        attempts: row.get(4)?,
+                    })
                 })?
                 .collect::<rusqlite::Result<_>>()?;
-            for (number, state, holder, expires, attempts) in open {
-                let running = state == TrialState::Running.name();
-                let silent = expires.is_none_or(|expires| expires < now);
-                let dead = holder.as_deref().is_none_or(is_dead);
+            for trial in open {
+                let number = trial.number;
+                let running = trial.state == TrialState::Running.name();
+                let silent = trial.expires.is_none_or(|expires| expires < now);
+                let dead = trial.holder.as_deref().is_none_or(is_dead);
                 if running && !silent && !dead {
                     continue;
                 }
-                let attempts = attempts + i64::from(running);
+                let attempts = trial.attempts + i64::from(running);
                 if running && attempts as u64 >= max_attempts {
                     let error = format!("given up: {attempts} workers died or fell silent on it");
                     tx.execute(
@@ -349,7 +350,7 @@ impl Store {
         error: Option<&str>,
         seconds: f64,
     ) -> Result<Told> {
-        let outcome = self.change(|tx| {
+        self.change(|tx| {
             let found: Option<(String, i64)> = tx
                 .query_row(
                     "SELECT state, token FROM trial WHERE number = ?1",
@@ -378,8 +379,7 @@ impl Store {
                     Ok(Ok(Told::Recorded))
                 }
             }
-        })?;
-        outcome
+        })?
     }
 
     /// The current lease of a trial.
@@ -506,6 +506,15 @@ fn finish(
         params![number, state.name(), value, error, seconds, now()],
     )?;
     Ok(())
+}
+
+/// A trial without a result.
+struct OpenTrial {
+    number: i64,
+    state: String,
+    holder: Option<String>,
+    expires: Option<f64>,
+    attempts: i64,
 }
 
 /// A row before its texts are understood.
