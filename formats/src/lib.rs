@@ -11,6 +11,10 @@
 //! What this crate never does: it knows no tensor library, no tokenizer and no loss; it never overwrites a published
 //! file; it never allocates from a length that it has not bounded; it never panics on the content of a file.
 
+// The tests' sample caches name this crate as its users do.
+#[cfg(test)]
+extern crate self as caskd_formats;
+
 mod cache;
 mod error;
 mod frame;

@@ -403,3 +403,6 @@ fn done_shards(store: &Store, spec: &CacheSpec) -> Result<BTreeMap<usize, ShardI
     }
     Ok(done)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! One shard: a Parquet file with a row per sequence. `schema` is the layout, `write` and `read` follow it.
 
+mod pages;
 mod read;
 mod schema;
 mod write;

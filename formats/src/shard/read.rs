@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
 
 use arrow::array::{Array, AsArray, GenericListArray, RecordBatch};
 use arrow::datatypes::{DataType, Float32Type, UInt32Type, UInt64Type};
@@ -15,6 +16,7 @@ use parquet::arrow::arrow_reader::{
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::pages::{PAGES_KEY, PageFault, PageReader, Pages};
 use super::schema::{
     KEYS_CHECKSUM, LOSS_MASK, METADATA_KEY, POSITIONS, SOURCE, SPLIT_HASH, STATISTICS,
     STATISTICS_CHECKSUM, ShardMetadata, TARGETS, TOKEN_DIGEST, TOKEN_IDS, TOKENS_CHECKSUM, TOP_K,
@@ -50,6 +52,7 @@ pub(crate) struct Shard {
     rows: usize,
     source: Source,
     metadata: ArrowReaderMetadata,
+    pages: Arc<Pages>,
     spec: CacheSpec,
     /// Per layer of the spec; empty for f16.
     scales: Vec<Vec<f32>>,
@@ -94,11 +97,13 @@ impl Shard {
                 .map_err(|error| Error::damaged(&file, error.to_string()))?;
             check_metadata(spec, index, info, &metadata)?;
             let scales = scales(spec, &file, &metadata)?;
+            let pages = Pages::load(&file, metadata.metadata(), value(&metadata, PAGES_KEY))?;
             Ok(Shard {
                 file: file.clone(),
                 rows: info.sequences as usize,
                 source: source.clone(),
                 metadata,
+                pages: Arc::new(pages),
                 spec: spec.clone(),
                 scales,
             })
@@ -406,15 +411,40 @@ impl Shard {
         batch_size: usize,
         mut each: impl FnMut(&RecordBatch) -> Result<()>,
     ) -> Result<()> {
+        let fault = Arc::new(OnceLock::new());
+        let failed = |message: String| match fault.get() {
+            Some(fault) => self.page_damaged(fault),
+            None => self.damaged(&message),
+        };
         guarded(&self.file, || {
-            let reader = self
-                .reader(wanted, rows, batch_size)
-                .map_err(|error| self.damaged(&error.to_string()))?;
-            for batch in reader {
-                each(&batch.map_err(|error| self.damaged(&error.to_string()))?)?;
+            let reader = self.reader(wanted, rows, batch_size, fault.clone());
+            for batch in reader.map_err(|error| failed(error.to_string()))? {
+                each(&batch.map_err(|error| failed(error.to_string()))?)?;
             }
             Ok(())
         })
+    }
+
+    fn page_damaged(&self, fault: &PageFault) -> Error {
+        let columns = self.metadata.parquet_schema().columns();
+        let parts = columns
+            .get(fault.column)
+            .and_then(|column| column.path().parts().first());
+        let is_one = fault.end_row - fault.first_row == 1;
+        Error::Damaged {
+            file: self.file.clone(),
+            column: parts.cloned(),
+            row: is_one.then_some(fault.first_row),
+            message: if is_one {
+                "the page's checksum does not match".to_owned()
+            } else {
+                format!(
+                    "the checksum of the page with rows {} to {} does not match",
+                    fault.first_row,
+                    fault.end_row - 1
+                )
+            },
+        }
     }
 
     fn reader(
@@ -422,6 +452,7 @@ impl Shard {
         wanted: &[&str],
         rows: Option<&[u32]>,
         batch_size: usize,
+        fault: Arc<OnceLock<PageFault>>,
     ) -> parquet::errors::Result<ParquetRecordBatchReader> {
         let fields = self.metadata.schema().fields();
         let roots = fields
@@ -432,14 +463,17 @@ impl Shard {
             self.metadata.parquet_schema(),
             roots.map(|(index, _)| index),
         );
-        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(
-            self.source.clone(),
-            self.metadata.clone(),
-        )
-        .with_projection(mask)
-        .with_batch_size(batch_size)
-        // A mask would decode whole pages to drop most of them again.
-        .with_row_selection_policy(RowSelectionPolicy::Selectors);
+        let source = PageReader {
+            source: self.source.clone(),
+            pages: self.pages.clone(),
+            fault,
+        };
+        let builder =
+            ParquetRecordBatchReaderBuilder::new_with_metadata(source, self.metadata.clone())
+                .with_projection(mask)
+                .with_batch_size(batch_size)
+                // A mask would decode whole pages to drop most of them again.
+                .with_row_selection_policy(RowSelectionPolicy::Selectors);
         match rows {
             Some(rows) if rows.len() < self.rows => {
                 builder.with_row_selection(selection(rows)).build()

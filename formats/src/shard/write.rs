@@ -1,5 +1,6 @@
 //! Sequences to the bytes of a shard.
 
+use std::io::Write;
 use std::sync::Arc;
 
 use arrow::array::{
@@ -11,9 +12,13 @@ use arrow::datatypes::DataType;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use parquet::arrow::ArrowWriter;
-use parquet::file::metadata::{KeyValue, ParquetMetaData};
+use parquet::file::metadata::{
+    FileMetaData, KeyValue, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter,
+};
+use parquet::file::writer::TrackedWrite;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::pages::{self, PAGES_KEY};
 use super::schema::{
     METADATA_KEY, ShardMetadata, TOP_K, arrow_schema, element, hidden_column, keys_checksum,
     scales_key, statistics_checksum, tokens_checksum, writer_properties,
@@ -61,36 +66,16 @@ pub(crate) fn encode_shard(
         })
         .collect();
 
-    let failed = |message: String| Error::Encode { shard, message };
-    let schema = arrow_schema(spec, &DataType::Binary);
-    let mut writer =
-        ArrowWriter::try_new(Vec::new(), schema.clone(), Some(writer_properties(spec)))
-            .map_err(|error| failed(error.to_string()))?;
-    let metadata = ShardMetadata::new(spec, shard, sequences.len() as u64, positions);
-    let json = serde_json::to_string(&metadata).map_err(|error| failed(error.to_string()))?;
-    writer.append_key_value_metadata(KeyValue::new(METADATA_KEY.to_owned(), json));
-    for (layer, scales) in spec
-        .layers
-        .iter()
-        .zip(&scales)
-        .filter(|(_, scales)| !scales.is_empty())
-    {
-        let text = STANDARD.encode(bytemuck::cast_slice::<f32, u8>(scales));
-        writer.append_key_value_metadata(KeyValue::new(scales_key(layer.layer), text));
-    }
-    let mut encoder = Encoder::new().map_err(|error| failed(error.to_string()))?;
-    for sequence in sequences {
-        let columns = columns(spec, sequence, &scales, &mut encoder)
-            .map_err(|error| failed(error.to_string()))?;
-        let batch = RecordBatch::try_new(schema.clone(), columns)
-            .map_err(|error| failed(error.to_string()))?;
-        writer
-            .write(&batch)
-            .map_err(|error| failed(error.to_string()))?;
-    }
-    let parquet = writer.finish().map_err(|error| failed(error.to_string()))?;
-    let bytes = writer.inner().clone();
-    let tail = data_end(&parquet).min(bytes.len());
+    let (data, metadata) = write_rows(spec, sequences, &scales).map_err(|error| Error::Encode {
+        shard,
+        message: error.to_string(),
+    })?;
+    let own = ShardMetadata::new(spec, shard, sequences.len() as u64, positions);
+    let (tail, bytes) =
+        add_metadata(spec, data, metadata, &own, &scales).map_err(|error| Error::Encode {
+            shard,
+            message: error.to_string(),
+        })?;
     let footer = FooterInfo {
         bytes: (bytes.len() - tail) as u64,
         checksum: format!("{:016x}", xxh3_64(&bytes[tail..])),
@@ -100,6 +85,74 @@ pub(crate) fn encode_shard(
         positions,
         footer,
     })
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+/// A Parquet file without our metadata.
+fn write_rows(
+    spec: &CacheSpec,
+    sequences: &[Sequence],
+    scales: &[Vec<f32>],
+) -> Result<(Vec<u8>, ParquetMetaData), Failure> {
+    let mut bytes = Vec::new();
+    let schema = arrow_schema(spec, &DataType::Binary);
+    let mut writer =
+        ArrowWriter::try_new(&mut bytes, schema.clone(), Some(writer_properties(spec)))?;
+    let mut encoder = Encoder::new()?;
+    for sequence in sequences {
+        let columns = columns(spec, sequence, scales, &mut encoder)?;
+        writer.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
+    }
+    let metadata = writer.close()?;
+    Ok((bytes, metadata))
+}
+
+/// The same file with a footer that carries our metadata, and where its tail begins. The checksums of pages are not known
+/// before all pages are written, so the library's own footer is replaced.
+fn add_metadata(
+    spec: &CacheSpec,
+    mut data: Vec<u8>,
+    metadata: ParquetMetaData,
+    own: &ShardMetadata,
+    scales: &[Vec<f32>],
+) -> Result<(usize, Vec<u8>), Failure> {
+    let tail = data_end(&metadata).min(data.len());
+    let file = metadata.file_metadata();
+    let mut pairs = file.key_value_metadata().cloned().unwrap_or_default();
+    pairs.push(KeyValue::new(
+        METADATA_KEY.to_owned(),
+        serde_json::to_string(own)?,
+    ));
+    for (layer, scales) in spec
+        .layers
+        .iter()
+        .zip(scales)
+        .filter(|(_, scales)| !scales.is_empty())
+    {
+        let text = STANDARD.encode(bytemuck::cast_slice::<f32, u8>(scales));
+        pairs.push(KeyValue::new(scales_key(layer.layer), text));
+    }
+    let table = pages::table(&data, &metadata).ok_or("the library wrote no page index")?;
+    pairs.push(KeyValue::new(PAGES_KEY.to_owned(), table));
+    let file = FileMetaData::new(
+        file.version(),
+        file.num_rows(),
+        file.created_by().map(str::to_owned),
+        Some(pairs),
+        file.schema_descr_ptr(),
+        file.column_orders().cloned(),
+    );
+    let metadata = ParquetMetaDataBuilder::new(file)
+        .set_row_groups(metadata.row_groups().to_vec())
+        .set_page_index(metadata.page_index().cloned())
+        .build();
+    data.truncate(tail);
+    let mut bytes = Vec::with_capacity(tail + (64 << 10));
+    let mut tracked = TrackedWrite::new(&mut bytes);
+    tracked.write_all(&data)?;
+    ParquetMetaDataWriter::new_with_tracked(tracked, &metadata).finish()?;
+    Ok((tail, bytes))
 }
 
 /// Where the last column chunk ends and the tail begins.
@@ -206,7 +259,7 @@ fn columns(
     sequence: &Sequence,
     scales: &[Vec<f32>],
     encoder: &mut Encoder,
-) -> Result<Vec<ArrayRef>, Box<dyn std::error::Error>> {
+) -> Result<Vec<ArrayRef>, Failure> {
     let digest = token_digest(&sequence.token_ids);
     let split_hash = crate::split_hash(&sequence.token_ids);
     let positions = sequence.token_ids.len() as u32;
