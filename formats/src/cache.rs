@@ -214,7 +214,7 @@ impl Cache {
         }
         // Two threads may both open it; one result is dropped, which costs less than a lock around every read.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
-        let shard = Shard::open(&self.spec, index, info, source)?;
+        let shard = Shard::open(&self.spec, index, info, &source)?;
         Ok(cell.get_or_init(|| shard))
     }
 }

@@ -161,15 +161,9 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 fn place(column: Option<&str>, row: Option<u64>) -> String {
-    let mut text = String::new();
-    if let Some(column) = column {
-        text.push_str(", column ");
-        text.push_str(column);
-    }
-    if let Some(row) = row {
-        text.push_str(&format!(", row {row}"));
-    }
-    text
+    let column = column.map_or_else(String::new, |column| format!(", column {column}"));
+    let row = row.map_or_else(String::new, |row| format!(", row {row}"));
+    column + &row
 }
 
 impl Error {

@@ -195,12 +195,12 @@ impl Decoder {
 
     /// Checks checksum and header against what the row says; `left` positions are not yet covered. Returns the number
     /// of positions in this blob and its payload.
-    pub(crate) fn open<'a>(
-        blob: &'a [u8],
+    pub(crate) fn open(
+        blob: &[u8],
         expected: Header,
         left: usize,
         bytes_per_position: usize,
-    ) -> Result<(usize, Payload<'a>), Fault> {
+    ) -> Result<(usize, Payload<'_>), Fault> {
         if blob.len() < HEADER {
             return damaged(format!(
                 "a blob of {} bytes is shorter than its header",
@@ -316,4 +316,154 @@ pub(crate) fn widen(patterns: &[u16], out: &mut [f32]) {
     patterns
         .reinterpret_cast::<half::f16>()
         .convert_to_f32_slice(out);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sequence::{HiddenState, TopK};
+    use crate::spec::{HiddenCodec, LayerSpec};
+    use crate::{hidden, topk};
+
+    const POSITIONS: usize = 6;
+    const WIDTH: usize = 5;
+
+    fn layer(codec: HiddenCodec) -> LayerSpec {
+        LayerSpec {
+            layer: 3,
+            width: WIDTH,
+            codec,
+        }
+    }
+
+    /// A sound blob of each codec.
+    fn sound(kind: usize) -> Vec<u8> {
+        let mut encoder = Encoder::new().unwrap();
+        let mut blobs = match kind {
+            0 => {
+                let row = [9.0, 8.5, 8.5, 1.0, f32::NEG_INFINITY];
+                let logits = row.repeat(POSITIONS);
+                let ids = (0..logits.len() as u32).map(|id| id * 2600).collect();
+                topk::encode(
+                    &mut encoder,
+                    &TopK {
+                        k: WIDTH,
+                        ids,
+                        logits,
+                    },
+                    80_000,
+                )
+                .unwrap()
+            }
+            kind => {
+                let values = (0..POSITIONS * WIDTH)
+                    .map(|value| value as f32 - 7.0)
+                    .collect();
+                let state = HiddenState {
+                    layer: 3,
+                    width: WIDTH,
+                    values,
+                };
+                let spec = layer(if kind == 1 {
+                    HiddenCodec::Int8
+                } else {
+                    HiddenCodec::F16
+                });
+                hidden::encode(&mut encoder, &state, &spec, &[0.1; WIDTH]).unwrap()
+            }
+        };
+        assert_eq!(blobs.len(), 1);
+        blobs.remove(0)
+    }
+
+    /// Decodes with the checksum repaired, as if by an attacker.
+    fn decode(kind: usize, mut blob: Vec<u8>) -> Result<usize, Fault> {
+        if blob.len() >= 8 {
+            let checksum = xxh3_64(&blob[8..]);
+            blob[..8].copy_from_slice(&checksum.to_le_bytes());
+        }
+        let mut decoder = Decoder::new().unwrap();
+        let blobs = std::iter::once(blob.as_slice());
+        if kind == 0 {
+            let top_k = topk::decode(&mut decoder, blobs, &[9.0; POSITIONS], WIDTH, 80_000)?;
+            Ok(top_k.logits.len() + top_k.ids.len())
+        } else {
+            let spec = layer(if kind == 1 {
+                HiddenCodec::Int8
+            } else {
+                HiddenCodec::F16
+            });
+            Ok(
+                hidden::decode(&mut decoder, blobs, &spec, &[0.1; WIDTH], POSITIONS)?
+                    .values
+                    .len(),
+            )
+        }
+    }
+
+    #[test]
+    fn codecs_of_tomorrow_are_refused_by_name() {
+        let mut blob = sound(0);
+        (blob[8], blob[9]) = (1, 2);
+        let error = decode(0, blob.clone()).unwrap_err().at("shard", "top_k", 4);
+        let text = "`shard`, column top_k: codec topk-f16-steps version 2 is unknown to this caskd";
+        assert_eq!(error.to_string(), text);
+        (blob[8], blob[9]) = (77, 1);
+        let error = decode(0, blob.clone()).unwrap_err().at("shard", "top_k", 4);
+        assert_eq!(
+            error.to_string(),
+            "`shard`, column top_k: codec number 77 version 1 is unknown to this caskd"
+        );
+        (blob[8], blob[9]) = (3, 1);
+        assert!(matches!(decode(0, blob), Err(Fault::Damaged(_))));
+    }
+
+    #[test]
+    fn exceptions_and_steps_outside_their_range_are_damage() {
+        let mut blob = sound(1);
+        let index = blob.len() - 8;
+        blob[index..index + 4].copy_from_slice(&((POSITIONS * WIDTH) as u32).to_le_bytes());
+        assert!(matches!(decode(1, blob), Err(Fault::Damaged(_))));
+        let mut encoder = Encoder::new().unwrap();
+        let codec = TOP_K_F16_STEPS;
+        encoder.begin(Header {
+            codec,
+            layer: 0,
+            first: 0,
+            count: 6,
+            width: 5,
+        });
+        encoder.planes(&[0x7000; 24]).unwrap();
+        encoder.planes(&[1; 30]).unwrap();
+        encoder.section(&[0; 4]).unwrap();
+        let blob = encoder.finish().to_vec();
+        assert!(matches!(decode(0, blob), Err(Fault::Damaged(_))));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn forged_blobs_never_panic(
+            kind in 0_usize..3,
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+            tail in prop::collection::vec(any::<u8>(), 0..8),
+        ) {
+            let mut blob = sound(kind);
+            for (at, value) in &edits {
+                let at = at.index(blob.len());
+                blob[at] = *value;
+            }
+            if let Some(cut) = cut {
+                blob.truncate(cut.index(blob.len()));
+            }
+            blob.extend(tail);
+            if let Ok(values) = decode(kind, blob) {
+                prop_assert_eq!(values, POSITIONS * WIDTH * if kind == 0 { 2 } else { 1 });
+            }
+        }
+    }
 }

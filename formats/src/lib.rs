@@ -11,6 +11,8 @@
 //! What this crate never does: it knows no tensor library, no tokenizer and no loss; it never overwrites a published
 //! file; it never allocates from a length that it has not bounded; it never panics on the content of a file.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 // The tests' sample caches name this crate as its users do.
 #[cfg(test)]
 extern crate self as caskd_formats;
@@ -22,7 +24,6 @@ mod head;
 mod hidden;
 mod logits;
 mod manifest;
-
 mod sequence;
 mod shard;
 mod source;

@@ -5,8 +5,10 @@ mod sample;
 
 use std::fs;
 
-use caskd_formats::{Cache, CacheWriter, Error, HiddenCodec, Io, Sequence};
+use caskd_formats::{Cache, CacheSpec, CacheWriter, Error, HiddenCodec, Io, Sequence};
 use sample::{small, tree};
+
+type Change<T> = fn(&mut T);
 
 #[test]
 fn a_folder_with_something_in_it_is_refused() {
@@ -157,8 +159,7 @@ fn an_incomplete_cache_is_not_published() {
 #[test]
 fn specs_that_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    type Change = fn(&mut caskd_formats::CacheSpec);
-    let cases: [(&str, Change); 6] = [
+    let cases: [(&str, Change<CacheSpec>); 6] = [
         ("top_k", |spec| spec.top_k = 12),
         ("data.sequences", |spec| spec.data.sequences = 0),
         ("layers", |spec| spec.layers.truncate(1)),
@@ -184,35 +185,34 @@ fn specs_that_cannot_be_are_refused() {
 
 #[test]
 fn sequences_that_cannot_be_stored_are_refused_by_name() {
-    type Change = fn(&mut Sequence);
-    let cases: [(&str, &str, Change); 12] = [
+    let cases: [(&str, &str, Change<Sequence>); 12] = [
         ("top_k", "NaN at position 2", |s| {
-            s.top_k.as_mut().unwrap().logits[7] = f32::NAN
+            s.top_k.as_mut().unwrap().logits[7] = f32::NAN;
         }),
         ("top_k", "the first logit", |s| {
-            s.top_k.as_mut().unwrap().logits[0] = 99.0
+            s.top_k.as_mut().unwrap().logits[0] = 99.0;
         }),
         ("top_k", "ascend at rank 2", |s| {
-            s.top_k.as_mut().unwrap().logits[5] = 30.0
+            s.top_k.as_mut().unwrap().logits[5] = 30.0;
         }),
         ("top_k", "token id 11", |s| {
-            s.top_k.as_mut().unwrap().ids[1] = 11
+            s.top_k.as_mut().unwrap().ids[1] = 11;
         }),
         ("mean", "NaN at position 3", |s| {
-            s.statistics.as_mut().unwrap().mean[3] = f32::NAN
+            s.statistics.as_mut().unwrap().mean[3] = f32::NAN;
         }),
         ("log_sum_exp", "inf at position 0", |s| {
-            s.statistics.as_mut().unwrap().log_sum_exp[0] = f32::INFINITY
+            s.statistics.as_mut().unwrap().log_sum_exp[0] = f32::INFINITY;
         }),
         ("std", "6 values for 7 tokens", |s| {
-            s.statistics.as_mut().unwrap().std.truncate(6)
+            s.statistics.as_mut().unwrap().std.truncate(6);
         }),
         ("token_ids", "token id 11", |s| s.token_ids[0] = 11),
         ("loss_mask", "6 entries for 7 tokens", |s| {
-            s.loss_mask.truncate(6)
+            s.loss_mask.truncate(6);
         }),
         ("hidden.2", "does not fit in f16", |s| {
-            s.hidden[0].values[9] = 7e4
+            s.hidden[0].values[9] = 7e4;
         }),
         (
             "hidden.4",

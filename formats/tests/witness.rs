@@ -74,7 +74,7 @@ fn check(python: &str, sample: &Sample) {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(output.status.success(), "{text}");
-    println!("{text}");
+    eprintln!("{text}");
 }
 
 #[test]

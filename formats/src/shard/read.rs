@@ -13,7 +13,7 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader,
     ParquetRecordBatchReaderBuilder, RowSelection, RowSelectionPolicy, RowSelector,
 };
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader};
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader, RowGroupMetaData};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::pages::{PAGES_KEY, PageFault, PageReader, Pages};
@@ -64,7 +64,7 @@ impl Shard {
         spec: &CacheSpec,
         index: usize,
         info: &ShardInfo,
-        source: Source,
+        source: &Source,
     ) -> Result<Shard> {
         let file = info.file.clone();
         let tail = usize::try_from(info.footer.bytes)
@@ -93,7 +93,7 @@ impl Shard {
                 .with_offset_index_policy(PageIndexPolicy::Required)
                 .with_column_index_policy(PageIndexPolicy::Skip)
                 .with_schema(arrow_schema(spec, &list));
-            let metadata = ArrowReaderMetadata::load(&source, options)
+            let metadata = ArrowReaderMetadata::load(source, options)
                 .map_err(|error| Error::damaged(&file, error.to_string()))?;
             check_metadata(spec, index, info, &metadata)?;
             let scales = scales(spec, &file, &metadata)?;
@@ -348,7 +348,7 @@ impl Shard {
             .metadata()
             .row_groups()
             .iter()
-            .flat_map(|group| group.columns())
+            .flat_map(RowGroupMetaData::columns)
         {
             let bytes = u64::try_from(chunk.compressed_size())
                 .unwrap_or(0)
@@ -552,7 +552,7 @@ fn check_metadata(
 ) -> Result<()> {
     let wrong = |message: String| Err(Error::damaged(&info.file, message));
     let groups = metadata.metadata().row_groups();
-    let rows = groups.first().map_or(0, |group| group.num_rows());
+    let rows = groups.first().map_or(0, RowGroupMetaData::num_rows);
     if groups.len() != 1 || u64::try_from(rows) != Ok(info.sequences) {
         return wrong(format!(
             "{} row groups, {rows} rows in the first, expected {}",

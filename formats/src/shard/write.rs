@@ -14,6 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use parquet::arrow::ArrowWriter;
 use parquet::file::metadata::{
     FileMetaData, KeyValue, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter,
+    RowGroupMetaData,
 };
 use parquet::file::writer::TrackedWrite;
 use xxhash_rust::xxh3::xxh3_64;
@@ -72,7 +73,7 @@ pub(crate) fn encode_shard(
     })?;
     let own = ShardMetadata::new(spec, shard, sequences.len() as u64, positions);
     let (tail, bytes) =
-        add_metadata(spec, data, metadata, &own, &scales).map_err(|error| Error::Encode {
+        add_metadata(spec, data, &metadata, &own, &scales).map_err(|error| Error::Encode {
             shard,
             message: error.to_string(),
         })?;
@@ -113,11 +114,11 @@ fn write_rows(
 fn add_metadata(
     spec: &CacheSpec,
     mut data: Vec<u8>,
-    metadata: ParquetMetaData,
+    metadata: &ParquetMetaData,
     own: &ShardMetadata,
     scales: &[Vec<f32>],
 ) -> Result<(usize, Vec<u8>), Failure> {
-    let tail = data_end(&metadata).min(data.len());
+    let tail = data_end(metadata).min(data.len());
     let file = metadata.file_metadata();
     let mut pairs = file.key_value_metadata().cloned().unwrap_or_default();
     pairs.push(KeyValue::new(
@@ -133,7 +134,7 @@ fn add_metadata(
         let text = STANDARD.encode(bytemuck::cast_slice::<f32, u8>(scales));
         pairs.push(KeyValue::new(scales_key(layer.layer), text));
     }
-    let table = pages::table(&data, &metadata).ok_or("the library wrote no page index")?;
+    let table = pages::table(&data, metadata).ok_or("the library wrote no page index")?;
     pairs.push(KeyValue::new(PAGES_KEY.to_owned(), table));
     let file = FileMetaData::new(
         file.version(),
@@ -160,7 +161,7 @@ pub(super) fn data_end(metadata: &ParquetMetaData) -> usize {
     let chunks = metadata
         .row_groups()
         .iter()
-        .flat_map(|group| group.columns());
+        .flat_map(RowGroupMetaData::columns);
     chunks
         .map(|chunk| {
             let (start, length) = chunk.byte_range();
@@ -209,7 +210,7 @@ fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
     match &sequence.top_k {
         Some(top_k) if spec.top_k > 0 => {
             topk::check(top_k, &statistics.max, spec.top_k, spec.vocab_size)
-                .map_err(|message| Error::invalid(&sequence.source, TOP_K, message))?
+                .map_err(|message| Error::invalid(&sequence.source, TOP_K, message))?;
         }
         None if spec.top_k == 0 => {}
         Some(_) => return wrong(TOP_K, "present, but the plan keeps none".to_owned()),

@@ -149,7 +149,7 @@ fn sequence(shape: &Shape, index: usize, length: usize, noise: &mut Noise) -> Se
         let mut logit = max;
         let first = noise.below(vocab);
         // A stride that is coprime to the vocabulary visits every id once.
-        let stride = (1..)
+        let stride = (1..=vocab)
             .find(|stride| gcd(*stride + vocab / 3, vocab) == 1)
             .unwrap()
             + vocab / 3;
