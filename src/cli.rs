@@ -133,7 +133,9 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  caskd verify cache --deep\n\nExit code 0: every byte is as it was written. Exit code 2: what is damaged is named.")]
+#[command(
+    after_help = "Example:\n  caskd verify cache --deep\n\nExit code 0: every byte is as it was written. Exit code 2: what is damaged is named."
+)]
 pub(crate) struct VerifyArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]
@@ -364,8 +366,15 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         for sub in command.get_subcommands() {
-            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains(&format!("caskd {}", sub.get_name())), "{} has no example", sub.get_name());
+            let help = sub
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.contains(&format!("caskd {}", sub.get_name())),
+                "{} has no example",
+                sub.get_name()
+            );
         }
     }
 }

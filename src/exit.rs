@@ -36,18 +36,28 @@ pub(crate) type Outcome = Result<Exit, Failure>;
 impl Failure {
     /// Something that the user can mend.
     pub(crate) fn user(message: impl Display, hint: impl Display) -> Self {
-        Self { exit: Exit::User, message: message.to_string(), hint: Some(hint.to_string()) }
+        Self {
+            exit: Exit::User,
+            message: message.to_string(),
+            hint: Some(hint.to_string()),
+        }
     }
 
     /// Something that only we can mend.
     pub(crate) fn ours(message: impl Display) -> Self {
-        Self { exit: Exit::Ours, message: message.to_string(), hint: None }
+        Self {
+            exit: Exit::Ours,
+            message: message.to_string(),
+            hint: None,
+        }
     }
 
     /// A file that can't be read or written.
     pub(crate) fn file(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Self {
         let hint = match error.kind() {
-            std::io::ErrorKind::StorageFull => "the disk is full: free some space and run the command again",
+            std::io::ErrorKind::StorageFull => {
+                "the disk is full: free some space and run the command again"
+            }
             std::io::ErrorKind::NotFound => "check the path",
             _ => "check the path and its permissions",
         };
@@ -61,7 +71,9 @@ impl Failure {
             eprintln!("hint: {hint}");
         }
         if self.exit == Exit::Ours {
-            eprintln!("hint: this looks like a fault of caskd; please report it with the command and this output");
+            eprintln!(
+                "hint: this looks like a fault of caskd; please report it with the command and this output"
+            );
         }
         self.exit
     }
@@ -79,7 +91,13 @@ macro_rules! from_crate_error {
     )*};
 }
 
-from_crate_error!(caskd_formats::Error, caskd_models::Error, caskd_cache_builder::Error, caskd_trainer::Error, caskd_search::Error);
+from_crate_error!(
+    caskd_formats::Error,
+    caskd_models::Error,
+    caskd_cache_builder::Error,
+    caskd_trainer::Error,
+    caskd_search::Error
+);
 
 /// The message followed by those causes that it does not already quote.
 fn with_causes(error: &dyn std::error::Error) -> String {

@@ -15,7 +15,9 @@ use exit::Outcome;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    run(&cli.command).unwrap_or_else(|failure| failure.report()).into()
+    run(&cli.command)
+        .unwrap_or_else(|failure| failure.report())
+        .into()
 }
 
 fn run(command: &Command) -> Outcome {

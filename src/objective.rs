@@ -48,7 +48,10 @@ pub(crate) fn setting_text(value: &Value) -> String {
 /// unless together they are more than the whole.
 pub(crate) fn validation_rows(rows: &[RowInfo], share: f64) -> Vec<RowInfo> {
     let first = (1.0 - share) * 2f64.powi(64);
-    rows.iter().filter(|row| row.split_hash as f64 >= first).cloned().collect()
+    rows.iter()
+        .filter(|row| row.split_hash as f64 >= first)
+        .cloned()
+        .collect()
 }
 
 impl Objective for DistillationObjective {
@@ -58,8 +61,19 @@ impl Objective for DistillationObjective {
         config.seed = trial.seed;
         let student = load(&self.student, &self.options)?;
         let run = trial.dir.join("run");
-        let mut control = Control { resume: run.exists(), stop: &terminal::STOP, progress: &mut |_| {} };
-        let summary = match train(&config, student, &self.student, Arc::clone(&self.cache), &run, &mut control) {
+        let mut control = Control {
+            resume: run.exists(),
+            stop: &terminal::STOP,
+            progress: &mut |_| {},
+        };
+        let summary = match train(
+            &config,
+            student,
+            &self.student,
+            Arc::clone(&self.cache),
+            &run,
+            &mut control,
+        ) {
             Ok(summary) => summary,
             Err(error) if error.is_divergence() => return Ok(Outcome::Failed(error.to_string())),
             Err(error) => return Err(error.into()),
@@ -68,8 +82,18 @@ impl Objective for DistillationObjective {
             return Ok(Outcome::Stopped);
         }
         let trained = caskd_trainer::load_run(&run, &self.options)?;
-        let score = evaluate_cache(&trained, &self.cache, Some(&self.validation), EVAL_TOKENS, &mut |_, _| {})?;
-        Ok(if stopped() && !score.perplexity.is_finite() { Outcome::Stopped } else { Outcome::Value(score.perplexity) })
+        let score = evaluate_cache(
+            &trained,
+            &self.cache,
+            Some(&self.validation),
+            EVAL_TOKENS,
+            &mut |_, _| {},
+        )?;
+        Ok(if stopped() && !score.perplexity.is_finite() {
+            Outcome::Stopped
+        } else {
+            Outcome::Value(score.perplexity)
+        })
     }
 
     fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {

@@ -50,12 +50,19 @@ impl Progress {
         let label = label.into();
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
-            let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}%  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}%  {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style);
             bar.set_prefix(label.clone());
             bar
         });
-        Self { label, bar, started: Instant::now(), last_line: None, first_done: None }
+        Self {
+            label,
+            bar,
+            started: Instant::now(),
+            last_line: None,
+            first_done: None,
+        }
     }
 
     /// Shows `done` of `total` with `detail` (rate, loss …) and the time that is left.
@@ -67,7 +74,11 @@ impl Progress {
             bar.set_length(total);
             bar.set_position(done);
             bar.set_message(format!("{detail}  ETA {eta}"));
-        } else if done >= total || self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
+        } else if done >= total
+            || self
+                .last_line
+                .is_none_or(|last| last.elapsed() >= LINE_EVERY)
+        {
             self.last_line = Some(Instant::now());
             let percent = 100.0 * done as f64 / (total.max(1)) as f64;
             eprintln!("{}: {percent:.0}%  {detail}  ETA {eta}", self.label);
@@ -108,7 +119,11 @@ pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1000.0 {
-            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+            return if unit == "B" {
+                format!("{count} B")
+            } else {
+                format!("{value:.1} {unit}")
+            };
         }
         value /= 1000.0;
     }

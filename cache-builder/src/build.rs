@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{
-    CacheSpec, CacheWriter, HeadDtype, HeadWeights, HiddenState, LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, TokenizerInfo, TopK,
+    CacheSpec, CacheWriter, HeadDtype, HeadWeights, HiddenState, LayerSpec, Manifest, Sequence,
+    Statistics, TeacherInfo, TokenizerInfo, TopK,
 };
 use caskd_models::{LoadOptions, LoadedModel};
 use crossbeam_channel::bounded;
@@ -75,20 +76,37 @@ pub struct BuildReport {
 /// # Errors
 /// Bad data, options that don't fit the teacher, values that are not finite, a folder or disk
 /// that can't take the cache. Nothing is left under a final name that is not whole.
-pub fn build(options: &BuildOptions, stop: &AtomicBool, progress: &mut dyn FnMut(&Progress)) -> Result<BuildReport> {
+pub fn build(
+    options: &BuildOptions,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&Progress),
+) -> Result<BuildReport> {
     let started = Instant::now();
     check_options(options)?;
-    let teacher = caskd_models::load(&options.teacher, &LoadOptions { device: options.device, kind: options.kind })?;
+    let teacher = caskd_models::load(
+        &options.teacher,
+        &LoadOptions {
+            device: options.device,
+            kind: options.kind,
+        },
+    )?;
     let data = tokenize(&teacher, &options.data, options.max_len)?;
     let spec = cache_spec(options, &teacher, data.info)?;
     let mut writer = CacheWriter::open(&options.out, &spec, options.resume)?;
     write_head(&mut writer, &teacher)?;
 
     let shards: Vec<Range<usize>> = shard_ranges(data.sequences.len(), spec.sequences_per_shard);
-    let pending: Vec<usize> = (0..shards.len()).filter(|&shard| !writer.is_done(shard)).collect();
+    let pending: Vec<usize> = (0..shards.len())
+        .filter(|&shard| !writer.is_done(shard))
+        .collect();
     let reused: u64 = (0..shards.len())
         .filter(|shard| !pending.contains(shard))
-        .map(|shard| data.sequences[shards[shard].clone()].iter().map(|sequence| sequence.token_ids.len() as u64).sum::<u64>())
+        .map(|shard| {
+            data.sequences[shards[shard].clone()]
+                .iter()
+                .map(|sequence| sequence.token_ids.len() as u64)
+                .sum::<u64>()
+        })
         .sum();
     let mut pass = TeacherPass::new(&teacher, &spec, options.batch_tokens, stop);
     let positions_total = spec.data.positions;
@@ -109,9 +127,11 @@ pub fn build(options: &BuildOptions, stop: &AtomicBool, progress: &mut dyn FnMut
             }
             Ok(writer)
         });
-        let computed = (|| {
+        let computed: Result<bool> = (|| {
             for &shard in &pending {
-                let Some(sequences) = pass.run(&data.sequences[shards[shard].clone()], &mut on_batch)? else {
+                let Some(sequences) =
+                    pass.run(&data.sequences[shards[shard].clone()], &mut on_batch)?
+                else {
                     return Ok(false);
                 };
                 if sender.send((shard, sequences)).is_err() {
@@ -121,11 +141,17 @@ pub fn build(options: &BuildOptions, stop: &AtomicBool, progress: &mut dyn FnMut
             Ok(true)
         })();
         drop(sender);
-        let writer = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let writer = writing
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok::<_, Error>((writer, computed?))
     })?;
 
-    let manifest = if completed { Some(writer.finish()?) } else { None };
+    let manifest = if completed {
+        Some(writer.finish()?)
+    } else {
+        None
+    };
     let totals = pass.totals;
     Ok(BuildReport {
         completed,
@@ -146,34 +172,54 @@ pub fn build(options: &BuildOptions, stop: &AtomicBool, progress: &mut dyn FnMut
 }
 
 fn cache_bytes(manifest: &Manifest) -> u64 {
-    manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>() + manifest.head.as_ref().map_or(0, |head| head.bytes)
+    manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>()
+        + manifest.head.as_ref().map_or(0, |head| head.bytes)
 }
 
 fn check_options(options: &BuildOptions) -> Result<()> {
-    let refuse = |problem: &str, hint: &str| Err(Error::Option { problem: problem.into(), hint: hint.into() });
+    let refuse = |problem: &str, hint: &str| {
+        Err(Error::Option {
+            problem: problem.into(),
+            hint: hint.into(),
+        })
+    };
     if options.top_k == 0 {
         return refuse("--top-k 0 keeps nothing", "give at least 1");
     }
     if options.max_len < 2 {
-        return refuse("--max-len is too short", "a sequence needs two tokens: one to predict from and one to predict");
+        return refuse(
+            "--max-len is too short",
+            "a sequence needs two tokens: one to predict from and one to predict",
+        );
     }
     if !matches!(options.kind, Kind::Float | Kind::BFloat16) {
-        return refuse("the teacher computes in f32 or bf16 only", "give --dtype f32 or --dtype bf16");
+        return refuse(
+            "the teacher computes in f32 or bf16 only",
+            "give --dtype f32 or --dtype bf16",
+        );
     }
     Ok(())
 }
 
-fn cache_spec(options: &BuildOptions, teacher: &LoadedModel, data: caskd_formats::DataInfo) -> Result<CacheSpec> {
-    let config = teacher.network.config();
+fn cache_spec(
+    options: &BuildOptions,
+    teacher: &LoadedModel,
+    data: caskd_formats::DataInfo,
+) -> Result<CacheSpec> {
     let (vocab_size, width) = head_shape(teacher);
     if options.top_k > vocab_size {
         return Err(Error::Option {
-            problem: format!("--top-k {} is larger than the teacher's vocabulary of {vocab_size}", options.top_k),
+            problem: format!(
+                "--top-k {} is larger than the teacher's vocabulary of {vocab_size}",
+                options.top_k
+            ),
             hint: "64 is a good choice; statistics and the exact tier cover the rest".into(),
         });
     }
-    let num_layers = config.num_hidden_layers as u32;
-    let layers = options.layers.resolve(num_layers, width, options.tier, options.hidden_codec)?;
+    let num_layers = teacher.network.num_layers() as u32;
+    let layers = options
+        .layers
+        .resolve(num_layers, width, options.tier, options.hidden_codec)?;
     Ok(CacheSpec {
         tier: options.tier,
         top_k: options.top_k,
@@ -184,12 +230,20 @@ fn cache_spec(options: &BuildOptions, teacher: &LoadedModel, data: caskd_formats
             name: teacher.name.clone(),
             architecture: "llama".into(),
             digest: teacher.digest.clone(),
-            compute_dtype: if options.kind == Kind::BFloat16 { "bf16" } else { "f32" }.into(),
+            compute_dtype: if options.kind == Kind::BFloat16 {
+                "bf16"
+            } else {
+                "f32"
+            }
+            .into(),
             num_layers,
             hidden_size: width,
             num_parameters: teacher.network.num_parameters(),
         },
-        tokenizer: TokenizerInfo { fingerprint: teacher.fingerprint.clone(), vocab_size: teacher.tokenizer.get_vocab_size(true) },
+        tokenizer: TokenizerInfo {
+            fingerprint: teacher.fingerprint.clone(),
+            vocab_size: teacher.tokenizer.get_vocab_size(true),
+        },
         data,
         max_len: options.max_len,
     })
@@ -207,7 +261,10 @@ fn sequences_per_shard(max_len: usize, layers: &[LayerSpec]) -> usize {
 }
 
 fn shard_ranges(sequences: usize, per_shard: usize) -> Vec<Range<usize>> {
-    (0..sequences).step_by(per_shard).map(|start| start..sequences.min(start + per_shard)).collect()
+    (0..sequences)
+        .step_by(per_shard)
+        .map(|start| start..sequences.min(start + per_shard))
+        .collect()
 }
 
 /// Stores the LM head in the narrowest type that holds it exactly, or else in f16 (whose rounding,
@@ -215,16 +272,41 @@ fn shard_ranges(sequences: usize, per_shard: usize) -> Vec<Range<usize>> {
 fn write_head(writer: &mut CacheWriter, teacher: &LoadedModel) -> Result<()> {
     let (vocab_size, width) = head_shape(teacher);
     let weights = to_f32_vec(&teacher.network.head().detach());
-    let exact_bf16 = weights.iter().all(|weight| half::bf16::from_f32(*weight).to_f32() == *weight);
+    let exact_bf16 = weights
+        .iter()
+        .all(|weight| half::bf16::from_f32(*weight).to_f32() == *weight);
     let fits_f16 = weights.iter().all(|weight| weight.abs() <= 65_504.0);
     let (dtype, bytes): (HeadDtype, Vec<u8>) = if exact_bf16 {
-        (HeadDtype::Bf16, weights.iter().flat_map(|weight| half::bf16::from_f32(*weight).to_le_bytes()).collect())
+        (
+            HeadDtype::Bf16,
+            weights
+                .iter()
+                .flat_map(|weight| half::bf16::from_f32(*weight).to_le_bytes())
+                .collect(),
+        )
     } else if fits_f16 {
-        (HeadDtype::F16, weights.iter().flat_map(|weight| half::f16::from_f32(*weight).to_le_bytes()).collect())
+        (
+            HeadDtype::F16,
+            weights
+                .iter()
+                .flat_map(|weight| half::f16::from_f32(*weight).to_le_bytes())
+                .collect(),
+        )
     } else {
-        (HeadDtype::F32, weights.iter().flat_map(|weight| weight.to_le_bytes()).collect())
+        (
+            HeadDtype::F32,
+            weights
+                .iter()
+                .flat_map(|weight| weight.to_le_bytes())
+                .collect(),
+        )
     };
-    Ok(writer.write_head(&HeadWeights { vocab_size, width, dtype, bytes: &bytes })?)
+    Ok(writer.write_head(&HeadWeights {
+        vocab_size,
+        width,
+        dtype,
+        bytes: &bytes,
+    })?)
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -249,10 +331,20 @@ struct TeacherPass<'a> {
 }
 
 impl<'a> TeacherPass<'a> {
-    fn new(teacher: &'a LoadedModel, spec: &CacheSpec, batch_tokens: usize, stop: &'a AtomicBool) -> Self {
+    fn new(
+        teacher: &'a LoadedModel,
+        spec: &CacheSpec,
+        batch_tokens: usize,
+        stop: &'a AtomicBool,
+    ) -> Self {
         Self {
             teacher,
-            head: teacher.network.head().detach().to_kind(Kind::Float).transpose(0, 1),
+            head: teacher
+                .network
+                .head()
+                .detach()
+                .to_kind(Kind::Float)
+                .transpose(0, 1),
             vocab_size: spec.vocab_size,
             top_k: spec.top_k,
             layers: spec.layers.iter().map(|layer| layer.layer).collect(),
@@ -264,14 +356,19 @@ impl<'a> TeacherPass<'a> {
     }
 
     /// The teacher's values for one shard, in the order of `sequences`; `None` when stopped.
-    fn run(&mut self, sequences: &[TokenizedSequence], on_batch: &mut dyn FnMut(&PassTotals)) -> Result<Option<Vec<Sequence>>> {
+    fn run(
+        &mut self,
+        sequences: &[TokenizedSequence],
+        on_batch: &mut dyn FnMut(&PassTotals),
+    ) -> Result<Option<Vec<Sequence>>> {
         let mut done: Vec<Option<Sequence>> = sequences.iter().map(|_| None).collect();
         for batch in batches_by_length(sequences, self.batch_tokens) {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
             let started = Instant::now();
-            let members: Vec<&TokenizedSequence> = batch.iter().map(|&index| &sequences[index]).collect();
+            let members: Vec<&TokenizedSequence> =
+                batch.iter().map(|&index| &sequences[index]).collect();
             let results = tch::no_grad(|| self.run_batch(&members))?;
             for (&index, result) in batch.iter().zip(results) {
                 self.totals.positions += result.token_ids.len() as u64;
@@ -284,23 +381,42 @@ impl<'a> TeacherPass<'a> {
     }
 
     fn run_batch(&mut self, members: &[&TokenizedSequence]) -> Result<Vec<Sequence>> {
-        let longest = members.iter().map(|member| member.token_ids.len()).max().unwrap_or(0);
+        let longest = members
+            .iter()
+            .map(|member| member.token_ids.len())
+            .max()
+            .unwrap_or(0);
         let mut padded = vec![0i64; members.len() * longest];
         for (row, member) in padded.chunks_exact_mut(longest).zip(members) {
             for (slot, &id) in row.iter_mut().zip(&member.token_ids) {
                 *slot = i64::from(id);
             }
         }
-        let input_ids = Tensor::from_slice(&padded).view([members.len() as i64, longest as i64]).to_device(self.teacher.network.device());
-        let forward = self.teacher.network.forward(&input_ids, &self.layers, false);
+        let input_ids = Tensor::from_slice(&padded)
+            .view([members.len() as i64, longest as i64])
+            .to_device(self.teacher.network.device());
+        let forward = self
+            .teacher
+            .network
+            .forward(&input_ids, &self.layers, false);
 
         let real = real_positions(members, longest);
-        let gather = |states: &Tensor| states.flatten(0, 1).index_select(0, &real.to_device(states.device()));
+        let gather = |states: &Tensor| {
+            states
+                .flatten(0, 1)
+                .index_select(0, &real.to_device(states.device()))
+        };
         let mut kept = Vec::new();
         for (layer, states) in &forward.hidden {
-            kept.push((*layer, to_f32_vec(&gather(states)), states.size()[2] as usize));
+            kept.push((
+                *layer,
+                to_f32_vec(&gather(states)),
+                states.size()[2] as usize,
+            ));
         }
-        let (statistics, top_k) = self.summarize(&gather(&forward.last_hidden)).map_err(|position| not_finite("logits", members, position))?;
+        let (statistics, top_k) = self
+            .summarize(&gather(&forward.last_hidden))
+            .map_err(|position| not_finite("logits", members, position))?;
 
         let mut results = Vec::with_capacity(members.len());
         let mut first = 0;
@@ -329,26 +445,43 @@ impl<'a> TeacherPass<'a> {
         }
         for (layer, values, width) in &kept {
             if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-                return Err(not_finite(&format!("hidden state of layer {layer}"), members, at / width));
+                return Err(not_finite(
+                    &format!("hidden state of layer {layer}"),
+                    members,
+                    at / width,
+                ));
             }
         }
         Ok(results)
     }
 
     /// Statistics and top-k of the logits of `last_hidden` `[N, D]`; the index of a bad row as error.
-    fn summarize(&mut self, last_hidden: &Tensor) -> std::result::Result<(Statistics, TopK), usize> {
+    fn summarize(
+        &mut self,
+        last_hidden: &Tensor,
+    ) -> std::result::Result<(Statistics, TopK), usize> {
         let mut statistics = Statistics::default();
-        let mut top_k = TopK { k: self.top_k, ids: Vec::new(), logits: Vec::new() };
+        let mut top_k = TopK {
+            k: self.top_k,
+            ids: Vec::new(),
+            logits: Vec::new(),
+        };
         let rows = last_hidden.size()[0];
         let mut first = 0;
         while first < rows {
             let count = HEAD_ROWS.min(rows - first);
-            let logits = last_hidden.narrow(0, first, count).to_kind(Kind::Float).matmul(&self.head).to_device(Device::Cpu).contiguous();
+            let logits = last_hidden
+                .narrow(0, first, count)
+                .to_kind(Kind::Float)
+                .matmul(&self.head)
+                .to_device(Device::Cpu)
+                .contiguous();
             let started = Instant::now();
             let length = count as usize * self.vocab_size;
             self.logits.resize(length, 0.0);
             logits.copy_data(&mut self.logits, length);
-            summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k).map_err(|row| first as usize + row)?;
+            summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k)
+                .map_err(|row| first as usize + row)?;
             self.totals.statistics_seconds += started.elapsed().as_secs_f64();
             first += count;
         }
@@ -377,7 +510,9 @@ fn real_positions(members: &[&TokenizedSequence], longest: usize) -> Tensor {
     let indices: Vec<i64> = members
         .iter()
         .enumerate()
-        .flat_map(|(row, member)| (0..member.token_ids.len()).map(move |position| (row * longest + position) as i64))
+        .flat_map(|(row, member)| {
+            (0..member.token_ids.len()).map(move |position| (row * longest + position) as i64)
+        })
         .collect();
     Tensor::from_slice(&indices)
 }
@@ -387,11 +522,19 @@ fn not_finite(what: &str, members: &[&TokenizedSequence], position: usize) -> Er
     let mut rest = position;
     for member in members {
         if rest < member.token_ids.len() {
-            return Error::NotFinite { what: what.into(), source_name: member.source.clone(), position: rest };
+            return Error::NotFinite {
+                what: what.into(),
+                source_name: member.source.clone(),
+                position: rest,
+            };
         }
         rest -= member.token_ids.len();
     }
-    Error::NotFinite { what: what.into(), source_name: "a padded batch".into(), position: rest }
+    Error::NotFinite {
+        what: what.into(),
+        source_name: "a padded batch".into(),
+        position: rest,
+    }
 }
 
 fn slice_statistics(all: &Statistics, rows: Range<usize>) -> Statistics {
@@ -405,7 +548,10 @@ fn slice_statistics(all: &Statistics, rows: Range<usize>) -> Statistics {
 }
 
 fn to_f32_vec(tensor: &Tensor) -> Vec<f32> {
-    let tensor = tensor.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+    let tensor = tensor
+        .to_kind(Kind::Float)
+        .to_device(Device::Cpu)
+        .contiguous();
     let mut values = vec![0.0; tensor.numel()];
     let length = values.len();
     tensor.copy_data(&mut values, length);
@@ -419,7 +565,11 @@ mod tests {
     fn sequences(lengths: &[usize]) -> Vec<TokenizedSequence> {
         lengths
             .iter()
-            .map(|&length| TokenizedSequence { source: format!("s{length}"), token_ids: vec![1; length], loss_mask: vec![true; length] })
+            .map(|&length| TokenizedSequence {
+                source: format!("s{length}"),
+                token_ids: vec![1; length],
+                loss_mask: vec![true; length],
+            })
             .collect()
     }
 
@@ -431,7 +581,11 @@ mod tests {
         seen.sort_unstable();
         assert_eq!(seen, (0..all.len()).collect::<Vec<_>>());
         for batch in &batches {
-            let longest = batch.iter().map(|&index| all[index].token_ids.len()).max().unwrap();
+            let longest = batch
+                .iter()
+                .map(|&index| all[index].token_ids.len())
+                .max()
+                .unwrap();
             assert!(batch.len() == 1 || batch.len() * longest <= 100);
         }
     }
@@ -441,7 +595,10 @@ mod tests {
         let all = sequences(&[3, 4]);
         let members: Vec<&TokenizedSequence> = all.iter().collect();
         let error = not_finite("logits", &members, 5);
-        assert_eq!(error.to_string(), "not finite: the teacher's logits of s4 at position 2");
+        assert_eq!(
+            error.to_string(),
+            "not finite: the teacher's logits of s4 at position 2"
+        );
     }
 
     #[test]

@@ -33,7 +33,9 @@ pub enum Error {
         hint: String,
     },
     /// No sequence with a target is left.
-    #[error("the data hold no sequence to learn from ({records} records read, {skipped} without a target within --max-len {max_len})")]
+    #[error(
+        "the data hold no sequence to learn from ({records} records read, {skipped} without a target within --max-len {max_len})"
+    )]
     EmptyData {
         /// Records read.
         records: usize,

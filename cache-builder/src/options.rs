@@ -69,10 +69,9 @@ impl FromStr for LayerChoice {
             .map(|word| match word.trim() {
                 "last" => Ok(LayerName::Last),
                 "middle" => Ok(LayerName::Middle),
-                number => number
-                    .parse()
-                    .map(LayerName::Number)
-                    .map_err(|_| format!("`{number}` is none of: last, middle, none, a layer number")),
+                number => number.parse().map(LayerName::Number).map_err(|_| {
+                    format!("`{number}` is none of: last, middle, none, a layer number")
+                }),
             })
             .collect::<std::result::Result<_, _>>()
             .map(Self::Layers)
@@ -82,7 +81,13 @@ impl FromStr for LayerChoice {
 impl LayerChoice {
     /// The layers to keep, ascending and distinct: the chosen ones, and layer L where the exact
     /// tier rebuilds logits from it.
-    pub(crate) fn resolve(&self, num_layers: u32, width: usize, tier: Tier, codec: HiddenCodec) -> Result<Vec<LayerSpec>> {
+    pub(crate) fn resolve(
+        &self,
+        num_layers: u32,
+        width: usize,
+        tier: Tier,
+        codec: HiddenCodec,
+    ) -> Result<Vec<LayerSpec>> {
         let mut layers: Vec<u32> = match self {
             Self::None => Vec::new(),
             Self::Layers(names) => names
@@ -97,7 +102,9 @@ impl LayerChoice {
         if let Some(beyond) = layers.iter().find(|&&layer| layer > num_layers) {
             return Err(Error::Option {
                 problem: format!("the teacher has no layer {beyond}"),
-                hint: format!("layers go from 0 (embeddings) to {num_layers} (after the final norm)"),
+                hint: format!(
+                    "layers go from 0 (embeddings) to {num_layers} (after the final norm)"
+                ),
             });
         }
         if tier == Tier::Exact {
@@ -105,7 +112,14 @@ impl LayerChoice {
         }
         layers.sort_unstable();
         layers.dedup();
-        Ok(layers.into_iter().map(|layer| LayerSpec { layer, width, codec }).collect())
+        Ok(layers
+            .into_iter()
+            .map(|layer| LayerSpec {
+                layer,
+                width,
+                codec,
+            })
+            .collect())
     }
 }
 
@@ -116,7 +130,11 @@ mod tests {
     fn check(text: &str, tier: Tier, expected: &[u32]) {
         let choice: LayerChoice = text.parse().unwrap();
         let layers = choice.resolve(30, 8, tier, HiddenCodec::Int8).unwrap();
-        assert_eq!(layers.iter().map(|spec| spec.layer).collect::<Vec<_>>(), expected, "{text}");
+        assert_eq!(
+            layers.iter().map(|spec| spec.layer).collect::<Vec<_>>(),
+            expected,
+            "{text}"
+        );
     }
 
     #[test]
@@ -130,7 +148,9 @@ mod tests {
     #[test]
     fn a_layer_that_the_teacher_lacks_is_refused() {
         let choice: LayerChoice = "31".parse().unwrap();
-        let error = choice.resolve(30, 8, Tier::Sparse, HiddenCodec::Int8).unwrap_err();
+        let error = choice
+            .resolve(30, 8, Tier::Sparse, HiddenCodec::Int8)
+            .unwrap_err();
         assert!(error.to_string().contains("no layer 31"), "{error}");
         assert!("lasst".parse::<LayerChoice>().is_err());
     }

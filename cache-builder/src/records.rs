@@ -46,9 +46,19 @@ const FORMS: &str = "a record is one JSON object a line with Alpaca's fields (in
 
 /// Reads one data file whole: its records and its identity (name, size, digest).
 pub fn read_records(path: &Path) -> Result<(Vec<Record>, DataFile)> {
-    let bytes = std::fs::read(path).map_err(|source| Error::DataFile { path: path.into(), source })?;
-    let name = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-    let file = DataFile { name: name.clone(), bytes: bytes.len() as u64, digest: blake3::hash(&bytes).to_hex().to_string() };
+    let bytes = std::fs::read(path).map_err(|source| Error::DataFile {
+        path: path.into(),
+        source,
+    })?;
+    let name = path.file_name().map_or_else(
+        || path.display().to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    );
+    let file = DataFile {
+        name: name.clone(),
+        bytes: bytes.len() as u64,
+        digest: blake3::hash(&bytes).to_hex().to_string(),
+    };
     let records = match path.extension().and_then(|ending| ending.to_str()) {
         Some("jsonl") => read_jsonl(path, &name, &bytes)?,
         Some("txt") => {
@@ -56,7 +66,11 @@ pub fn read_records(path: &Path) -> Result<(Vec<Record>, DataFile)> {
                 path: path.into(),
                 source: std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error()),
             })?;
-            vec![Record { source: name, line: 1, body: RecordBody::Text(text) }]
+            vec![Record {
+                source: name,
+                line: 1,
+                body: RecordBody::Text(text),
+            }]
         }
         _ => return Err(Error::DataKind { path: path.into() }),
     };
@@ -67,12 +81,18 @@ fn read_jsonl(path: &Path, name: &str, bytes: &[u8]) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for (index, line) in bytes.lines().enumerate() {
         let number = index + 1;
-        let refuse = |problem: String, hint: &str| Error::Record { path: path.into(), line: number, problem, hint: hint.into() };
+        let refuse = |problem: String, hint: &str| Error::Record {
+            path: path.into(),
+            line: number,
+            problem,
+            hint: hint.into(),
+        };
         let line = line.map_err(|_| refuse("not UTF-8 text".into(), "save the file as UTF-8"))?;
         if line.trim().is_empty() {
             continue;
         }
-        let value: Value = serde_json::from_str(&line).map_err(|error| refuse(format!("not JSON ({error})"), FORMS))?;
+        let value: Value = serde_json::from_str(&line)
+            .map_err(|error| refuse(format!("not JSON ({error})"), FORMS))?;
         let Value::Object(fields) = value else {
             return Err(refuse("not a JSON object".into(), FORMS));
         };
@@ -81,7 +101,11 @@ fn read_jsonl(path: &Path, name: &str, bytes: &[u8]) -> Result<Vec<Record>> {
         } else {
             parse_instruction(&fields).map_err(|problem| refuse(problem, FORMS))?
         };
-        records.push(Record { source: format!("{name}:{number}"), line: number, body });
+        records.push(Record {
+            source: format!("{name}:{number}"),
+            line: number,
+            body,
+        });
     }
     Ok(records)
 }
@@ -90,13 +114,19 @@ type Fields = serde_json::Map<String, Value>;
 
 fn parse_instruction(fields: &Fields) -> std::result::Result<RecordBody, String> {
     let text = |name: &str, required: bool| match fields.get(name) {
-        Some(Value::String(text)) if required && text.trim().is_empty() => Err(format!("the field `{name}` is empty")),
+        Some(Value::String(text)) if required && text.trim().is_empty() => {
+            Err(format!("the field `{name}` is empty"))
+        }
         Some(Value::String(text)) => Ok(text.clone()),
         None | Some(Value::Null) if !required => Ok(String::new()),
         None | Some(Value::Null) => Err(format!("the record has no `{name}`")),
         Some(_) => Err(format!("the field `{name}` is not a string")),
     };
-    Ok(RecordBody::Instruction { instruction: text("instruction", true)?, input: text("input", false)?, output: text("output", true)? })
+    Ok(RecordBody::Instruction {
+        instruction: text("instruction", true)?,
+        input: text("input", false)?,
+        output: text("output", true)?,
+    })
 }
 
 fn parse_tokens(fields: &Fields) -> std::result::Result<RecordBody, String> {
@@ -105,7 +135,11 @@ fn parse_tokens(fields: &Fields) -> std::result::Result<RecordBody, String> {
     };
     let input_ids: Vec<u32> = ids
         .iter()
-        .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| format!("`input_ids` holds {id}, which is no token id")))
+        .map(|id| {
+            id.as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| format!("`input_ids` holds {id}, which is no token id"))
+        })
         .collect::<std::result::Result<_, _>>()?;
     if input_ids.is_empty() {
         return Err("`input_ids` is empty".into());
@@ -118,15 +152,24 @@ fn parse_tokens(fields: &Fields) -> std::result::Result<RecordBody, String> {
                 Value::Bool(flag) => Ok(*flag),
                 Value::Number(number) if number.as_u64() == Some(0) => Ok(false),
                 Value::Number(number) if number.as_u64() == Some(1) => Ok(true),
-                other => Err(format!("`loss_mask` holds {other}, which is neither 0 nor 1")),
+                other => Err(format!(
+                    "`loss_mask` holds {other}, which is neither 0 nor 1"
+                )),
             })
             .collect::<std::result::Result<Vec<_>, _>>()?,
         Some(_) => return Err("`loss_mask` is not a list".into()),
     };
     if loss_mask.len() != input_ids.len() {
-        return Err(format!("`loss_mask` has {} entries for {} token ids", loss_mask.len(), input_ids.len()));
+        return Err(format!(
+            "`loss_mask` has {} entries for {} token ids",
+            loss_mask.len(),
+            input_ids.len()
+        ));
     }
-    Ok(RecordBody::Tokens { input_ids, loss_mask })
+    Ok(RecordBody::Tokens {
+        input_ids,
+        loss_mask,
+    })
 }
 
 #[cfg(test)]
@@ -141,28 +184,56 @@ mod tests {
     fn both_forms_are_read_and_blank_lines_skipped() {
         let records = read("{\"instruction\":\"a\",\"output\":\"b\",\"extra\":1}\n\n{\"input_ids\":[1,2],\"loss_mask\":[0,true]}\n").unwrap();
         assert_eq!(records.len(), 2);
-        assert_eq!(records[0].body, RecordBody::Instruction { instruction: "a".into(), input: String::new(), output: "b".into() });
+        assert_eq!(
+            records[0].body,
+            RecordBody::Instruction {
+                instruction: "a".into(),
+                input: String::new(),
+                output: "b".into()
+            }
+        );
         assert_eq!(records[1].source, "data.jsonl:3");
-        assert_eq!(records[1].body, RecordBody::Tokens { input_ids: vec![1, 2], loss_mask: vec![false, true] });
+        assert_eq!(
+            records[1].body,
+            RecordBody::Tokens {
+                input_ids: vec![1, 2],
+                loss_mask: vec![false, true]
+            }
+        );
     }
 
     fn refused(text: &str, expected: &str) {
         let error = read(text).unwrap_err();
-        assert!(error.to_string().contains(expected), "{error} lacks {expected}");
+        assert!(
+            error.to_string().contains(expected),
+            "{error} lacks {expected}"
+        );
         assert!(error.is_user() && error.hint().is_some());
     }
 
     #[test]
     fn bad_records_are_refused_by_line() {
-        refused("{\"instruction\":\"a\",\"output\":\"b\"}\n{\"instruction\":\"a\"}", "line 2: the record has no `output`");
-        refused("{\"instruction\":\"a\",\"output\":\" \"}", "`output` is empty");
-        refused("{\"instruction\":\"a\",\"output\":7}", "`output` is not a string");
+        refused(
+            "{\"instruction\":\"a\",\"output\":\"b\"}\n{\"instruction\":\"a\"}",
+            "line 2: the record has no `output`",
+        );
+        refused(
+            "{\"instruction\":\"a\",\"output\":\" \"}",
+            "`output` is empty",
+        );
+        refused(
+            "{\"instruction\":\"a\",\"output\":7}",
+            "`output` is not a string",
+        );
         refused("[1]", "not a JSON object");
         refused("{oops", "not JSON");
         refused("{\"input_ids\":[]}", "`input_ids` is empty");
         refused("{\"input_ids\":[-1]}", "no token id");
         refused("{\"input_ids\":[4294967296]}", "no token id");
-        refused("{\"input_ids\":[1,2],\"loss_mask\":[1]}", "1 entries for 2 token ids");
+        refused(
+            "{\"input_ids\":[1,2],\"loss_mask\":[1]}",
+            "1 entries for 2 token ids",
+        );
         refused("{\"input_ids\":[1],\"loss_mask\":[2]}", "neither 0 nor 1");
     }
 }

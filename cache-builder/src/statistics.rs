@@ -25,13 +25,23 @@ pub struct RowStatistics {
 ///
 /// # Errors
 /// The first row that holds a NaN or an infinity, as its index.
-pub fn summarize_logits(logits: &[f32], vocab_size: usize, statistics: &mut Statistics, top_k: &mut TopK) -> Result<(), usize> {
+pub fn summarize_logits(
+    logits: &[f32],
+    vocab_size: usize,
+    statistics: &mut Statistics,
+    top_k: &mut TopK,
+) -> Result<(), usize> {
     let k = top_k.k;
-    assert!(k <= vocab_size && logits.len().is_multiple_of(vocab_size), "rows of V logits, k ≤ V");
+    assert!(
+        k <= vocab_size && logits.len().is_multiple_of(vocab_size),
+        "rows of V logits, k ≤ V"
+    );
     let rows = logits.len() / vocab_size;
     let mut row_statistics = vec![None; rows];
     let mut entries = vec![(0.0f32, 0u32); rows * k];
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).clamp(1, rows.max(1));
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .clamp(1, rows.max(1));
     let share = rows.div_ceil(threads).max(1);
     std::thread::scope(|scope| {
         for ((logits, statistics), entries) in logits
@@ -41,7 +51,11 @@ pub fn summarize_logits(logits: &[f32], vocab_size: usize, statistics: &mut Stat
         {
             scope.spawn(move || {
                 let mut selection = Selection::new(k);
-                for ((row, statistics), entries) in logits.chunks_exact(vocab_size).zip(statistics).zip(entries.chunks_exact_mut(k)) {
+                for ((row, statistics), entries) in logits
+                    .chunks_exact(vocab_size)
+                    .zip(statistics)
+                    .zip(entries.chunks_exact_mut(k))
+                {
                     *statistics = row_summary::sweep(row, &mut selection);
                     entries.copy_from_slice(selection.finish());
                 }
@@ -49,7 +63,9 @@ pub fn summarize_logits(logits: &[f32], vocab_size: usize, statistics: &mut Stat
         }
     });
     for (row, summary) in row_statistics.iter().enumerate() {
-        let Some(summary) = summary else { return Err(row) };
+        let Some(summary) = summary else {
+            return Err(row);
+        };
         statistics.mean.push(summary.mean);
         statistics.std.push(summary.std);
         statistics.min.push(summary.min);
@@ -75,7 +91,11 @@ fn by_rank(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
 
 impl Selection {
     fn new(k: usize) -> Self {
-        Self { k, threshold: f32::NEG_INFINITY, buffer: Vec::with_capacity(2 * k + LANES) }
+        Self {
+            k,
+            threshold: f32::NEG_INFINITY,
+            buffer: Vec::with_capacity(2 * k + LANES),
+        }
     }
 
     fn clear(&mut self) {
@@ -111,7 +131,10 @@ const BLOCK: usize = 64 * LANES;
 
 /// The sweep, compiled for the widest vectors that the processor has.
 mod row_summary {
-    #![expect(unsafe_code, reason = "the wider versions are called only where the processor has them")]
+    #![expect(
+        unsafe_code,
+        reason = "the wider versions are called only where the processor has them"
+    )]
 
     use super::{RowStatistics, Selection, sweep_portable};
 
@@ -145,7 +168,10 @@ mod row_summary {
 
 /// Both sweeps over one row; `None` when it holds a NaN or an infinity.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it must take on its caller's instruction set")]
+#[expect(
+    clippy::inline_always,
+    reason = "it must take on its caller's instruction set"
+)]
 fn sweep_portable(row: &[f32], selection: &mut Selection) -> Option<RowStatistics> {
     selection.clear();
     let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
@@ -157,8 +183,16 @@ fn sweep_portable(row: &[f32], selection: &mut Selection) -> Option<RowStatistic
             let mut above = false;
             for lane in 0..LANES {
                 lanes[lane] += values[lane];
-                min[lane] = if values[lane] < min[lane] { values[lane] } else { min[lane] };
-                max[lane] = if values[lane] > max[lane] { values[lane] } else { max[lane] };
+                min[lane] = if values[lane] < min[lane] {
+                    values[lane]
+                } else {
+                    min[lane]
+                };
+                max[lane] = if values[lane] > max[lane] {
+                    values[lane]
+                } else {
+                    max[lane]
+                };
                 above |= values[lane] > selection.threshold;
             }
             if above {
@@ -171,7 +205,10 @@ fn sweep_portable(row: &[f32], selection: &mut Selection) -> Option<RowStatistic
             sum += f64::from(value);
             min[0] = min[0].min(value);
             max[0] = max[0].max(value);
-            selection.offer(value, (block_index * BLOCK + whole.len() * LANES + index) as u32);
+            selection.offer(
+                value,
+                (block_index * BLOCK + whole.len() * LANES + index) as u32,
+            );
         }
     }
     let min = min.iter().copied().fold(f32::INFINITY, f32::min);
@@ -225,7 +262,10 @@ fn add_up(lanes: &Lanes) -> f64 {
 /// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' `expf`); written
 /// without fused products, whose presence depends on the processor.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it must take on its caller's instruction set")]
+#[expect(
+    clippy::inline_always,
+    reason = "it must take on its caller's instruction set"
+)]
 fn exp_nonpositive(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the rounded integer in the low bits
     let clamped = if x < -87.0 { -87.0 } else { x };
@@ -249,8 +289,13 @@ mod tests {
 
     fn summary(logits: &[f32], vocab_size: usize, k: usize) -> Result<(Statistics, TopK), usize> {
         let mut statistics = Statistics::default();
-        let mut top_k = TopK { k, ids: Vec::new(), logits: Vec::new() };
-        summarize_logits(logits, vocab_size, &mut statistics, &mut top_k).map(|()| (statistics, top_k))
+        let mut top_k = TopK {
+            k,
+            ids: Vec::new(),
+            logits: Vec::new(),
+        };
+        summarize_logits(logits, vocab_size, &mut statistics, &mut top_k)
+            .map(|()| (statistics, top_k))
     }
 
     /// A deterministic row that looks like logits: a bulk with a few large values.
@@ -258,7 +303,9 @@ mod tests {
         let mut state = seed;
         (0..vocab_size)
             .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 let uniform = (state >> 40) as f32 / (1u64 << 24) as f32;
                 -2.0 - 3.0 * (-(uniform.max(1e-7)).ln()).ln()
             })
@@ -271,23 +318,53 @@ mod tests {
         let values: Vec<f64> = logits.iter().map(|&value| f64::from(value)).collect();
         let count = values.len() as f64;
         let mean = values.iter().sum::<f64>() / count;
-        let std = (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let std = (values
+            .iter()
+            .map(|value| (value - mean).powi(2))
+            .sum::<f64>()
+            / count)
+            .sqrt();
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let log_sum_exp = max + values.iter().map(|value| (value - max).exp()).sum::<f64>().ln();
-        let close = |got: f32, want: f64| assert!((f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0), "{got} for {want}");
+        let log_sum_exp = max
+            + values
+                .iter()
+                .map(|value| (value - max).exp())
+                .sum::<f64>()
+                .ln();
+        let close = |got: f32, want: f64| {
+            assert!(
+                (f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0),
+                "{got} for {want}"
+            )
+        };
         close(statistics.mean[0], mean);
         close(statistics.std[0], std);
         close(statistics.max[0], max);
         close(statistics.log_sum_exp[0], log_sum_exp);
         let mut ranked: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
         ranked.sort_by(by_rank);
-        assert_eq!(top_k.ids, ranked[..k].iter().map(|entry| entry.1).collect::<Vec<_>>());
-        assert_eq!(top_k.logits, ranked[..k].iter().map(|entry| entry.0).collect::<Vec<_>>());
+        assert_eq!(
+            top_k.ids,
+            ranked[..k].iter().map(|entry| entry.1).collect::<Vec<_>>()
+        );
+        assert_eq!(
+            top_k.logits,
+            ranked[..k].iter().map(|entry| entry.0).collect::<Vec<_>>()
+        );
     }
 
     #[test]
     fn the_summary_follows_the_definitions() {
-        for (vocab_size, k) in [(1, 1), (2, 1), (15, 15), (16, 4), (1000, 64), (1025, 64), (49_152, 64), (131_073, 8)] {
+        for (vocab_size, k) in [
+            (1, 1),
+            (2, 1),
+            (15, 15),
+            (16, 4),
+            (1000, 64),
+            (1025, 64),
+            (49_152, 64),
+            (131_073, 8),
+        ] {
             check(&row(vocab_size, vocab_size as u64), k);
         }
     }
@@ -295,12 +372,26 @@ mod tests {
     #[test]
     fn ties_flat_and_one_hot_rows() {
         check(&[3.0; 300], 20);
-        check(&(0..300).map(|index| (index % 7) as f32).collect::<Vec<_>>(), 64);
+        check(
+            &(0..300).map(|index| (index % 7) as f32).collect::<Vec<_>>(),
+            64,
+        );
         let mut one_hot = vec![-1e4; 500];
         one_hot[123] = 50.0;
         check(&one_hot, 3);
-        check(&(0..4096).rev().map(|index| index as f32 / 100.0).collect::<Vec<_>>(), 64);
-        check(&(0..4096).map(|index| index as f32 / 100.0).collect::<Vec<_>>(), 64);
+        check(
+            &(0..4096)
+                .rev()
+                .map(|index| index as f32 / 100.0)
+                .collect::<Vec<_>>(),
+            64,
+        );
+        check(
+            &(0..4096)
+                .map(|index| index as f32 / 100.0)
+                .collect::<Vec<_>>(),
+            64,
+        );
     }
 
     #[test]
@@ -314,8 +405,17 @@ mod tests {
 
     #[test]
     fn a_value_that_is_not_finite_is_found() {
-        for (bad, at) in [(f32::NAN, 0), (f32::NAN, 999), (f32::INFINITY, 500), (f32::NEG_INFINITY, 31)] {
-            let mut rows: Vec<f32> = row(1000, 1).into_iter().chain(row(1000, 2)).chain(row(1000, 3)).collect();
+        for (bad, at) in [
+            (f32::NAN, 0),
+            (f32::NAN, 999),
+            (f32::INFINITY, 500),
+            (f32::NEG_INFINITY, 31),
+        ] {
+            let mut rows: Vec<f32> = row(1000, 1)
+                .into_iter()
+                .chain(row(1000, 2))
+                .chain(row(1000, 3))
+                .collect();
             rows[1000 + at] = bad;
             assert_eq!(summary(&rows, 1000, 10).unwrap_err(), 1);
         }
@@ -326,7 +426,10 @@ mod tests {
         for step in 0..870_000 {
             let x = -(step as f32) * 1e-4;
             let want = f64::from(x).exp();
-            assert!((f64::from(exp_nonpositive(x)) - want).abs() <= 2e-7 * want, "at {x}");
+            assert!(
+                (f64::from(exp_nonpositive(x)) - want).abs() <= 2e-7 * want,
+                "at {x}"
+            );
         }
         assert_eq!(exp_nonpositive(0.0), 1.0);
         assert_eq!(exp_nonpositive(-1e30), 0.0);

@@ -66,7 +66,9 @@ pub fn tokenize(teacher: &LoadedModel, files: &[PathBuf], max_len: usize) -> Res
                 return Err(Error::Record {
                     path: path.clone(),
                     line: record.line,
-                    problem: format!("token id {id} is beyond the teacher's vocabulary of {vocab_size}"),
+                    problem: format!(
+                        "token id {id} is beyond the teacher's vocabulary of {vocab_size}"
+                    ),
                     hint: "were the ids made with another tokenizer?".into(),
                 });
             }
@@ -85,13 +87,22 @@ pub fn tokenize(teacher: &LoadedModel, files: &[PathBuf], max_len: usize) -> Res
         }
     }
     if sequences.is_empty() {
-        return Err(Error::EmptyData { records: records_read, skipped, max_len });
+        return Err(Error::EmptyData {
+            records: records_read,
+            skipped,
+            max_len,
+        });
     }
     let info = account(&sequences, data_files, truncated, skipped);
     Ok(TokenizedData { sequences, info })
 }
 
-fn account(sequences: &[TokenizedSequence], files: Vec<DataFile>, truncated: u64, skipped: u64) -> DataInfo {
+fn account(
+    sequences: &[TokenizedSequence],
+    files: Vec<DataFile>,
+    truncated: u64,
+    skipped: u64,
+) -> DataInfo {
     let mut digest = blake3::Hasher::new();
     for sequence in sequences {
         digest.update(&(sequence.token_ids.len() as u64).to_le_bytes());
@@ -104,8 +115,21 @@ fn account(sequences: &[TokenizedSequence], files: Vec<DataFile>, truncated: u64
         digest: digest.finalize().to_hex().to_string(),
         files,
         sequences: sequences.len() as u64,
-        positions: sequences.iter().map(|sequence| sequence.token_ids.len() as u64).sum(),
-        targets: sequences.iter().map(|sequence| sequence.loss_mask.iter().skip(1).filter(|&&target| target).count() as u64).sum(),
+        positions: sequences
+            .iter()
+            .map(|sequence| sequence.token_ids.len() as u64)
+            .sum(),
+        targets: sequences
+            .iter()
+            .map(|sequence| {
+                sequence
+                    .loss_mask
+                    .iter()
+                    .skip(1)
+                    .filter(|&&target| target)
+                    .count() as u64
+            })
+            .sum(),
         truncated,
         skipped,
         prompt_form: PROMPT_FORM.into(),
@@ -116,17 +140,34 @@ fn account(sequences: &[TokenizedSequence], files: Vec<DataFile>, truncated: u64
 fn encode(teacher: &LoadedModel, record: Record, max_len: usize) -> Result<Vec<TokenizedSequence>> {
     let Record { source, body, .. } = record;
     Ok(match body {
-        RecordBody::Tokens { input_ids, loss_mask } => vec![TokenizedSequence { source, token_ids: input_ids, loss_mask }],
-        RecordBody::Instruction { instruction, input, output } => {
+        RecordBody::Tokens {
+            input_ids,
+            loss_mask,
+        } => vec![TokenizedSequence {
+            source,
+            token_ids: input_ids,
+            loss_mask,
+        }],
+        RecordBody::Instruction {
+            instruction,
+            input,
+            output,
+        } => {
             let prompt = alpaca_prompt(&instruction, &input);
-            let (mut token_ids, starts) = encode_text(teacher, &source, &format!("{prompt}{output}"))?;
+            let (mut token_ids, starts) =
+                encode_text(teacher, &source, &format!("{prompt}{output}"))?;
             // A token belongs to the response when it begins there; BOS begins at 0.
-            let mut loss_mask: Vec<bool> = starts.iter().map(|&start| start >= prompt.len()).collect();
+            let mut loss_mask: Vec<bool> =
+                starts.iter().map(|&start| start >= prompt.len()).collect();
             if let Some(eos) = teacher.eos {
                 token_ids.push(eos);
                 loss_mask.push(true);
             }
-            vec![TokenizedSequence { source, token_ids, loss_mask }]
+            vec![TokenizedSequence {
+                source,
+                token_ids,
+                loss_mask,
+            }]
         }
         RecordBody::Text(text) => {
             let (token_ids, _) = encode_text(teacher, &source, &text)?;
@@ -148,6 +189,16 @@ fn encode_text(teacher: &LoadedModel, source: &str, text: &str) -> Result<(Vec<u
     let encoding = teacher
         .tokenizer
         .encode(text, true)
-        .map_err(|error| Error::Tokenizer { source_name: source.into(), message: error.to_string() })?;
-    Ok((encoding.get_ids().to_vec(), encoding.get_offsets().iter().map(|offsets| offsets.0).collect()))
+        .map_err(|error| Error::Tokenizer {
+            source_name: source.into(),
+            message: error.to_string(),
+        })?;
+    Ok((
+        encoding.get_ids().to_vec(),
+        encoding
+            .get_offsets()
+            .iter()
+            .map(|offsets| offsets.0)
+            .collect(),
+    ))
 }

@@ -36,18 +36,32 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
     if args.json {
         print_json(&report)?;
     }
-    Ok(if report.completed { Exit::Done } else { Exit::Stopped })
+    Ok(if report.completed {
+        Exit::Done
+    } else {
+        Exit::Stopped
+    })
 }
 
 /// Builds, shows how far it is, and says what was done.
-pub(crate) fn build_with_progress(options: &BuildOptions, label: &str) -> Result<BuildReport, Failure> {
+pub(crate) fn build_with_progress(
+    options: &BuildOptions,
+    label: &str,
+) -> Result<BuildReport, Failure> {
     let mut bar = Progress::new(label);
     let report = build(options, &terminal::STOP, &mut |progress| {
-        bar.update(progress.positions_done, progress.positions_total, &format!("{:.0} tokens/s", progress.tokens_per_second));
+        bar.update(
+            progress.positions_done,
+            progress.positions_total,
+            &format!("{:.0} tokens/s", progress.tokens_per_second),
+        );
     })?;
     bar.finish();
     if !report.completed {
-        say(format!("stopped; go on with: --resume (out `{}`)", options.out.display()));
+        say(format!(
+            "stopped; go on with: --resume (out `{}`)",
+            options.out.display()
+        ));
         return Ok(report);
     }
     say(format!(
@@ -60,13 +74,22 @@ pub(crate) fn build_with_progress(options: &BuildOptions, label: &str) -> Result
         bytes(report.cache_bytes),
     ));
     if report.truncated > 0 {
-        say(format!("warning: {} records were longer than --max-len {} and were cut", report.truncated, options.max_len));
+        say(format!(
+            "warning: {} records were longer than --max-len {} and were cut",
+            report.truncated, options.max_len
+        ));
     }
     if report.skipped > 0 {
-        say(format!("warning: {} records were dropped: nothing to learn within --max-len {}", report.skipped, options.max_len));
+        say(format!(
+            "warning: {} records were dropped: nothing to learn within --max-len {}",
+            report.skipped, options.max_len
+        ));
     }
     if report.shards_reused > 0 {
-        say(format!("{} of {} shards were there already", report.shards_reused, report.shards));
+        say(format!(
+            "{} of {} shards were there already",
+            report.shards_reused, report.shards
+        ));
     }
     say(format!(
         "teacher: {} for {} positions ({:.0} tokens/s); statistics and top-k took {:.1}% of it",

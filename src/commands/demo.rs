@@ -26,20 +26,35 @@ use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{duration, say};
 
 const FILES: [(&str, &str); 3] = [
-    ("instructions.jsonl", include_str!("../../examples/data/instructions.jsonl")),
-    ("heldout.jsonl", include_str!("../../examples/data/heldout.jsonl")),
-    ("heldout.txt", include_str!("../../examples/data/heldout.txt")),
+    (
+        "instructions.jsonl",
+        include_str!("../../examples/data/instructions.jsonl"),
+    ),
+    (
+        "heldout.jsonl",
+        include_str!("../../examples/data/heldout.jsonl"),
+    ),
+    (
+        "heldout.txt",
+        include_str!("../../examples/data/heldout.txt"),
+    ),
 ];
 
-const STAGES: usize = 10;
+const STAGES: usize = 9;
 
 /// Longest sequence; the longest of our records has about 190 tokens.
 const MAX_LEN: usize = 256;
 
 /// Trials of each search, and the share of the cache they train on.
 const TRIALS: u64 = 6;
-const FRACTION: f64 = 0.2;
-const VALIDATION: f64 = 0.1;
+const FRACTION: f64 = 0.1;
+const VALIDATION: f64 = 0.08;
+
+/// Trials before SABO's first model; the rest of so short a search is the model's.
+const STARTUP: u64 = 3;
+
+/// Optimizer steps of the final trainings, about half a pass over the data.
+const STEPS: u64 = 32;
 
 /// Where things lie.
 struct Places {
@@ -113,10 +128,9 @@ struct DemoReport<'a> {
     seconds: f64,
 }
 
-/// A stage was stopped by the user; the demo can be resumed.
-struct Stopped;
-
+/// Why the demo does not go on.
 enum Halt {
+    /// The user stopped it; it can be resumed.
     Stopped,
     Failed(Failure),
 }
@@ -127,28 +141,25 @@ impl<E: Into<Failure>> From<E> for Halt {
     }
 }
 
-impl From<Stopped> for Halt {
-    fn from(_: Stopped) -> Self {
-        Self::Stopped
-    }
-}
-
 pub(crate) fn run(args: &DemoArgs) -> Outcome {
-    let places = Places { out: args.out.clone() };
+    let places = Places {
+        out: args.out.clone(),
+    };
     prepare(&places, args.resume)?;
     match demo(args, &places) {
         Ok(()) => Ok(Exit::Done),
         Err(Halt::Failed(failure)) => Err(failure),
         Err(Halt::Stopped) => {
-            say(format!("stopped; go on with: caskd demo --out {} --resume", args.out.display()));
+            say(format!(
+                "stopped; go on with: caskd demo --out {} --resume",
+                args.out.display()
+            ));
             Ok(Exit::Stopped)
         }
     }
 }
 
 fn demo(args: &DemoArgs, places: &Places) -> Result<(), Halt> {
-    let started = Instant::now();
-    let cache = places.join("cache");
     let student = places.join("student");
     let base = base_config(args.seed);
     let with = |settings: &[(&str, &str)]| -> Result<TrainConfig, Failure> {
@@ -160,45 +171,112 @@ fn demo(args: &DemoArgs, places: &Places) -> Result<(), Halt> {
     };
 
     let account = build_caches(args, places)?;
-    stage(places, 2, "prune", "prune a 25% sparse student from the dense model", |_| {
-        let dense = teacher_path(args)?;
-        let report = prune_to(&dense, 0.25, None, Some(&places.data("instructions.jsonl")), &student)?;
-        Ok(report.parameters_after)
-    })?;
-    let lora = train_stage(places, 3, "lora", "train: LoRA fine-tuning, no teacher", &with(&[("soft_weight", "0")])?)?;
-    let kd = train_stage(places, 4, "kd", "train: standard KD from the cache", &with(&[("hard_weight", "1"), ("soft_weight", "1"), ("kd_type", "kl"), ("scaling_value", "2")])?)?;
+    stage(
+        places,
+        2,
+        "prune",
+        "prune a 25% sparse student from the dense model",
+        |_| {
+            let dense = teacher_path(args)?;
+            let report = prune_to(
+                &dense,
+                0.25,
+                None,
+                Some(&places.data("instructions.jsonl")),
+                &student,
+            )?;
+            Ok(report.parameters_after)
+        },
+    )?;
+    let lora = train_stage(
+        places,
+        3,
+        "lora",
+        "train: LoRA fine-tuning, no teacher",
+        &with(&[("soft_weight", "0")])?,
+    )?;
+    let kd = train_stage(
+        places,
+        4,
+        "kd",
+        "train: standard KD from the cache",
+        &with(&[
+            ("hard_weight", "1"),
+            ("soft_weight", "1"),
+            ("kd_type", "kl"),
+            ("scaling_value", "2"),
+        ])?,
+    )?;
     let random = search_stage(args, places, 5, "search-random", SamplerKind::Random, &base)?;
-    let bayes_random = train_stage(places, 6, "bayeskd-random", "train: BayesKD, the random search's best", &best_config(places, "search-random", args.seed)?)?;
+    let bayes_random = train_stage(
+        places,
+        6,
+        "bayeskd-random",
+        "train: BayesKD, the random search's best",
+        &best_config(places, "search-random", args.seed)?,
+    )?;
     let sabo = search_stage(args, places, 7, "search-sabo", SamplerKind::Sabo, &base)?;
-    let bayes_sabo = train_stage(places, 8, "bayeskd-sabo", "train: BayesKD, SABO's best", &best_config(places, "search-sabo", args.seed)?)?;
+    let bayes_sabo = train_stage(
+        places,
+        8,
+        "bayeskd-sabo",
+        "train: BayesKD, SABO's best",
+        &best_config(places, "search-sabo", args.seed)?,
+    )?;
 
     let scores = evaluate_all(args, places)?;
     let teacher = teacher_scores(places)?;
     let search_seconds = [random.seconds, sabo.seconds];
-    let rows = table_rows(places, args, &account, &teacher, &scores, [&lora, &kd, &bayes_random, &bayes_sabo], search_seconds)?;
+    let rows = table_rows(
+        places,
+        args,
+        &account,
+        &teacher,
+        &scores,
+        [&lora, &kd, &bayes_random, &bayes_sabo],
+        search_seconds,
+    )?;
 
-    let distilled = kd.tokens + bayes_random.tokens + bayes_sabo.tokens + random.tokens + sabo.tokens;
+    let distilled =
+        kd.tokens + bayes_random.tokens + bayes_sabo.tokens + random.tokens + sabo.tokens;
     let online = distilled as f64 / account.tokens_per_second.max(1e-9);
-    let report = DemoReport { rows: &rows, teacher_seconds: account.seconds, online_teacher_seconds: online, seconds: started.elapsed().as_secs_f64() };
-    let text = serde_json::to_vec_pretty(&report).map_err(|error| Failure::ours(error.to_string()))?;
+    let report = DemoReport {
+        rows: &rows,
+        teacher_seconds: account.seconds,
+        online_teacher_seconds: online,
+        seconds: stage_seconds(places),
+    };
+    let text =
+        serde_json::to_vec_pretty(&report).map_err(|error| Failure::ours(error.to_string()))?;
     write_file(&places.join("demo.json"), |sink| sink.write_all(&text))?;
     if args.json {
         print_json(&report)?;
     } else {
-        print_text(as_text(&report, &[("random", &random), ("SABO", &sabo)], &account, places));
+        print_text(as_text(
+            &report,
+            &[("random", &random), ("SABO", &sabo)],
+            &account,
+            places,
+        ));
     }
-    let _ = cache;
     Ok(())
 }
 
 /// One configuration for all students; the recipes differ in their losses only.
 fn base_config(seed: u64) -> TrainConfig {
-    TrainConfig { seed, batch_size: 8, learning_rate: 5e-4, ..TrainConfig::default() }
+    TrainConfig {
+        seed,
+        batch_size: 4,
+        learning_rate: 5e-4,
+        max_steps: Some(STEPS),
+        ..TrainConfig::default()
+    }
 }
 
 fn best_config(places: &Places, study: &str, seed: u64) -> Result<TrainConfig, Failure> {
     let path = places.join(study).join("best.toml");
-    let text = std::fs::read_to_string(&path).map_err(|error| Failure::file("read", &path, &error))?;
+    let text =
+        std::fs::read_to_string(&path).map_err(|error| Failure::file("read", &path, &error))?;
     let mut config = TrainConfig::from_toml(&text)?;
     config.seed = seed;
     config.fraction = 1.0;
@@ -208,15 +286,28 @@ fn best_config(places: &Places, study: &str, seed: u64) -> Result<TrainConfig, F
 /// Makes the folder, replacing an earlier demo but nothing else.
 fn prepare(places: &Places, resume: bool) -> Result<(), Failure> {
     let marker = places.join(".caskd-demo");
-    let occupied = places.out.read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    let occupied = places
+        .out
+        .read_dir()
+        .is_ok_and(|mut entries| entries.next().is_some());
     if occupied && !marker.exists() {
-        return Err(Failure::user(format!("`{}` holds something that is not a demo", places.out.display()), "choose another --out"));
+        return Err(Failure::user(
+            format!(
+                "`{}` holds something that is not a demo",
+                places.out.display()
+            ),
+            "choose another --out",
+        ));
     }
     if occupied && !resume {
-        std::fs::remove_dir_all(&places.out).map_err(|error| Failure::file("replace", &places.out, &error))?;
+        std::fs::remove_dir_all(&places.out)
+            .map_err(|error| Failure::file("replace", &places.out, &error))?;
     }
-    std::fs::create_dir_all(places.join("stages")).map_err(|error| Failure::file("make", &places.out, &error))?;
-    write_file(&marker, |sink| sink.write_all(b"this folder belongs to `caskd demo`\n"))?;
+    std::fs::create_dir_all(places.join("stages"))
+        .map_err(|error| Failure::file("make", &places.out, &error))?;
+    write_file(&marker, |sink| {
+        sink.write_all(b"this folder belongs to `caskd demo`\n")
+    })?;
     for (name, text) in FILES {
         write_file(&places.data(name), |sink| sink.write_all(text.as_bytes()))?;
     }
@@ -232,10 +323,21 @@ fn teacher_path(args: &DemoArgs) -> Result<PathBuf, Failure> {
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|cache| Path::new(&cache).join("caskd")))
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/caskd")));
-    let path = folder.map(|folder| folder.join("smollm2-135m-instruct-q4_1/SmolLM2-135M-Instruct.Q4_1.gguf"));
+    let path = folder
+        .map(|folder| folder.join("smollm2-135m-instruct-q4_1/SmolLM2-135M-Instruct.Q4_1.gguf"));
     path.filter(|path| path.exists()).ok_or_else(|| {
-        Failure::user("the demo's teacher is not in the cache folder", "run `make demo`, which fetches it, or give --teacher FILE.gguf")
+        Failure::user(
+            "the demo's teacher is not in the cache folder",
+            "run `make demo`, which fetches it, or give --teacher FILE.gguf",
+        )
     })
+}
+
+/// A stage's report as it lies in `stages/`.
+#[derive(Serialize, Deserialize)]
+struct StageReport<R> {
+    seconds: f64,
+    report: R,
 }
 
 /// Runs a stage, or takes its report from an earlier, interrupted demo.
@@ -248,72 +350,136 @@ fn stage<R: Serialize + DeserializeOwned>(
 ) -> Result<R, Halt> {
     let path = places.join("stages").join(format!("{name}.json"));
     if let Ok(text) = std::fs::read(&path)
-        && let Ok(report) = serde_json::from_slice(&text)
+        && let Ok(StageReport { report, .. }) = serde_json::from_slice(&text)
     {
         say(format!("[{number}/{STAGES}] {title}: done before"));
         return Ok(report);
     }
     say(format!("[{number}/{STAGES}] {title}"));
+    let started = Instant::now();
     let report = work(name)?;
-    let text = serde_json::to_vec_pretty(&report).map_err(|error| Failure::ours(error.to_string()))?;
+    let report = StageReport {
+        seconds: started.elapsed().as_secs_f64(),
+        report,
+    };
+    let text =
+        serde_json::to_vec_pretty(&report).map_err(|error| Failure::ours(error.to_string()))?;
     write_file(&path, |sink| sink.write_all(&text))?;
-    Ok(report)
+    Ok(report.report)
+}
+
+/// Seconds of all stages, of earlier, interrupted demos too.
+fn stage_seconds(places: &Places) -> f64 {
+    let folder = places.join("stages").read_dir().into_iter().flatten();
+    let reports = folder.filter_map(|entry| std::fs::read(entry.ok()?.path()).ok());
+    reports
+        .filter_map(|text| serde_json::from_slice::<StageReport<serde_json::Value>>(&text).ok())
+        .map(|report| report.seconds)
+        .sum()
 }
 
 /// The only stage that loads the teacher: the training cache and two held-out ones.
 fn build_caches(args: &DemoArgs, places: &Places) -> Result<TeacherAccount, Halt> {
-    stage(places, 1, "build", "build the teacher's caches (the teacher runs here, and never again)", |_| {
-        let teacher = teacher_path(args)?;
-        let mut account = TeacherAccount { seconds: 0.0, positions: 0, tokens_per_second: 0.0 };
-        let caches = [("cache", "instructions.jsonl", "last,middle"), ("heldout-text", "heldout.txt", "none"), ("heldout-responses", "heldout.jsonl", "none")];
-        for (out, data, layers) in caches {
-            let out = places.join(out);
-            let options = BuildOptions {
-                teacher: teacher.clone(),
-                data: vec![places.data(data)],
-                tier: Tier::Exact,
-                top_k: 64,
-                layers: layers.parse::<LayerChoice>().map_err(Failure::ours)?,
-                hidden_codec: HiddenCodec::Int8,
-                max_len: MAX_LEN,
-                kind: Kind::Float,
-                batch_tokens: BATCH_TOKENS,
-                resume: out.exists(),
-                out,
-                device: Device::Cpu,
+    stage(
+        places,
+        1,
+        "build",
+        "build the teacher's caches (the teacher runs here, and never again)",
+        |_| {
+            let teacher = teacher_path(args)?;
+            let mut account = TeacherAccount {
+                seconds: 0.0,
+                positions: 0,
+                tokens_per_second: 0.0,
             };
-            let report = build_with_progress(&options, data)?;
-            if !report.completed {
-                return Err(Halt::Stopped);
+            let caches = [
+                ("cache", "instructions.jsonl", "last,middle"),
+                ("heldout-text", "heldout.txt", "none"),
+                ("heldout-responses", "heldout.jsonl", "none"),
+            ];
+            for (out, data, layers) in caches {
+                let out = places.join(out);
+                let options = BuildOptions {
+                    teacher: teacher.clone(),
+                    data: vec![places.data(data)],
+                    tier: Tier::Exact,
+                    top_k: 64,
+                    layers: layers.parse::<LayerChoice>().map_err(Failure::ours)?,
+                    hidden_codec: HiddenCodec::Int8,
+                    max_len: MAX_LEN,
+                    kind: Kind::Float,
+                    batch_tokens: BATCH_TOKENS,
+                    resume: out.exists(),
+                    out,
+                    device: Device::Cpu,
+                };
+                let report = build_with_progress(&options, data)?;
+                if !report.completed {
+                    return Err(Halt::Stopped);
+                }
+                account.seconds += report.teacher_seconds;
+                account.positions += report.teacher_positions;
             }
-            account.seconds += report.teacher_seconds;
-            account.positions += report.teacher_positions;
-        }
-        account.tokens_per_second = account.positions as f64 / account.seconds.max(1e-9);
-        Ok(account)
-    })
+            account.tokens_per_second = account.positions as f64 / account.seconds.max(1e-9);
+            Ok(account)
+        },
+    )
 }
 
-fn train_stage(places: &Places, number: usize, name: &str, title: &str, config: &TrainConfig) -> Result<Trained, Halt> {
+fn train_stage(
+    places: &Places,
+    number: usize,
+    name: &str,
+    title: &str,
+    config: &TrainConfig,
+) -> Result<Trained, Halt> {
     stage(places, number, name, title, |name| {
         let out = places.join(name);
-        let summary = train_with_progress(config, &places.join("student"), &places.join("cache"), &out, out.exists(), name)?;
+        let summary = train_with_progress(
+            config,
+            &places.join("student"),
+            &places.join("cache"),
+            &out,
+            out.exists(),
+            name,
+        )?;
         if !summary.completed {
             return Err(Halt::Stopped);
         }
-        Ok(Trained { tokens: summary.tokens, tokens_per_second: summary.tokens_per_second, seconds: summary.seconds })
+        Ok(Trained {
+            tokens: summary.tokens,
+            tokens_per_second: summary.tokens_per_second,
+            seconds: summary.seconds,
+        })
     })
 }
 
-fn search_stage(args: &DemoArgs, places: &Places, number: usize, name: &str, sampler: SamplerKind, base: &TrainConfig) -> Result<Searched, Halt> {
-    let title = format!("search: {TRIALS} trials with {sampler} on {:.0}% of the cache", 100.0 * FRACTION);
+fn search_stage(
+    args: &DemoArgs,
+    places: &Places,
+    number: usize,
+    name: &str,
+    sampler: SamplerKind,
+    base: &TrainConfig,
+) -> Result<Searched, Halt> {
+    let title = format!(
+        "search: {TRIALS} trials with {sampler} on {:.0}% of the cache",
+        100.0 * FRACTION
+    );
     stage(places, number, name, &title, |name| {
         let out = places.join(name);
         let plan = SearchPlan {
             cache: places.join("cache"),
             student: places.join("student"),
             space: Space::table2(),
-            study: StudyConfig { sampler, seed: args.seed, trials: TRIALS, fraction: FRACTION, ..StudyConfig::default() },
+            study: StudyConfig {
+                sampler,
+                seed: args.seed,
+                trials: TRIALS,
+                fraction: FRACTION,
+                startup: STARTUP,
+                ..StudyConfig::default()
+            },
             validation: VALIDATION,
             base: base.clone(),
             resume: out.exists(),
@@ -325,9 +491,21 @@ fn search_stage(args: &DemoArgs, places: &Places, number: usize, name: &str, sam
         }
         let view = caskd_search::read_study(&plan.out)?;
         let seconds = view.trials.iter().filter_map(|trial| trial.seconds).sum();
-        let tokens = view.trials.iter().filter_map(|trial| trained_tokens(&plan.out, trial.number)).sum();
-        let settings = summary.best.as_ref().map(|best| best.params.to_json()).unwrap_or_default();
-        Ok(Searched { tokens, seconds, settings })
+        let tokens = view
+            .trials
+            .iter()
+            .filter_map(|trial| trained_tokens(&plan.out, trial.number))
+            .sum();
+        let settings = summary
+            .best
+            .as_ref()
+            .map(|best| best.params.to_json())
+            .unwrap_or_default();
+        Ok(Searched {
+            tokens,
+            seconds,
+            settings,
+        })
     })
 }
 
@@ -343,27 +521,33 @@ fn evaluate_all(args: &DemoArgs, places: &Places) -> Result<Vec<Scores>, Halt> {
     let runs = ["lora", "kd", "bayeskd-random", "bayeskd-sabo"];
     let mut all = Vec::new();
     for name in ["dense", "sparse"].into_iter().chain(runs) {
-        let scores = stage(places, 9, &format!("eval-{name}"), &format!("evaluate {name} on held-out text and responses"), |_| {
-            let options = LoadOptions::default();
-            let model = match name {
-                "dense" => load(&teacher_path(args)?, &options)?,
-                "sparse" => load(&places.join("student"), &options)?,
-                run => load_run(&places.join(run), &options)?,
-            };
-            let text = score_cache(&model, &places.join("heldout-text"))?;
-            let responses = score_cache(&model, &places.join("heldout-responses"))?;
-            if crate::terminal::stopped() {
-                return Err(Halt::Stopped);
-            }
-            let seconds = text.seconds + responses.seconds;
-            Ok(Scores {
-                text_perplexity: text.perplexity,
-                response_perplexity: responses.perplexity,
-                kl: responses.kl.unwrap_or(f64::NAN),
-                tokens_per_second: (text.tokens + responses.tokens) as f64 / seconds.max(1e-9),
-                seconds,
-            })
-        })?;
+        let scores = stage(
+            places,
+            9,
+            &format!("eval-{name}"),
+            &format!("evaluate {name} on held-out text and responses"),
+            |_| {
+                let options = LoadOptions::default();
+                let model = match name {
+                    "dense" => load(&teacher_path(args)?, &options)?,
+                    "sparse" => load(&places.join("student"), &options)?,
+                    run => load_run(&places.join(run), &options)?,
+                };
+                let text = score_cache(&model, &places.join("heldout-text"))?;
+                let responses = score_cache(&model, &places.join("heldout-responses"))?;
+                if crate::terminal::stopped() {
+                    return Err(Halt::Stopped);
+                }
+                let seconds = text.seconds + responses.seconds;
+                Ok(Scores {
+                    text_perplexity: text.perplexity,
+                    response_perplexity: responses.perplexity,
+                    kl: responses.kl.unwrap_or(f64::NAN),
+                    tokens_per_second: (text.tokens + responses.tokens) as f64 / seconds.max(1e-9),
+                    seconds,
+                })
+            },
+        )?;
         all.push(scores);
     }
     Ok(all)
@@ -371,7 +555,12 @@ fn evaluate_all(args: &DemoArgs, places: &Places) -> Result<Vec<Scores>, Halt> {
 
 /// The teacher's perplexities, from the caches alone.
 fn teacher_scores(places: &Places) -> Result<[f64; 2], Halt> {
-    let of = |name: &str| -> Result<f64, Halt> { Ok(teacher_perplexity(&Cache::open(&places.join(name), Io::Mmap)?)?) };
+    let of = |name: &str| -> Result<f64, Halt> {
+        Ok(teacher_perplexity(&Cache::open(
+            &places.join(name),
+            Io::Mmap,
+        )?)?)
+    };
     Ok([of("heldout-text")?, of("heldout-responses")?])
 }
 
@@ -406,18 +595,63 @@ fn table_rows(
             seconds: account.seconds,
             artefact: places.join("cache"),
         },
-        scored("dense", dense, dense.tokens_per_second, dense.seconds, teacher_path(args)?),
-        scored("sparse (without LoRA)", sparse, sparse.tokens_per_second, sparse.seconds, places.join("student")),
-        scored("sparse (with LoRA)", lora, trained[0].tokens_per_second, trained[0].seconds, places.join("lora")),
-        scored("standard KD", kd, trained[1].tokens_per_second, trained[1].seconds, places.join("kd")),
-        scored("BayesKD (random)", random, trained[2].tokens_per_second, trained[2].seconds + search_seconds[0], places.join("bayeskd-random")),
-        scored("BayesKD (SABO)", sabo, trained[3].tokens_per_second, trained[3].seconds + search_seconds[1], places.join("bayeskd-sabo")),
+        scored(
+            "dense",
+            dense,
+            dense.tokens_per_second,
+            dense.seconds,
+            teacher_path(args)?,
+        ),
+        scored(
+            "sparse (without LoRA)",
+            sparse,
+            sparse.tokens_per_second,
+            sparse.seconds,
+            places.join("student"),
+        ),
+        scored(
+            "sparse (with LoRA)",
+            lora,
+            trained[0].tokens_per_second,
+            trained[0].seconds,
+            places.join("lora"),
+        ),
+        scored(
+            "standard KD",
+            kd,
+            trained[1].tokens_per_second,
+            trained[1].seconds,
+            places.join("kd"),
+        ),
+        scored(
+            "BayesKD (random)",
+            random,
+            trained[2].tokens_per_second,
+            trained[2].seconds + search_seconds[0],
+            places.join("bayeskd-random"),
+        ),
+        scored(
+            "BayesKD (SABO)",
+            sabo,
+            trained[3].tokens_per_second,
+            trained[3].seconds + search_seconds[1],
+            places.join("bayeskd-sabo"),
+        ),
     ])
 }
 
-fn as_text(report: &DemoReport<'_>, searches: &[(&str, &Searched)], account: &TeacherAccount, places: &Places) -> String {
+fn as_text(
+    report: &DemoReport<'_>,
+    searches: &[(&str, &Searched)],
+    account: &TeacherAccount,
+    places: &Places,
+) -> String {
     let mut text = String::new();
-    let _ = writeln!(text, "\n{:<22} {:>10} {:>10} {:>8} {:>9} {:>8}  artefact", "model", "ppl text", "ppl resp.", "KL", "tokens/s", "time");
+    let _ = writeln!(
+        text,
+        "\n{:<22} {:>10} {:>10} {:>8} {:>9} {:>8}  artefact",
+        "model", "ppl text", "ppl resp.", "KL", "tokens/s", "time"
+    );
     for row in report.rows {
         let _ = writeln!(
             text,
@@ -450,6 +684,11 @@ fn as_text(report: &DemoReport<'_>, searches: &[(&str, &Searched)], account: &Te
         account.tokens_per_second,
         report.online_teacher_seconds / report.teacher_seconds.max(1e-9),
     );
-    let _ = write!(text, "Everything lies in `{}`; the whole demo took {}.", places.out.display(), duration(report.seconds));
+    let _ = write!(
+        text,
+        "Everything lies in `{}`; the whole demo took {}.",
+        places.out.display(),
+        duration(report.seconds)
+    );
     text
 }

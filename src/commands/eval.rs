@@ -1,10 +1,13 @@
 //! `caskd eval`
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use caskd_formats::{Cache, Io};
 use caskd_models::{LoadOptions, LoadedModel, load};
-use caskd_trainer::{CacheScore, TextScore, check_fit, evaluate_cache, evaluate_text, is_run, load_run, run_cache};
+use caskd_trainer::{
+    CacheScore, TextScore, check_fit, evaluate_cache, evaluate_text, is_run, load_run, run_cache,
+};
 use serde::Serialize;
 
 use super::{kind_of, parse_device, print_json, print_text};
@@ -30,17 +33,27 @@ struct Scored<S> {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> Outcome {
-    let options = LoadOptions { device: parse_device(&args.device)?, kind: kind_of(args.dtype) };
+    let options = LoadOptions {
+        device: parse_device(&args.device)?,
+        kind: kind_of(args.dtype),
+    };
     let of_run = is_run(&args.model);
     let mut caches = args.cache.clone();
     if caches.is_empty() && args.text.is_empty() {
         if !of_run {
-            return Err(Failure::user("there is nothing to evaluate on", "give --text FILE for perplexity, or --cache CACHE for KL to the teacher"));
+            return Err(Failure::user(
+                "there is nothing to evaluate on",
+                "give --text FILE for perplexity, or --cache CACHE for KL to the teacher",
+            ));
         }
         caches.push(run_cache(&args.model)?);
     }
     let model = load_any(&args.model, &options)?;
-    let mut scores = Scores { model: args.model.clone(), text: Vec::new(), cache: Vec::new() };
+    let mut scores = Scores {
+        model: args.model.clone(),
+        text: Vec::new(),
+        cache: Vec::new(),
+    };
     for path in &args.text {
         let score = score_text(&model, path, args.max_len)?;
         if !args.json {
@@ -55,12 +68,17 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 score.tokens_per_second
             ));
         }
-        scores.text.push(Scored { path: path.clone(), score });
+        scores.text.push(Scored {
+            path: path.clone(),
+            score,
+        });
     }
     for path in &caches {
         let score = score_cache(&model, path)?;
         if !args.json {
-            let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| format!("{kl:.4} nats"));
+            let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| {
+                format!("{kl:.4} nats")
+            });
             print_text(format!(
                 "{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets",
                 path.display(),
@@ -70,7 +88,10 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 score.targets,
             ));
         }
-        scores.cache.push(Scored { path: path.clone(), score });
+        scores.cache.push(Scored {
+            path: path.clone(),
+            score,
+        });
     }
     if args.json {
         print_json(&scores)?;
@@ -80,22 +101,46 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
 
 /// A run's student with its adapters, or a model.
 pub(crate) fn load_any(path: &Path, options: &LoadOptions) -> Result<LoadedModel, Failure> {
-    Ok(if is_run(path) { load_run(path, options)? } else { load(path, options)? })
+    Ok(if is_run(path) {
+        load_run(path, options)?
+    } else {
+        load(path, options)?
+    })
 }
 
-pub(crate) fn score_text(model: &LoadedModel, path: &Path, max_len: usize) -> Result<TextScore, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
+pub(crate) fn score_text(
+    model: &LoadedModel,
+    path: &Path,
+    max_len: usize,
+) -> Result<TextScore, Failure> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
     let mut bar = Progress::new("evaluating on text");
-    let score = evaluate_text(model, &text, max_len, &mut |done, total| bar.update(done, total, "tokens"))?;
+    let score = evaluate_text(model, &text, max_len, &mut with_rate(&mut bar))?;
     bar.finish();
     Ok(score)
+}
+
+/// Shows tokens done with their rate.
+fn with_rate(bar: &mut Progress) -> impl FnMut(u64, u64) {
+    let started = Instant::now();
+    move |done, total| {
+        bar.update(
+            done,
+            total,
+            &format!(
+                "{:.0} tokens/s",
+                done as f64 / started.elapsed().as_secs_f64().max(1e-9)
+            ),
+        )
+    }
 }
 
 pub(crate) fn score_cache(model: &LoadedModel, path: &Path) -> Result<CacheScore, Failure> {
     let cache = Cache::open(path, Io::Mmap)?;
     check_fit(model, &cache)?;
     let mut bar = Progress::new("evaluating on the cache");
-    let score = evaluate_cache(model, &cache, None, EVAL_TOKENS, &mut |done, total| bar.update(done, total, "tokens"))?;
+    let score = evaluate_cache(model, &cache, None, EVAL_TOKENS, &mut with_rate(&mut bar))?;
     bar.finish();
     Ok(score)
 }

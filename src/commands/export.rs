@@ -22,13 +22,24 @@ struct Exported<'a> {
 pub(crate) fn run(args: &ExportArgs) -> Outcome {
     refuse_existing(&args.out)?;
     let cache = Cache::open(&args.cache, Io::Mmap)?;
-    let head = if args.logits { Some(head_for_logits(&cache)?) } else { None };
+    let head = if args.logits {
+        Some(head_for_logits(&cache)?)
+    } else {
+        None
+    };
     let mut rows = cache.rows()?;
     rows.truncate(args.limit.unwrap_or(usize::MAX));
     if rows.is_empty() {
-        return Err(Failure::user("no sequence is left to export", "give --limit 1 or more"));
+        return Err(Failure::user(
+            "no sequence is left to export",
+            "give --limit 1 or more",
+        ));
     }
-    let source = Source { cache: &cache, head, rows };
+    let source = Source {
+        cache: &cache,
+        head,
+        rows,
+    };
     // An error of the cache inside the writer must reach the user as itself, not as an I/O error.
     let mut failure = None;
     let written = write_file(&args.out, |sink| {
@@ -53,9 +64,18 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome {
     }
     written?;
     let size = std::fs::metadata(&args.out).map_or(0, |data| data.len());
-    say(format!("`{}`: {} sequences, {}", args.out.display(), source.rows.len(), bytes(size)));
+    say(format!(
+        "`{}`: {} sequences, {}",
+        args.out.display(),
+        source.rows.len(),
+        bytes(size)
+    ));
     if args.json {
-        print_json(&Exported { out: &args.out, sequences: source.rows.len(), bytes: size })?;
+        print_json(&Exported {
+            out: &args.out,
+            sequences: source.rows.len(),
+            bytes: size,
+        })?;
     }
     Ok(Exit::Done)
 }
@@ -66,7 +86,10 @@ fn head_for_logits(cache: &Cache) -> Result<Head, Failure> {
     {
         return Ok(head);
     }
-    Err(Failure::user("a sparse cache can't give the logits of the whole vocabulary", "build it with --tier exact, or export without --logits"))
+    Err(Failure::user(
+        "a sparse cache can't give the logits of the whole vocabulary",
+        "build it with --tier exact, or export without --logits",
+    ))
 }
 
 enum ExportError {
@@ -100,13 +123,18 @@ impl Source<'_> {
             return Err(std::io::Error::from(std::io::ErrorKind::Interrupted).into());
         }
         let mut sequences = self.cache.read(row.shard, &[row.row], columns)?;
-        sequences.pop().ok_or_else(|| std::io::Error::other("the cache gave no row").into())
+        sequences
+            .pop()
+            .ok_or_else(|| std::io::Error::other("the cache gave no row").into())
     }
 
     /// Logits `[T·V]` of a sequence that was read with its last layer; none where they were not asked for.
     fn logits(&self, sequence: &Sequence) -> Result<Option<Vec<f32>>, ExportError> {
         let last = self.cache.manifest().teacher.num_layers;
-        match (&self.head, sequence.hidden.iter().find(|state| state.layer == last)) {
+        match (
+            &self.head,
+            sequence.hidden.iter().find(|state| state.layer == last),
+        ) {
             (Some(head), Some(state)) => Ok(Some(self.cache.rebuild_logits(head, state)?)),
             _ => Ok(None),
         }
@@ -140,7 +168,12 @@ enum Fill {
 fn write_safetensors(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     let manifest = source.cache.manifest();
     let batch = source.rows.len();
-    let longest = source.rows.iter().map(|row| row.positions as usize).max().unwrap_or(0);
+    let longest = source
+        .rows
+        .iter()
+        .map(|row| row.positions as usize)
+        .max()
+        .unwrap_or(0);
     let plans = plan_tensors(source);
     let shape_of = |plan: &Plan| match &plan.inner {
         None => vec![batch],
@@ -156,7 +189,10 @@ fn write_safetensors(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     for plan in &plans {
         let shape = shape_of(plan);
         let size = shape.iter().product::<usize>() * plan.element;
-        header.insert(plan.name.clone(), json!({"dtype": plan.dtype, "shape": shape, "data_offsets": [offset, offset + size]}));
+        header.insert(
+            plan.name.clone(),
+            json!({"dtype": plan.dtype, "shape": shape, "data_offsets": [offset, offset + size]}),
+        );
         offset += size;
     }
     let mut text = Value::Object(header).to_string();
@@ -167,6 +203,7 @@ fn write_safetensors(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     sink.write_all(text.as_bytes())?;
 
     let mut bar = Progress::new("exporting");
+    let started = std::time::Instant::now();
     let mut done = 0u64;
     for plan in &plans {
         let row_bytes = shape_of(plan).iter().skip(1).product::<usize>() * plan.element;
@@ -174,9 +211,13 @@ fn write_safetensors(source: &Source<'_>, sink: &mut dyn Write) -> Written {
             let sequence = source.read(row, &plan.columns)?;
             let values = row_values(source, plan, &sequence)?;
             sink.write_all(&values)?;
-            std::io::copy(&mut std::io::Read::take(std::io::repeat(0), (row_bytes - values.len()) as u64), sink)?;
+            std::io::copy(
+                &mut std::io::Read::take(std::io::repeat(0), (row_bytes - values.len()) as u64),
+                sink,
+            )?;
             done += row_bytes as u64;
-            bar.update(done, offset as u64, &plan.name);
+            let rate = bytes((done as f64 / started.elapsed().as_secs_f64().max(1e-9)) as u64);
+            bar.update(done, offset as u64, &format!("{} {rate}/s", plan.name));
         }
     }
     bar.finish();
@@ -185,9 +226,20 @@ fn write_safetensors(source: &Source<'_>, sink: &mut dyn Write) -> Written {
 
 fn plan_tensors(source: &Source<'_>) -> Vec<Plan> {
     let manifest = source.cache.manifest();
-    let only = |statistics, top_k, layers: &[u32]| Columns { statistics, top_k, layers: layers.to_vec() };
+    let only = |statistics, top_k, layers: &[u32]| Columns {
+        statistics,
+        top_k,
+        layers: layers.to_vec(),
+    };
     let none = only(false, false, &[]);
-    let plan = |name: &str, dtype, element, inner, columns: &Columns, fill| Plan { name: name.into(), dtype, element, inner, columns: columns.clone(), fill };
+    let plan = |name: &str, dtype, element, inner, columns: &Columns, fill| Plan {
+        name: name.into(),
+        dtype,
+        element,
+        inner,
+        columns: columns.clone(),
+        fill,
+    };
     let mut plans = vec![
         plan("input_ids", "I64", 8, Some(vec![]), &none, Fill::InputIds),
         plan("lengths", "I64", 8, None, &none, Fill::Lengths),
@@ -195,31 +247,84 @@ fn plan_tensors(source: &Source<'_>) -> Vec<Plan> {
     ];
     let statistics = only(true, false, &[]);
     for name in ["log_sum_exp", "max", "mean", "min", "std"] {
-        plans.push(plan(&format!("statistics.{name}"), "F32", 4, Some(vec![]), &statistics, Fill::Statistic(name)));
+        plans.push(plan(
+            &format!("statistics.{name}"),
+            "F32",
+            4,
+            Some(vec![]),
+            &statistics,
+            Fill::Statistic(name),
+        ));
     }
     if manifest.top_k > 0 {
         let top_k = only(false, true, &[]);
-        plans.push(plan("top_k.ids", "I64", 8, Some(vec![manifest.top_k]), &top_k, Fill::TopKIds));
-        plans.push(plan("top_k.logits", "F32", 4, Some(vec![manifest.top_k]), &top_k, Fill::TopKLogits));
+        plans.push(plan(
+            "top_k.ids",
+            "I64",
+            8,
+            Some(vec![manifest.top_k]),
+            &top_k,
+            Fill::TopKIds,
+        ));
+        plans.push(plan(
+            "top_k.logits",
+            "F32",
+            4,
+            Some(vec![manifest.top_k]),
+            &top_k,
+            Fill::TopKLogits,
+        ));
     }
     for layer in &manifest.layers {
         let columns = only(false, false, &[layer.layer]);
-        plans.push(plan(&format!("hidden.{}", layer.layer), "F32", 4, Some(vec![layer.width]), &columns, Fill::Hidden(layer.layer)));
+        plans.push(plan(
+            &format!("hidden.{}", layer.layer),
+            "F32",
+            4,
+            Some(vec![layer.width]),
+            &columns,
+            Fill::Hidden(layer.layer),
+        ));
     }
     if source.head.is_some() {
         let columns = only(false, false, &[manifest.teacher.num_layers]);
-        plans.push(plan("logits", "F32", 4, Some(vec![manifest.vocab_size]), &columns, Fill::Logits));
+        plans.push(plan(
+            "logits",
+            "F32",
+            4,
+            Some(vec![manifest.vocab_size]),
+            &columns,
+            Fill::Logits,
+        ));
     }
     plans
 }
 
 /// The row's values without padding, little-endian.
-fn row_values(source: &Source<'_>, plan: &Plan, sequence: &Sequence) -> Result<Vec<u8>, ExportError> {
-    let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-    let integers = |values: &[u32]| values.iter().flat_map(|&value| i64::from(value).to_le_bytes()).collect::<Vec<u8>>();
+fn row_values(
+    source: &Source<'_>,
+    plan: &Plan,
+    sequence: &Sequence,
+) -> Result<Vec<u8>, ExportError> {
+    let floats = |values: &[f32]| {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let integers = |values: &[u32]| {
+        values
+            .iter()
+            .flat_map(|&value| i64::from(value).to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
     Ok(match plan.fill {
         Fill::InputIds => integers(&sequence.token_ids),
-        Fill::LossMask => sequence.loss_mask.iter().map(|&target| u8::from(target)).collect(),
+        Fill::LossMask => sequence
+            .loss_mask
+            .iter()
+            .map(|&target| u8::from(target))
+            .collect(),
         Fill::Lengths => (sequence.token_ids.len() as i64).to_le_bytes().to_vec(),
         Fill::Statistic(name) => sequence.statistics.as_ref().map_or_else(Vec::new, |all| {
             floats(match name {
@@ -230,10 +335,22 @@ fn row_values(source: &Source<'_>, plan: &Plan, sequence: &Sequence) -> Result<V
                 _ => &all.log_sum_exp,
             })
         }),
-        Fill::TopKIds => sequence.top_k.as_ref().map_or_else(Vec::new, |top_k| integers(&top_k.ids)),
-        Fill::TopKLogits => sequence.top_k.as_ref().map_or_else(Vec::new, |top_k| floats(&top_k.logits)),
-        Fill::Hidden(layer) => sequence.hidden.iter().find(|state| state.layer == layer).map_or_else(Vec::new, |state| floats(&state.values)),
-        Fill::Logits => source.logits(sequence)?.map_or_else(Vec::new, |logits| floats(&logits)),
+        Fill::TopKIds => sequence
+            .top_k
+            .as_ref()
+            .map_or_else(Vec::new, |top_k| integers(&top_k.ids)),
+        Fill::TopKLogits => sequence
+            .top_k
+            .as_ref()
+            .map_or_else(Vec::new, |top_k| floats(&top_k.logits)),
+        Fill::Hidden(layer) => sequence
+            .hidden
+            .iter()
+            .find(|state| state.layer == layer)
+            .map_or_else(Vec::new, |state| floats(&state.values)),
+        Fill::Logits => source
+            .logits(sequence)?
+            .map_or_else(Vec::new, |logits| floats(&logits)),
     })
 }
 
@@ -242,13 +359,19 @@ fn write_jsonl(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     let manifest = source.cache.manifest();
     let columns = Columns::all(manifest);
     let mut bar = Progress::new("exporting");
+    let started = std::time::Instant::now();
     for (index, row) in source.rows.iter().enumerate() {
         let sequence = source.read(row, &columns)?;
         let logits = source.logits(&sequence)?;
         let line = json_line(&sequence, logits.as_deref(), manifest.vocab_size);
         serde_json::to_writer(&mut *sink, &line).map_err(std::io::Error::from)?;
         sink.write_all(b"\n")?;
-        bar.update(index as u64 + 1, source.rows.len() as u64, "sequences");
+        let rate = (index + 1) as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.update(
+            index as u64 + 1,
+            source.rows.len() as u64,
+            &format!("{rate:.0} sequences/s"),
+        );
     }
     bar.finish();
     Ok(())
@@ -269,8 +392,16 @@ fn json_line(sequence: &Sequence, logits: Option<&[f32]>, vocab_size: usize) -> 
             "logits": top_k.logits.chunks(top_k.k).collect::<Vec<_>>(),
         });
     }
-    let hidden: BTreeMap<String, Vec<&[f32]>> =
-        sequence.hidden.iter().map(|state| (state.layer.to_string(), state.values.chunks(state.width).collect())).collect();
+    let hidden: BTreeMap<String, Vec<&[f32]>> = sequence
+        .hidden
+        .iter()
+        .map(|state| {
+            (
+                state.layer.to_string(),
+                state.values.chunks(state.width).collect(),
+            )
+        })
+        .collect();
     if !hidden.is_empty() {
         line["hidden"] = json!(hidden);
     }

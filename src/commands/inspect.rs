@@ -35,11 +35,15 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
     let manifest = cache.manifest();
     let by_column = cache.bytes_by_column()?;
     let positions = manifest.data.positions.max(1) as f64;
-    let total_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>() + manifest.head.as_ref().map_or(0, |head| head.bytes);
+    let total_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>()
+        + manifest.head.as_ref().map_or(0, |head| head.bytes);
     let card = Card {
         manifest,
         bytes_by_column: &by_column,
-        bytes_per_position: by_column.iter().map(|(name, &count)| (name.as_str(), count as f64 / positions)).collect(),
+        bytes_per_position: by_column
+            .iter()
+            .map(|(name, &count)| (name.as_str(), count as f64 / positions))
+            .collect(),
         total_bytes,
         losses: losses_served(manifest),
     };
@@ -53,15 +57,47 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
 
 fn losses_served(manifest: &Manifest) -> Vec<Served> {
     let exact = manifest.tier == Tier::Exact;
-    let layers: Vec<String> = manifest.layers.iter().map(|layer| layer.layer.to_string()).collect();
-    let needs_exact = if exact { String::new() } else { "needs the exact tier".to_string() };
-    let hidden_note = if layers.is_empty() { "no hidden states are kept".to_string() } else { format!("on layers {}", layers.join(", ")) };
+    let layers: Vec<String> = manifest
+        .layers
+        .iter()
+        .map(|layer| layer.layer.to_string())
+        .collect();
+    let needs_exact = if exact {
+        String::new()
+    } else {
+        "needs the exact tier".to_string()
+    };
+    let hidden_note = if layers.is_empty() {
+        "no hidden states are kept".to_string()
+    } else {
+        format!("on layers {}", layers.join(", "))
+    };
     vec![
-        Served { loss: "cross-entropy", served: true, note: String::new() },
-        Served { loss: "kl at temperature 1, top-k entries and an explicit tail", served: true, note: String::new() },
-        Served { loss: "kl at every temperature", served: exact, note: needs_exact.clone() },
-        Served { loss: "dual-scaling", served: exact, note: needs_exact },
-        Served { loss: "knowledge-alignment", served: !layers.is_empty(), note: hidden_note },
+        Served {
+            loss: "cross-entropy",
+            served: true,
+            note: String::new(),
+        },
+        Served {
+            loss: "kl at temperature 1, top-k entries and an explicit tail",
+            served: true,
+            note: String::new(),
+        },
+        Served {
+            loss: "kl at every temperature",
+            served: exact,
+            note: needs_exact.clone(),
+        },
+        Served {
+            loss: "dual-scaling",
+            served: exact,
+            note: needs_exact,
+        },
+        Served {
+            loss: "knowledge-alignment",
+            served: !layers.is_empty(),
+            note: hidden_note,
+        },
     ]
 }
 
@@ -72,8 +108,17 @@ fn as_text(card: &Card<'_>) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(text, "{name:<12} {value}");
     };
-    line("format", format!("{} (written by caskd {})", manifest.format_version, manifest.caskd_version));
-    line("tier", format!("{:?}, top-{}", manifest.tier, manifest.top_k).to_lowercase());
+    line(
+        "format",
+        format!(
+            "{} (written by caskd {})",
+            manifest.format_version, manifest.caskd_version
+        ),
+    );
+    line(
+        "tier",
+        format!("{:?}, top-{}", manifest.tier, manifest.top_k).to_lowercase(),
+    );
     line(
         "teacher",
         format!(
@@ -87,33 +132,94 @@ fn as_text(card: &Card<'_>) -> String {
     );
     line(
         "vocabulary",
-        format!("{} logits, {} tokens, fingerprint {}", manifest.vocab_size, manifest.tokenizer.vocab_size, short(&manifest.tokenizer.fingerprint)),
+        format!(
+            "{} logits, {} tokens, fingerprint {}",
+            manifest.vocab_size,
+            manifest.tokenizer.vocab_size,
+            short(&manifest.tokenizer.fingerprint)
+        ),
     );
     for file in &data.files {
-        line("data", format!("{} ({}), digest {}", file.name, bytes(file.bytes), short(&file.digest)));
+        line(
+            "data",
+            format!(
+                "{} ({}), digest {}",
+                file.name,
+                bytes(file.bytes),
+                short(&file.digest)
+            ),
+        );
     }
     line(
         "sequences",
         format!(
             "{} with {} positions, {} of them targets; {} cut at {} tokens, {} dropped; prompts: {}",
-            data.sequences, data.positions, data.targets, data.truncated, manifest.max_len, data.skipped, data.prompt_form
+            data.sequences,
+            data.positions,
+            data.targets,
+            data.truncated,
+            manifest.max_len,
+            data.skipped,
+            data.prompt_form
         ),
     );
     for layer in &manifest.layers {
-        line("hidden", format!("layer {} of {}, width {}, {}", layer.layer, manifest.teacher.num_layers, layer.width, format!("{:?}", layer.codec).to_lowercase()));
+        line(
+            "hidden",
+            format!(
+                "layer {} of {}, width {}, {}",
+                layer.layer,
+                manifest.teacher.num_layers,
+                layer.width,
+                format!("{:?}", layer.codec).to_lowercase()
+            ),
+        );
     }
-    line("files", format!("{} shards{}, {}", manifest.shards.len(), if manifest.head.is_some() { " and the LM head" } else { "" }, bytes(card.total_bytes)));
-    let _ = writeln!(text, "\n{:<24} {:>14} {:>12}", "column", "bytes", "a position");
+    line(
+        "files",
+        format!(
+            "{} shards{}, {}",
+            manifest.shards.len(),
+            if manifest.head.is_some() {
+                " and the LM head"
+            } else {
+                ""
+            },
+            bytes(card.total_bytes)
+        ),
+    );
+    let _ = writeln!(
+        text,
+        "\n{:<24} {:>14} {:>12}",
+        "column", "bytes", "a position"
+    );
     for (name, count) in card.bytes_by_column {
-        let _ = writeln!(text, "{name:<24} {count:>14} {:>12.2}", card.bytes_per_position[name.as_str()]);
+        let _ = writeln!(
+            text,
+            "{name:<24} {count:>14} {:>12.2}",
+            card.bytes_per_position[name.as_str()]
+        );
     }
     if let Some(head) = &manifest.head {
-        let _ = writeln!(text, "{:<24} {:>14} {:>12}", "LM head (once)", head.bytes, "");
+        let _ = writeln!(
+            text,
+            "{:<24} {:>14} {:>12}",
+            "LM head (once)", head.bytes, ""
+        );
     }
     let _ = writeln!(text, "\nlosses");
     for served in &card.losses {
-        let note = if served.note.is_empty() { String::new() } else { format!(" ({})", served.note) };
-        let _ = writeln!(text, "  {} {}{note}", if served.served { "yes" } else { "no " }, served.loss);
+        let note = if served.note.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", served.note)
+        };
+        let _ = writeln!(
+            text,
+            "  {} {}{note}",
+            if served.served { "yes" } else { "no " },
+            served.loss
+        );
     }
     text.trim_end().to_string()
 }

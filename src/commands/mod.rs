@@ -21,16 +21,27 @@ use crate::exit::Failure;
 
 /// `cpu` or `cuda:N`, refused when there is no such device.
 pub(crate) fn parse_device(text: &str) -> Result<Device, Failure> {
-    let unknown = || Failure::user(format!("`{text}` is no device"), "give cpu, or cuda:0 for the first GPU");
+    let unknown = || {
+        Failure::user(
+            format!("`{text}` is no device"),
+            "give cpu, or cuda:0 for the first GPU",
+        )
+    };
     match text {
         "cpu" => Ok(Device::Cpu),
         "cuda" => parse_device("cuda:0"),
         _ => {
-            let index: usize = text.strip_prefix("cuda:").and_then(|index| index.parse().ok()).ok_or_else(unknown)?;
+            let index: usize = text
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .ok_or_else(unknown)?;
             let devices = tch::Cuda::device_count().max(0) as usize;
             if index >= devices {
                 let hint = "use --device cpu, or point LIBTORCH to a CUDA build of libtorch and build again";
-                return Err(Failure::user(format!("there is no CUDA device {index}: libtorch sees {devices}"), hint));
+                return Err(Failure::user(
+                    format!("there is no CUDA device {index}: libtorch sees {devices}"),
+                    hint,
+                ));
             }
             Ok(Device::Cuda(index))
         }
@@ -47,7 +58,8 @@ pub(crate) fn kind_of(dtype: DtypeArg) -> Kind {
 /// Prints the command's one JSON object.
 #[expect(clippy::print_stdout, reason = "stdout is where data goes")]
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::ours(format!("can't write the JSON: {error}")))?;
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Failure::ours(format!("can't write the JSON: {error}")))?;
     println!("{text}");
     Ok(())
 }
@@ -61,23 +73,33 @@ pub(crate) fn print_text(text: impl std::fmt::Display) {
 /// Refuses to write over something.
 pub(crate) fn refuse_existing(path: &Path) -> Result<(), Failure> {
     if path.exists() {
-        return Err(Failure::user(format!("`{}` exists already", path.display()), "choose another --out, or remove it first"));
+        return Err(Failure::user(
+            format!("`{}` exists already", path.display()),
+            "choose another --out, or remove it first",
+        ));
     }
     Ok(())
 }
 
 /// Writes a whole file under its final name, or nothing.
-pub(crate) fn write_file(path: &Path, fill: impl FnOnce(&mut dyn std::io::Write) -> std::io::Result<()>) -> Result<(), Failure> {
+pub(crate) fn write_file(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn std::io::Write) -> std::io::Result<()>,
+) -> Result<(), Failure> {
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let write = || -> std::io::Result<()> {
         std::fs::create_dir_all(folder)?;
-        let file = tempfile::Builder::new().prefix(".caskd-").tempfile_in(folder)?;
+        let file = tempfile::Builder::new()
+            .prefix(".caskd-")
+            .tempfile_in(folder)?;
         let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file);
         fill(&mut buffered)?;
-        let file = buffered.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        let file = buffered
+            .into_inner()
+            .map_err(std::io::IntoInnerError::into_error)?;
         file.as_file().sync_all()?;
         let mut permissions = file.as_file().metadata()?.permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use caskd_models::{LoadOptions, PruneOptions, PruneReport, activation_norms, load, prune, save_model};
+use caskd_models::{
+    LoadOptions, PruneOptions, PruneReport, activation_norms, load, prune, save_model,
+};
 use serde::Serialize;
 
 use super::{print_json, refuse_existing};
@@ -26,10 +28,21 @@ struct Pruned<'a> {
 pub(crate) fn run(args: &PruneArgs) -> Outcome {
     refuse_existing(&args.out)?;
     let scope = args.scope.as_deref().map(parse_scope).transpose()?;
-    let report = prune_to(&args.model, args.ratio, scope, args.calibration.as_ref(), &args.out)?;
+    let report = prune_to(
+        &args.model,
+        args.ratio,
+        scope,
+        args.calibration.as_ref(),
+        &args.out,
+    )?;
     if args.json {
         let final_ratio = report.parameters_after as f64 / report.parameters_before as f64;
-        print_json(&Pruned { out: &args.out, ratio: args.ratio, final_ratio, report: &report })?;
+        print_json(&Pruned {
+            out: &args.out,
+            ratio: args.ratio,
+            final_ratio,
+            report: &report,
+        })?;
     }
     Ok(Exit::Done)
 }
@@ -43,7 +56,10 @@ pub(crate) fn prune_to(
     out: &std::path::Path,
 ) -> Result<PruneReport, Failure> {
     if !(ratio > 0.0 && ratio < 1.0) {
-        return Err(Failure::user(format!("--ratio {ratio} is not between 0 and 1"), "0.25 removes a quarter of each pruned layer"));
+        return Err(Failure::user(
+            format!("--ratio {ratio} is not between 0 and 1"),
+            "0.25 removes a quarter of each pruned layer",
+        ));
     }
     let mut model = load(model, &LoadOptions::default())?;
     let activation = match calibration {
@@ -59,11 +75,21 @@ pub(crate) fn prune_to(
                     break;
                 }
             }
-            say(format!("calibrating on {tokens} tokens of `{}`", file.display()));
+            say(format!(
+                "calibrating on {tokens} tokens of `{}`",
+                file.display()
+            ));
             Some(activation_norms(&model.network, &sequences)?)
         }
     };
-    let report = prune(&mut model, &PruneOptions { ratio, scope, activation })?;
+    let report = prune(
+        &mut model,
+        &PruneOptions {
+            ratio,
+            scope,
+            activation,
+        },
+    )?;
     save_model(&model, out)?;
     for note in &report.notes {
         say(format!("note: {note}"));
@@ -80,9 +106,14 @@ pub(crate) fn prune_to(
 
 /// `4-27` → layers 4 to 27, both included.
 fn parse_scope(text: &str) -> Result<Range<usize>, Failure> {
-    let parsed = text.split_once('-').and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)));
+    let parsed = text
+        .split_once('-')
+        .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)));
     match parsed {
         Some((first, last)) if first <= last => Ok(first..last + 1),
-        _ => Err(Failure::user(format!("`{text}` is no range of layers"), "give the first and the last layer to prune: --scope 4-27")),
+        _ => Err(Failure::user(
+            format!("`{text}` is no range of layers"),
+            "give the first and the last layer to prune: --scope 4-27",
+        )),
     }
 }

@@ -19,44 +19,75 @@ pub(crate) fn run(args: &TrainArgs) -> Outcome {
         return Ok(Exit::Done);
     }
     let (Some(cache), Some(student), Some(out)) = (&args.cache, &args.student, &args.out) else {
-        return Err(Failure::user("--cache, --student and --out are needed", "see: caskd train --help"));
+        return Err(Failure::user(
+            "--cache, --student and --out are needed",
+            "see: caskd train --help",
+        ));
     };
     let summary = train_with_progress(&config, student, cache, out, args.resume, "training")?;
     if args.json {
         print_json(&summary)?;
     }
-    Ok(if summary.completed { Exit::Done } else { Exit::Stopped })
+    Ok(if summary.completed {
+        Exit::Done
+    } else {
+        Exit::Stopped
+    })
 }
 
 /// The defaults, then the file, then the single settings.
-pub(crate) fn read_config(file: Option<&Path>, settings: &[String]) -> Result<TrainConfig, Failure> {
+pub(crate) fn read_config(
+    file: Option<&Path>,
+    settings: &[String],
+) -> Result<TrainConfig, Failure> {
     let mut config = match file {
         None => TrainConfig::default(),
         Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| Failure::file("read", path, &error))?;
             TrainConfig::from_toml(&text)?
         }
     };
     for setting in settings {
-        let (key, value) = setting
-            .split_once('=')
-            .ok_or_else(|| Failure::user(format!("`{setting}` is not KEY=VALUE"), "for instance: --set learning_rate=0.0005"))?;
+        let (key, value) = setting.split_once('=').ok_or_else(|| {
+            Failure::user(
+                format!("`{setting}` is not KEY=VALUE"),
+                "for instance: --set learning_rate=0.0005",
+            )
+        })?;
         config.set(key.trim(), value.trim())?;
     }
     Ok(config)
 }
 
 /// Loads student and cache, trains, shows how far it is, and says what came out.
-pub(crate) fn train_with_progress(config: &TrainConfig, student: &Path, cache: &Path, out: &Path, resume: bool, label: &str) -> Result<TrainSummary, Failure> {
+pub(crate) fn train_with_progress(
+    config: &TrainConfig,
+    student: &Path,
+    cache: &Path,
+    out: &Path,
+    resume: bool,
+    label: &str,
+) -> Result<TrainSummary, Failure> {
     let cache = Arc::new(Cache::open(cache, config.io())?);
-    let options = LoadOptions { device: parse_device(&config.device)?, kind: config.kind() };
+    let options = LoadOptions {
+        device: parse_device(&config.device)?,
+        kind: config.kind(),
+    };
     let student_model = load(student, &options)?;
     let mut bar = Progress::new(label);
     let mut control = Control {
         resume,
         stop: &terminal::STOP,
         progress: &mut |report| {
-            bar.update(report.step, report.total_steps, &format!("loss {:.4}  {:.0} tokens/s", report.loss, report.tokens_per_second));
+            bar.update(
+                report.step,
+                report.total_steps,
+                &format!(
+                    "loss {:.4}  {:.0} tokens/s",
+                    report.loss, report.tokens_per_second
+                ),
+            );
         },
     };
     let summary = train(config, student_model, student, cache, out, &mut control)?;
@@ -73,7 +104,10 @@ pub(crate) fn train_with_progress(config: &TrainConfig, student: &Path, cache: &
             summary.final_loss,
         ));
     } else {
-        say(format!("stopped at step {}; go on with the same command and --resume", summary.steps));
+        say(format!(
+            "stopped at step {}; go on with the same command and --resume",
+            summary.steps
+        ));
     }
     Ok(summary)
 }

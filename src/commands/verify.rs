@@ -10,9 +10,19 @@ pub(crate) fn run(args: &VerifyArgs) -> Outcome {
         print_json(&report)?;
     } else {
         for problem in &report.problems {
-            let column = problem.column.as_ref().map(|column| format!(" column {column}")).unwrap_or_default();
-            let row = problem.row.map(|row| format!(" row {row}")).unwrap_or_default();
-            print_text(format!("damaged: `{}`{column}{row}: {}", problem.file, problem.message));
+            let column = problem
+                .column
+                .as_ref()
+                .map(|column| format!(" column {column}"))
+                .unwrap_or_default();
+            let row = problem
+                .row
+                .map(|row| format!(" row {row}"))
+                .unwrap_or_default();
+            print_text(format!(
+                "damaged: `{}`{column}{row}: {}",
+                problem.file, problem.message
+            ));
         }
         let how = if args.deep { ", every row decoded" } else { "" };
         print_text(format!(
