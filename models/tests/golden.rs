@@ -81,7 +81,6 @@ fn half_precision_file() {
 fn load_teacher(kind: Kind) -> Option<LoadedModel> {
     let mut options = f32_on_cpu();
     options.kind = kind;
-    tch::set_num_threads(2);
     Some(load(&teacher()?, &options).unwrap())
 }
 
@@ -130,7 +129,9 @@ fn bf16_stays_near_f32() {
     else {
         return;
     };
-    let ids = pick(&numbers(&golden("teacher.safetensors")), "input_ids");
+    let ids = pick(&numbers(&golden("teacher.safetensors")), "input_ids")
+        .narrow(0, 0, 1)
+        .narrow(1, 0, 96);
     let nats = |model: &LoadedModel| {
         let hidden = tch::no_grad(|| model.network.forward(&ids, &[], false)).last_hidden;
         let scores = model
