@@ -151,7 +151,7 @@ impl Default for StudyConfig {
             trials: 30,
             fraction: 0.05,
             direction: Direction::Minimize,
-            startup: crate::rng::tune("INIT", 8.0) as u64,
+            startup: 5,
             sabo: SaboOptions::default(),
             lease_seconds: 60.0,
             max_attempts: 10,

@@ -54,14 +54,6 @@ impl Rng {
     }
 }
 
-/// TEMPORARY
-pub(crate) fn tune(name: &str, default: f64) -> f64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,21 +28,11 @@ impl Warped {
         sorted.sort_by(f64::total_cmp);
         let best = sorted[0];
         let median = 0.5 * (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]);
-        let cap = median + crate::rng::tune("REACH", REACH) * (median - best);
-        let log = crate::rng::tune("LOGW", 0.0);
-        let unit = log * (median - best).max(1e-12);
-        let bend = |v: f64| {
-            if log > 0.0 {
-                unit * ((v - best) / unit).ln_1p()
-            } else {
-                v
-            }
-        };
-        let cap = bend(cap);
-        let worst = bend(sorted[sorted.len() - 1]).min(cap);
+        let cap = median + REACH * (median - best);
+        let worst = sorted[sorted.len() - 1].min(cap);
         let drawn_in: Vec<f64> = values
             .iter()
-            .map(|value| value.map_or(worst, bend).min(cap))
+            .map(|value| value.unwrap_or(worst).min(cap))
             .collect();
         let (mean, deviation) = moments(drawn_in.iter().copied());
         let scale = if deviation > 0.0 { deviation } else { 1.0 };

@@ -20,11 +20,11 @@ pub(crate) struct Priors {
 impl Default for Priors {
     fn default() -> Self {
         Self {
-            length: (crate::rng::tune("LEN", 0.0), crate::rng::tune("LENS", 0.8)),
-            weight: (crate::rng::tune("WGT", -0.3), crate::rng::tune("WGTS", 1.0)),
-            product: (crate::rng::tune("PRD", -1.0), crate::rng::tune("PRDS", 1.0)),
-            additive: (crate::rng::tune("ADD", -2.5), crate::rng::tune("ADDS", 1.5)),
-            noise: (crate::rng::tune("NOI", -4.5), crate::rng::tune("NOIS", 1.5)),
+            length: (0.0, 0.8),
+            weight: (-0.3, 1.0),
+            product: (-1.0, 1.0),
+            additive: (-2.5, 1.5),
+            noise: (-4.5, 1.5),
         }
     }
 }
