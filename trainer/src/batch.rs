@@ -35,8 +35,16 @@ pub(crate) struct Batch {
 
 impl Batch {
     /// Collates decoded sequences. Tokens at or above `vocabulary` are an error: no embedding has them.
-    pub(crate) fn collate(sequences: &[Sequence], columns: &Columns, vocabulary: usize) -> Result<Batch> {
-        let longest = sequences.iter().map(|sequence| sequence.token_ids.len()).max().unwrap_or(0);
+    pub(crate) fn collate(
+        sequences: &[Sequence],
+        columns: &Columns,
+        vocabulary: usize,
+    ) -> Result<Batch> {
+        let longest = sequences
+            .iter()
+            .map(|sequence| sequence.token_ids.len())
+            .max()
+            .unwrap_or(0);
         let mut input_ids = vec![0i64; sequences.len() * longest];
         let mut positions = Vec::new();
         let (mut targets, mut targets_in_positions) = (Vec::new(), Vec::new());
@@ -45,7 +53,11 @@ impl Batch {
             let tokens = &sequence.token_ids;
             if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
                 let sequence = sequence.source.clone();
-                return Err(Error::TokenOutOfRange { sequence, token, vocabulary });
+                return Err(Error::TokenOutOfRange {
+                    sequence,
+                    token,
+                    vocabulary,
+                });
             }
             for (t, &token) in tokens.iter().enumerate() {
                 let flat = (b * longest + t) as i64;
@@ -59,18 +71,32 @@ impl Batch {
                 positions.push(flat);
             }
         }
-        let log_sum_exp = columns.statistics.then(|| log_sum_exp_rows(sequences)).flatten();
+        let log_sum_exp = columns
+            .statistics
+            .then(|| log_sum_exp_rows(sequences))
+            .flatten();
         Ok(Batch {
-            top_k: log_sum_exp.as_ref().filter(|_| columns.top_k).and_then(|rows| top_k_rows(sequences, rows)),
+            top_k: log_sum_exp
+                .as_ref()
+                .filter(|_| columns.top_k)
+                .and_then(|rows| top_k_rows(sequences, rows)),
             log_sum_exp,
-            sources: sequences.iter().map(|sequence| sequence.source.clone()).collect(),
-            input_ids: Tensor::from_slice(&input_ids).view([sequences.len() as i64, longest as i64]),
+            sources: sequences
+                .iter()
+                .map(|sequence| sequence.source.clone())
+                .collect(),
+            input_ids: Tensor::from_slice(&input_ids)
+                .view([sequences.len() as i64, longest as i64]),
             positions: Tensor::from_slice(&positions),
             targets: Tensor::from_slice(&targets),
             targets_in_positions: Tensor::from_slice(&targets_in_positions),
             labels: Tensor::from_slice(&labels),
             sequence_of_target: Tensor::from_slice(&sequence_of_target),
-            hidden: columns.layers.iter().filter_map(|&layer| hidden_rows(sequences, layer)).collect(),
+            hidden: columns
+                .layers
+                .iter()
+                .filter_map(|&layer| hidden_rows(sequences, layer))
+                .collect(),
         })
     }
 
@@ -85,7 +111,11 @@ impl Batch {
             targets_in_positions: to(&self.targets_in_positions),
             labels: to(&self.labels),
             sequence_of_target: to(&self.sequence_of_target),
-            hidden: self.hidden.iter().map(|(layer, rows)| (*layer, to(rows))).collect(),
+            hidden: self
+                .hidden
+                .iter()
+                .map(|(layer, rows)| (*layer, to(rows)))
+                .collect(),
             log_sum_exp: self.log_sum_exp.as_ref().map(to),
             top_k: self.top_k.as_ref().map(|top_k| TopKRows {
                 ids: to(&top_k.ids),
@@ -116,7 +146,9 @@ impl Batch {
     /// When the layer was not read; the plan of a run reads every layer it uses.
     pub(crate) fn teacher_hidden(&self, layer: u32) -> &Tensor {
         let found = self.hidden.iter().find(|(of, _)| *of == layer);
-        &found.expect("every layer in use is among the columns read").1
+        &found
+            .expect("every layer in use is among the columns read")
+            .1
     }
 
     /// The sequence that a target row belongs to.
@@ -157,7 +189,11 @@ fn top_k_rows(sequences: &[Sequence], log_sum_exp: &Tensor) -> Option<TopKRows> 
         let top_k = sequence.top_k.as_ref()?;
         k = top_k.k;
         for t in target_positions(sequence) {
-            ids.extend(top_k.ids[t * k..(t + 1) * k].iter().map(|&id| i64::from(id)));
+            ids.extend(
+                top_k.ids[t * k..(t + 1) * k]
+                    .iter()
+                    .map(|&id| i64::from(id)),
+            );
             logits.extend_from_slice(&top_k.logits[t * k..(t + 1) * k]);
         }
     }

@@ -63,8 +63,8 @@ pub(crate) fn save(
     trainable: &[(String, Tensor)],
     optimizer: &AdamW,
 ) -> Result<PathBuf> {
-    let name = format!("step-{:06}", cursor.step);
-    let (target, building) = (dir.join(&name), dir.join(format!(".{name}.unfinished")));
+    let target = dir.join(format!("step-{:06}", cursor.step));
+    let building = dir.join(".unfinished");
     fs::create_dir_all(dir).map_err(io("create", dir))?;
     remove_if_there(&building)?;
     fs::create_dir(&building).map_err(io("create", &building))?;
@@ -76,7 +76,11 @@ pub(crate) fn save(
         sync(&path)?;
         files.insert(file.to_owned(), digest_of_file(&path)?);
     }
-    let mut cursor = CursorFile { cursor: cursor.clone(), files, digest: String::new() };
+    let mut cursor = CursorFile {
+        cursor: cursor.clone(),
+        files,
+        digest: String::new(),
+    };
     cursor.digest = digest_of_cursor(&cursor);
     let path = building.join(CURSOR);
     fs::write(&path, to_json(&cursor)).map_err(io("write", &path))?;
@@ -92,16 +96,31 @@ pub(crate) fn save(
 }
 
 /// Takes up the newest whole checkpoint in `dir`; `None` where there is none at all.
-pub(crate) fn restore(dir: &Path, trainable: &[(String, Tensor)], optimizer: &mut AdamW) -> Result<Option<Restored>> {
+pub(crate) fn restore(
+    dir: &Path,
+    trainable: &[(String, Tensor)],
+    optimizer: &mut AdamW,
+) -> Result<Option<Restored>> {
     let mut passed_over = Vec::new();
     for path in newest_first(dir)? {
         match restore_one(&path, trainable, optimizer) {
-            Ok(cursor) => return Ok(Some(Restored { cursor, passed_over })),
-            Err(error) => passed_over.push(format!("checkpoint `{}` is damaged: {error}", path.display())),
+            Ok(cursor) => {
+                return Ok(Some(Restored {
+                    cursor,
+                    passed_over,
+                }));
+            }
+            Err(error) => passed_over.push(format!(
+                "checkpoint `{}` is damaged: {error}",
+                path.display()
+            )),
         }
     }
     match passed_over.first() {
-        Some(reason) => Err(Error::NoCheckpoint { path: dir.to_owned(), reason: reason.clone() }),
+        Some(reason) => Err(Error::NoCheckpoint {
+            path: dir.to_owned(),
+            reason: reason.clone(),
+        }),
         None => Ok(None),
     }
 }
@@ -111,12 +130,21 @@ pub(crate) fn newest(dir: &Path) -> Option<PathBuf> {
     newest_first(dir).ok()?.into_iter().next()
 }
 
-fn restore_one(path: &Path, trainable: &[(String, Tensor)], optimizer: &mut AdamW) -> Result<Cursor> {
+fn restore_one(
+    path: &Path,
+    trainable: &[(String, Tensor)],
+    optimizer: &mut AdamW,
+) -> Result<Cursor> {
     let cursor_path = path.join(CURSOR);
     let text = fs::read_to_string(&cursor_path).map_err(io("read", &cursor_path))?;
-    let mut file: CursorFile =
-        serde_json::from_str(&text).map_err(|source| Error::Json { path: cursor_path.clone(), source })?;
-    let damaged = |path: PathBuf| Error::NoCheckpoint { path, reason: "its checksum is wrong".to_owned() };
+    let mut file: CursorFile = serde_json::from_str(&text).map_err(|source| Error::Json {
+        path: cursor_path.clone(),
+        source,
+    })?;
+    let damaged = |path: PathBuf| Error::NoCheckpoint {
+        path,
+        reason: "its checksum is wrong".to_owned(),
+    };
     let digest = std::mem::take(&mut file.digest);
     if digest != digest_of_cursor(&file) {
         return Err(damaged(cursor_path));
@@ -129,7 +157,9 @@ fn restore_one(path: &Path, trainable: &[(String, Tensor)], optimizer: &mut Adam
     let adapters_path = path.join(ADAPTERS);
     let adapters = read_tensors(&adapters_path)?;
     for (name, tensor) in trainable {
-        let saved = adapters.iter().find(|(of, saved)| of == name && saved.size() == tensor.size());
+        let saved = adapters
+            .iter()
+            .find(|(of, saved)| of == name && saved.size() == tensor.size());
         let (_, saved) = saved.ok_or_else(|| damaged(adapters_path.clone()))?;
         tch::no_grad(|| tensor.shallow_clone().copy_(saved));
     }
@@ -147,8 +177,14 @@ fn newest_first(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<(u64, PathBuf)> = Vec::new();
     for entry in entries {
         let path = entry.map_err(io("read", dir))?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse().ok()) {
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        if let Some(step) = name
+            .strip_prefix("step-")
+            .and_then(|step| step.parse().ok())
+        {
             found.push((step, path));
         }
     }
@@ -171,17 +207,25 @@ fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
 }
 
 fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(io("write", path))
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(io("write", path))
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", path)(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io("remove", path)(error))
+        }
         _ => Ok(()),
     }
 }
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
 }

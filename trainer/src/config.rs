@@ -178,9 +178,11 @@ const KEYS_WITHOUT_EFFECT: [&str; 3] = ["checkpoint_every", "prefetch", "io"];
 impl TrainConfig {
     /// Reads and validates TOML.
     pub fn from_toml(text: &str) -> Result<TrainConfig> {
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| Error::ConfigSyntax {
-            message: error.to_string().trim_end().to_owned(),
-        })?;
+        let table: toml::Table =
+            text.parse()
+                .map_err(|error: toml::de::Error| Error::ConfigSyntax {
+                    message: error.to_string().trim_end().to_owned(),
+                })?;
         let mut config = TrainConfig::default();
         for (key, value) in flattened(&table) {
             config.set_value(&key, value)?;
@@ -193,9 +195,13 @@ impl TrainConfig {
     pub fn to_toml(&self) -> Result<String> {
         let mut table = self.to_table();
         if !self.loss.is_empty() {
-            RECIPE_KEYS.iter().for_each(|&key| drop(table.remove(key)));
+            for key in RECIPE_KEYS {
+                table.remove(key);
+            }
         }
-        toml::to_string(&table).map_err(|error| Error::ConfigSyntax { message: error.to_string() })
+        toml::to_string(&table).map_err(|error| Error::ConfigSyntax {
+            message: error.to_string(),
+        })
     }
 
     /// Sets one key (dotted: `lora.rank`) from text: a TOML value, or a bare string. Validate when
@@ -212,10 +218,20 @@ impl TrainConfig {
 
     /// Checks every value and that they fit together.
     pub fn validate(&self) -> Result<()> {
-        let positive = |key: &str, value: f64| in_range(key, value, value > 0.0, "it must be above 0");
-        let not_negative = |key: &str, value: f64| in_range(key, value, value >= 0.0, "it must not be below 0");
-        let share = |key: &str, value: f64| in_range(key, value, (0.0..1.0).contains(&value), "it must be in [0, 1)");
-        let count = |key: &str, value: u64| in_range(key, value as f64, value > 0, "it must be at least 1");
+        let positive =
+            |key: &str, value: f64| in_range(key, value, value > 0.0, "it must be above 0");
+        let not_negative =
+            |key: &str, value: f64| in_range(key, value, value >= 0.0, "it must not be below 0");
+        let share = |key: &str, value: f64| {
+            in_range(
+                key,
+                value,
+                (0.0..1.0).contains(&value),
+                "it must be in [0, 1)",
+            )
+        };
+        let count =
+            |key: &str, value: u64| in_range(key, value as f64, value > 0, "it must be at least 1");
         count("epochs", u64::from(self.epochs))?;
         count("max_steps", self.max_steps.unwrap_or(1))?;
         count("batch_size", self.batch_size as u64)?;
@@ -229,8 +245,18 @@ impl TrainConfig {
         positive("eps", self.eps)?;
         not_negative("max_grad_norm", self.max_grad_norm)?;
         let fraction_fits = self.fraction > 0.0 && self.fraction <= 1.0;
-        in_range("fraction", self.fraction, fraction_fits, "it must be above 0 and at most 1")?;
-        in_range("lora.rank", self.lora.rank as f64, self.lora.rank > 0, "it must be at least 1")?;
+        in_range(
+            "fraction",
+            self.fraction,
+            fraction_fits,
+            "it must be above 0 and at most 1",
+        )?;
+        in_range(
+            "lora.rank",
+            self.lora.rank as f64,
+            self.lora.rank > 0,
+            "it must be at least 1",
+        )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
         self.refuse_recipe_beside_losses()?;
@@ -263,11 +289,15 @@ impl TrainConfig {
 
     /// The device by name.
     pub fn device(&self) -> Result<tch::Device> {
-        let unavailable = || Error::NoDevice { device: self.device.clone() };
+        let unavailable = || Error::NoDevice {
+            device: self.device.clone(),
+        };
         match self.device.as_str() {
             "cpu" => Ok(tch::Device::Cpu),
             name => {
-                let index = name.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok());
+                let index = name
+                    .strip_prefix("cuda:")
+                    .and_then(|index| index.parse::<usize>().ok());
                 let index = index.ok_or_else(unavailable)?;
                 if (index as i64) < tch::Cuda::device_count() {
                     Ok(tch::Device::Cuda(index))
@@ -282,7 +312,9 @@ impl TrainConfig {
     pub(crate) fn first_difference(&self, now: &TrainConfig) -> Option<(String, String, String)> {
         let (then, now) = (flattened(&self.to_table()), flattened(&now.to_table()));
         let value = |of: &[(String, toml::Value)], key: &str| {
-            of.iter().find(|(name, _)| name == key).map_or_else(|| "not set".to_owned(), |(_, value)| value.to_string())
+            of.iter()
+                .find(|(name, _)| name == key)
+                .map_or_else(|| "not set".to_owned(), |(_, value)| value.to_string())
         };
         let keys = then.iter().chain(&now).map(|(key, _)| key.as_str());
         keys.filter(|key| !KEYS_WITHOUT_EFFECT.contains(key))
@@ -292,7 +324,10 @@ impl TrainConfig {
 
     fn set_value(&mut self, key: &str, value: toml::Value) -> Result<()> {
         if !known_keys().iter().any(|known| known == key) {
-            return Err(Error::UnknownKey { key: key.to_owned(), nearest: nearest_key(key) });
+            return Err(Error::UnknownKey {
+                key: key.to_owned(),
+                nearest: nearest_key(key),
+            });
         }
         let shown = value.to_string();
         let mut table = self.to_table();
@@ -304,11 +339,13 @@ impl TrainConfig {
             }
             None => drop(table.insert(key.to_owned(), value)),
         }
-        *self = table.try_into().map_err(|error: toml::de::Error| Error::BadValue {
-            key: key.to_owned(),
-            value: shown,
-            message: error.message().to_owned(),
-        })?;
+        *self = table
+            .try_into()
+            .map_err(|error: toml::de::Error| Error::BadValue {
+                key: key.to_owned(),
+                value: shown,
+                message: error.message().to_owned(),
+            })?;
         Ok(())
     }
 
@@ -322,8 +359,13 @@ impl TrainConfig {
             return Ok(());
         }
         let (now, default) = (self.to_table(), TrainConfig::default().to_table());
-        match RECIPE_KEYS.iter().find(|&&key| now.get(key) != default.get(key)) {
-            Some(&key) => Err(Error::RecipeBesideLosses { key: key.to_owned() }),
+        match RECIPE_KEYS
+            .iter()
+            .find(|&&key| now.get(key) != default.get(key))
+        {
+            Some(&key) => Err(Error::RecipeBesideLosses {
+                key: key.to_owned(),
+            }),
             None => Ok(()),
         }
     }
@@ -333,14 +375,24 @@ fn in_range(key: &str, value: f64, fits: bool, message: &str) -> Result<()> {
     if fits && value.is_finite() {
         return Ok(());
     }
-    Err(Error::BadValue { key: key.to_owned(), value: value.to_string(), message: message.to_owned() })
+    Err(Error::BadValue {
+        key: key.to_owned(),
+        value: value.to_string(),
+        message: message.to_owned(),
+    })
 }
 
 /// Every key, dotted where nested (`lora.rank`); `loss` counts as one.
 fn known_keys() -> Vec<String> {
-    let every_option_set =
-        TrainConfig { max_steps: Some(1), temperature_squared: Some(true), ..TrainConfig::default() };
-    let mut keys: Vec<String> = flattened(&every_option_set.to_table()).into_iter().map(|(key, _)| key).collect();
+    let every_option_set = TrainConfig {
+        max_steps: Some(1),
+        temperature_squared: Some(true),
+        ..TrainConfig::default()
+    };
+    let mut keys: Vec<String> = flattened(&every_option_set.to_table())
+        .into_iter()
+        .map(|(key, _)| key)
+        .collect();
     keys.push("loss".to_owned());
     keys
 }
@@ -351,7 +403,11 @@ fn flattened(table: &toml::Table) -> Vec<(String, toml::Value)> {
     for (key, value) in table {
         match value {
             toml::Value::Table(nested) => {
-                flat.extend(nested.iter().map(|(child, value)| (format!("{key}.{child}"), value.clone())));
+                flat.extend(
+                    nested
+                        .iter()
+                        .map(|(child, value)| (format!("{key}.{child}"), value.clone())),
+                );
             }
             value => flat.push((key.clone(), value.clone())),
         }
@@ -366,7 +422,10 @@ fn nearest_key(key: &str) -> Option<String> {
         .into_iter()
         .map(|known| {
             let last = known.rsplit('.').next().unwrap_or_default();
-            (edit_distance(&normal, &known).min(edit_distance(&normal, last)), known)
+            (
+                edit_distance(&normal, &known).min(edit_distance(&normal, last)),
+                known,
+            )
         })
         .min()
         .filter(|(distance, known)| *distance <= known.len().max(normal.len()) / 2)
@@ -395,19 +454,32 @@ mod tests {
 
     #[test]
     fn toml_round_trips_and_overrides_apply() {
-        let mut config = TrainConfig::from_toml("epochs = 2\nlayers = [3, 6]\n[lora]\nrank = 4\n").unwrap();
+        let mut config =
+            TrainConfig::from_toml("epochs = 2\nlayers = [3, 6]\n[lora]\nrank = 4\n").unwrap();
         config.set("lora.alpha", "32").unwrap();
         config.set("layers", "last-middle").unwrap();
         config.set("temperature_squared", "false").unwrap();
         config.set("learning_rate", "1").unwrap();
-        assert_eq!((config.epochs, config.lora.rank, config.lora.alpha), (2, 4, 32.0));
-        assert_eq!((config.layers.clone(), config.temperature_squared), (Layers::LastMiddle, Some(false)));
-        assert_eq!(TrainConfig::from_toml(&config.to_toml().unwrap()).unwrap(), config);
+        assert_eq!(
+            (config.epochs, config.lora.rank, config.lora.alpha),
+            (2, 4, 32.0)
+        );
+        assert_eq!(
+            (config.layers.clone(), config.temperature_squared),
+            (Layers::LastMiddle, Some(false))
+        );
+        assert_eq!(
+            TrainConfig::from_toml(&config.to_toml().unwrap()).unwrap(),
+            config
+        );
         let explicit = "[[loss]]\nkind = \"kl\"\nweight = 0.5\ntemperature = 4\n\
                         [[loss]]\nkind = \"knowledge-alignment\"\nlayers = \"last\"\n";
         let explicit = TrainConfig::from_toml(explicit).unwrap();
         assert_eq!(explicit.terms().len(), 2);
-        assert_eq!(TrainConfig::from_toml(&explicit.to_toml().unwrap()).unwrap(), explicit);
+        assert_eq!(
+            TrainConfig::from_toml(&explicit.to_toml().unwrap()).unwrap(),
+            explicit
+        );
     }
 
     #[test]
@@ -422,7 +494,10 @@ mod tests {
         check("[lora]\nrnk = 3", "did you mean `lora.rank`?");
         check("rank = 3", "did you mean `lora.rank`?");
         check("hard_label_weight = 3", "did you mean `hard_weight`?");
-        check("xyzzyxyzzyxyzzy = 3", "unknown configuration key `xyzzyxyzzyxyzzy`");
+        check(
+            "xyzzyxyzzyxyzzy = 3",
+            "unknown configuration key `xyzzyxyzzyxyzzy`",
+        );
         check("epochs = \"two\"", "`epochs` = \"two\" is not possible");
         check("epochs = 0", "at least 1");
         check("learning_rate = nan", "above 0");
@@ -433,18 +508,38 @@ mod tests {
         check("hard_weight = -1", "not be below 0");
         check("device = \"tpu\"", "device `tpu` is not available");
         check("epochs = ", "does not parse");
-        check("gamma = 2\n[[loss]]\nkind = \"kl\"", "`gamma` has no effect");
+        check(
+            "gamma = 2\n[[loss]]\nkind = \"kl\"",
+            "`gamma` has no effect",
+        );
         check("[[loss]]\nkind = \"kl\"\nheat = 2", "heat");
         check("[[loss]]\nkind = \"cosine\"", "cosine");
-        check("sigma = \"sample\"\ndetach_sigma = false\nkd_type = \"dual-scaling\"", "detach_sigma");
+        check(
+            "sigma = \"sample\"\ndetach_sigma = false\nkd_type = \"dual-scaling\"",
+            "detach_sigma",
+        );
         check("tail = \"uniform\"\nscaling_value = 2", "temperature");
     }
 
     #[test]
     fn differences_are_found_where_they_matter() {
         let config = TrainConfig::default();
-        assert_eq!(config.first_difference(&TrainConfig { prefetch: 9, ..config.clone() }), None);
-        let (key, then, now) = config.first_difference(&TrainConfig { max_steps: Some(3), ..config.clone() }).unwrap();
-        assert_eq!((key.as_str(), then.as_str(), now.as_str()), ("max_steps", "not set", "3"));
+        assert_eq!(
+            config.first_difference(&TrainConfig {
+                prefetch: 9,
+                ..config.clone()
+            }),
+            None
+        );
+        let (key, then, now) = config
+            .first_difference(&TrainConfig {
+                max_steps: Some(3),
+                ..config.clone()
+            })
+            .unwrap();
+        assert_eq!(
+            (key.as_str(), then.as_str(), now.as_str()),
+            ("max_steps", "not set", "3")
+        );
     }
 }

@@ -150,6 +150,12 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// Another process trains in the folder.
+    #[error("another process is training in `{path}`")]
+    RunBusy {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A folder that is no run (any more).
     #[error("`{path}` is not a run folder: {reason}")]
     NotARun {
@@ -232,6 +238,7 @@ impl Error {
             }
             Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
             Error::OutputExists { .. } => Some("choose another folder, or continue this run with `--resume`".to_owned()),
+            Error::RunBusy { .. } => Some("wait for it or stop it, or choose another folder".to_owned()),
             Error::NotARun { .. } => Some("name a folder that `caskd train` wrote".to_owned()),
             Error::ResumeDiffers { .. } => {
                 Some("resume with what the run was started with, or start a new run in another folder".to_owned())
@@ -248,6 +255,9 @@ impl Error {
             Error::NoDevice { .. } => Some("set `device` to \"cpu\", or to a GPU that libtorch sees, as \"cuda:0\"".to_owned()),
             Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Some("free some space and continue with `--resume`".to_owned())
+            }
+            Error::Tensors { action: "write", .. } => {
+                Some("is the disk full? free some space and continue with `--resume`".to_owned())
             }
             _ => None,
         }

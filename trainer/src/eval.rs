@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use caskd_formats::{Cache, Columns, RowInfo, Tier};
-use caskd_models::{LoadedModel, Llama};
+use caskd_models::{Llama, LoadedModel};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -80,11 +80,17 @@ pub fn evaluate_text(
     let encoding = model
         .tokenizer
         .encode(text, false)
-        .map_err(|error| Error::Tokenizer { message: error.to_string() })?;
+        .map_err(|error| Error::Tokenizer {
+            message: error.to_string(),
+        })?;
     let tokens = encoding.get_ids();
     let vocabulary = model.network.config().vocab_size;
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
-        return Err(Error::TokenOutOfRange { sequence: "the text".to_owned(), token, vocabulary });
+        return Err(Error::TokenOutOfRange {
+            sequence: "the text".to_owned(),
+            token,
+            vocabulary,
+        });
     }
     let windows: Vec<&[u32]> = tokens.chunks(max_len.max(2)).collect();
     let (mut nats, mut scored, mut done) = (0.0, 0u64, 0u64);
@@ -93,14 +99,23 @@ pub fn evaluate_text(
         if !labels.is_empty() {
             let device = model.network.device();
             let hidden = hidden_rows(&model.network, &input_ids, &Tensor::from_slice(&positions));
-            nats += gold_nats(&model.network, &hidden, &Tensor::from_slice(&labels).to_device(device));
+            nats += gold_nats(
+                &model.network,
+                &hidden,
+                &Tensor::from_slice(&labels).to_device(device),
+            );
             scored += labels.len() as u64;
         }
-        done += windows.iter().map(|window| window.len() as u64).sum::<u64>();
+        done += windows
+            .iter()
+            .map(|window| window.len() as u64)
+            .sum::<u64>();
         progress(done, tokens.len() as u64);
     }
     if scored == 0 {
-        return Err(Error::NoSequences { reason: "the text holds no token that could be scored".to_owned() });
+        return Err(Error::NoSequences {
+            reason: "the text holds no token that could be scored".to_owned(),
+        });
     }
     let (words, bytes) = (text.split_whitespace().count() as u64, text.len() as u64);
     let seconds = started.elapsed().as_secs_f64();
@@ -132,7 +147,11 @@ pub fn evaluate_cache(
 ) -> Result<CacheScore> {
     check_fit(model, cache)?;
     let started = Instant::now();
-    let vocabulary = model.network.config().vocab_size.min(cache.manifest().vocab_size);
+    let vocabulary = model
+        .network
+        .config()
+        .vocab_size
+        .min(cache.manifest().vocab_size);
     let device = model.network.device();
     let code = exact_code(cache, vocabulary, model.network.kind(), device)?;
     let columns = columns_of(cache);
@@ -193,12 +212,16 @@ struct Sums {
 impl Sums {
     /// Adds what follows from the logits of a batch's target positions, chunk by chunk.
     fn add(&mut self, hidden: &Tensor, batch: &Batch, head: &Tensor, code: Option<&LinearCode>) {
-        let coefficients =
-            code.map(|code| batch.teacher_hidden(code.layer).index_select(0, &batch.targets_in_positions));
+        let coefficients = code.map(|code| {
+            batch
+                .teacher_hidden(code.layer)
+                .index_select(0, &batch.targets_in_positions)
+        });
         for (first, rows) in chunks(hidden.size()[0], rows_per_chunk(head.size()[0])) {
             let student = logits(&hidden.narrow(0, first, rows), head);
             let labels = batch.labels.narrow(0, first, rows);
-            self.nats += student.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0)
+            self.nats += student
+                .cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0)
                 .double_value(&[]);
             let teacher = code
                 .zip(coefficients.as_ref())
@@ -211,7 +234,11 @@ impl Sums {
             let agree = student.argmax(-1, false).eq_tensor(&teacher_first);
             self.agreements += agree.sum(Kind::Double).double_value(&[]);
             if let Some(teacher) = &teacher {
-                let kl = Kl { temperature: 1.0, temperature_squared: false, logits_norm: Normalization::None };
+                let kl = Kl {
+                    temperature: 1.0,
+                    temperature_squared: false,
+                    logits_norm: Normalization::None,
+                };
                 let rows = LogitRows {
                     student: &student,
                     teacher: Some(teacher),
@@ -242,16 +269,24 @@ fn text_batch(windows: &[&[u32]], bos: Option<u32>) -> (Tensor, Vec<i64>, Vec<i6
             }
         }
     }
-    (Tensor::from_slice(&input_ids).view([windows.len() as i64, longest as i64]), positions, labels)
+    (
+        Tensor::from_slice(&input_ids).view([windows.len() as i64, longest as i64]),
+        positions,
+        labels,
+    )
 }
 
 /// Last hidden states [N, D] at positions given as indices into B·T.
 fn hidden_rows(network: &Llama, input_ids: &Tensor, positions: &Tensor) -> Tensor {
     let device = network.device();
     tch::no_grad(|| {
-        let hidden = network.forward(&input_ids.to_device(device), &[], false).last_hidden;
+        let hidden = network
+            .forward(&input_ids.to_device(device), &[], false)
+            .last_hidden;
         let width = *hidden.size().last().unwrap_or(&0);
-        hidden.view([-1, width]).index_select(0, &positions.to_device(device))
+        hidden
+            .view([-1, width])
+            .index_select(0, &positions.to_device(device))
     })
 }
 
@@ -271,11 +306,21 @@ fn gold_nats(network: &Llama, hidden: &Tensor, labels: &Tensor) -> f64 {
 
 fn teacher_nats(batch: &Batch, code: Option<&LinearCode>, vocabulary: usize) -> Result<f64> {
     let log_p = gold_log_probabilities(batch, code, vocabulary);
-    let missing = || Error::NoSequences { reason: "the cache holds neither top-k logits nor a last hidden state".to_owned() };
-    Ok(-log_p.ok_or_else(missing)?.sum(Kind::Double).double_value(&[]))
+    let missing = || Error::NoSequences {
+        reason: "the cache holds neither top-k logits nor a last hidden state".to_owned(),
+    };
+    Ok(-log_p
+        .ok_or_else(missing)?
+        .sum(Kind::Double)
+        .double_value(&[]))
 }
 
-fn exact_code(cache: &Cache, vocabulary: usize, kind: Kind, device: Device) -> Result<Option<LinearCode>> {
+fn exact_code(
+    cache: &Cache,
+    vocabulary: usize,
+    kind: Kind,
+    device: Device,
+) -> Result<Option<LinearCode>> {
     match cache.manifest().tier {
         Tier::Exact => LinearCode::of_exact(cache, vocabulary, kind, device).map(Some),
         Tier::Sparse => Ok(None),
@@ -285,22 +330,34 @@ fn exact_code(cache: &Cache, vocabulary: usize, kind: Kind, device: Device) -> R
 fn columns_of(cache: &Cache) -> Columns {
     let manifest = cache.manifest();
     let last = (manifest.tier == Tier::Exact).then_some(manifest.teacher.num_layers);
-    Columns { statistics: true, top_k: manifest.top_k > 0, layers: last.into_iter().collect() }
+    Columns {
+        statistics: true,
+        top_k: manifest.top_k > 0,
+        layers: last.into_iter().collect(),
+    }
 }
 
 /// Rows that have a target, by length, cut into batches of at most `batch_tokens` padded tokens.
-fn length_batches(cache: &Cache, rows: Option<&[RowInfo]>, batch_tokens: usize) -> Result<Vec<Vec<RowInfo>>> {
+fn length_batches(
+    cache: &Cache,
+    rows: Option<&[RowInfo]>,
+    batch_tokens: usize,
+) -> Result<Vec<Vec<RowInfo>>> {
     let mut rows: Vec<RowInfo> = rows.map_or_else(|| cache.rows(), |rows| Ok(rows.to_vec()))?;
     rows.retain(|row| row.targets > 0);
     if rows.is_empty() {
-        return Err(Error::NoSequences { reason: "none of the cache's has a target".to_owned() });
+        return Err(Error::NoSequences {
+            reason: "none of the cache's has a target".to_owned(),
+        });
     }
     rows.sort_by_key(|row| row.positions);
     let mut batches: Vec<Vec<RowInfo>> = Vec::new();
     for row in rows {
         match batches.last_mut() {
             // Ascending lengths: the newest row is the one the batch is padded to.
-            Some(batch) if (batch.len() + 1) * row.positions as usize <= batch_tokens => batch.push(row),
+            Some(batch) if (batch.len() + 1) * row.positions as usize <= batch_tokens => {
+                batch.push(row);
+            }
             _ => batches.push(vec![row]),
         }
     }

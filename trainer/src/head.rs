@@ -9,10 +9,12 @@ use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::losses::{LogitLoss, LogitRows, Normalization, SampleSigma, TopKRows};
+use crate::matmul::{times, times_transposed};
 use crate::teacher_logits::LinearCode;
 
-/// Logits that one chunk holds: small enough for the last-level cache to help and for the allocator
-/// to reuse the memory, large enough for the matrix product to run at full speed.
+/// Logits that one chunk holds. In f32 they stay below the 32 MiB above which glibc's allocator gives
+/// every tensor fresh pages: there an element-wise pass costs four times as much (28 against 112 µs
+/// a row of 49,152 for log_softmax). Smaller chunks slow the matrix products down.
 const CHUNK_LOGITS: i64 = 6 << 20;
 
 /// Rows of a chunk, whatever the vocabulary.
@@ -66,7 +68,9 @@ pub(crate) fn fused_head(
     chunk: i64,
 ) -> Result<HeadGradient, NotFiniteRow> {
     let coefficients = heads.teacher.map(|code| {
-        batch.teacher_hidden(code.layer).index_select(0, &batch.targets_in_positions)
+        batch
+            .teacher_hidden(code.layer)
+            .index_select(0, &batch.targets_in_positions)
     });
     let sigmas = sample_sigmas(hidden, coefficients.as_ref(), batch, heads, losses, chunk);
     let mut sums = vec![0.0; losses.len()];
@@ -99,7 +103,10 @@ pub(crate) fn fused_head(
             let values = loss.value(&rows);
             let sum = values.sum(Kind::Double).double_value(&[]);
             if !sum.is_finite() {
-                return Err(NotFiniteRow { loss: index, row: first + first_not_finite(&values) });
+                return Err(NotFiniteRow {
+                    loss: index,
+                    row: first + first_not_finite(&values),
+                });
             }
             sums[index] += sum;
             let scaled = values.sum(None::<Kind>) * *scale;
@@ -107,26 +114,38 @@ pub(crate) fn fused_head(
         }
         if let Some(total) = total {
             let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
-            gradients.push(gradient.to_kind(heads.student.kind()).matmul(heads.student));
+            gradients.push(times(&gradient, heads.student));
         }
     }
-    Ok(HeadGradient { hidden: Tensor::cat(&gradients, 0), sums })
+    Ok(HeadGradient {
+        hidden: Tensor::cat(&gradients, 0),
+        sums,
+    })
 }
 
 /// Logits in f32 of hidden states, without a graph: [N, D], [V, D] → [N, V].
 pub(crate) fn logits(hidden: &Tensor, head: &Tensor) -> Tensor {
-    tch::no_grad(|| hidden.matmul(&head.tr()).to_kind(Kind::Float))
+    times_transposed(hidden, head).to_kind(Kind::Float)
 }
 
 /// Starts and lengths of chunks that cover `rows`.
 pub(crate) fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> {
     let chunk = chunk.max(1);
-    (0..rows).step_by(chunk as usize).map(move |first| (first, chunk.min(rows - first)))
+    (0..rows)
+        .step_by(chunk as usize)
+        .map(move |first| (first, chunk.min(rows - first)))
 }
 
-fn teacher_chunk(code: Option<&LinearCode>, coefficients: Option<&Tensor>, first: i64, rows: i64) -> Option<Tensor> {
+fn teacher_chunk(
+    code: Option<&LinearCode>,
+    coefficients: Option<&Tensor>,
+    first: i64,
+    rows: i64,
+) -> Option<Tensor> {
     let (code, coefficients) = (code?, coefficients?);
-    Some(tch::no_grad(|| code.logits(&coefficients.narrow(0, first, rows))))
+    Some(tch::no_grad(|| {
+        code.logits(&coefficients.narrow(0, first, rows))
+    }))
 }
 
 /// σ per sample for each normalisation that a loss asks for, spread over the target positions: a
@@ -139,20 +158,32 @@ fn sample_sigmas(
     losses: &[ScaledLoss<'_>],
     chunk: i64,
 ) -> Vec<(Normalization, SampleSigma)> {
-    let mut norms: Vec<Normalization> = losses.iter().filter_map(|scaled| scaled.loss.sample_sigma()).collect();
+    let mut norms: Vec<Normalization> = losses
+        .iter()
+        .filter_map(|scaled| scaled.loss.sample_sigma())
+        .collect();
+    norms.sort_by_key(|norm| *norm as u8);
     norms.dedup();
     norms
         .into_iter()
         .map(|norm| {
             let (mut student, mut teacher) = (Vec::new(), Vec::new());
             for (first, rows) in chunks(hidden.size()[0], chunk) {
-                student.push(moments(&norm.apply(&logits(&hidden.narrow(0, first, rows), heads.student))));
+                student.push(moments(
+                    &norm.apply(&logits(&hidden.narrow(0, first, rows), heads.student)),
+                ));
                 if let Some(logits) = teacher_chunk(heads.teacher, coefficients, first, rows) {
                     teacher.push(moments(&norm.apply(&logits)));
                 }
             }
             let spread = |chunks: &[Tensor]| sigma_of_samples(&Tensor::cat(chunks, 0), batch);
-            (norm, SampleSigma { student: spread(&student), teacher: spread(&teacher) })
+            (
+                norm,
+                SampleSigma {
+                    student: spread(&student),
+                    teacher: spread(&teacher),
+                },
+            )
         })
         .collect()
 }
@@ -160,7 +191,10 @@ fn sample_sigmas(
 /// Mean and mean square over the vocabulary in f64: [N, V] → [N, 2].
 fn moments(logits: &Tensor) -> Tensor {
     let mean = logits.mean_dim([-1].as_slice(), true, None::<Kind>);
-    let variance = (logits - &mean).square().mean_dim([-1].as_slice(), true, None::<Kind>).to_kind(Kind::Double);
+    let variance = (logits - &mean)
+        .square()
+        .mean_dim([-1].as_slice(), true, None::<Kind>)
+        .to_kind(Kind::Double);
     let mean = mean.to_kind(Kind::Double);
     Tensor::cat(&[mean.shallow_clone(), variance + mean.square()], 1)
 }
@@ -169,15 +203,28 @@ fn moments(logits: &Tensor) -> Tensor {
 fn sigma_of_samples(moments: &Tensor, batch: &Batch) -> Tensor {
     let of = &batch.sequence_of_target;
     let samples = batch.num_sequences() as i64;
-    let sums = Tensor::zeros([samples, 2], (Kind::Double, moments.device())).index_add(0, of, moments);
-    let counts = of.bincount(None::<Tensor>, samples).clamp_min(1).to_kind(Kind::Double).unsqueeze(1);
+    let sums =
+        Tensor::zeros([samples, 2], (Kind::Double, moments.device())).index_add(0, of, moments);
+    let counts = of
+        .bincount(None::<Tensor>, samples)
+        .clamp_min(1)
+        .to_kind(Kind::Double)
+        .unsqueeze(1);
     let means = sums / counts;
     let variance = means.narrow(1, 1, 1) - means.narrow(1, 0, 1).square();
-    variance.clamp_min(1e-12).sqrt().to_kind(Kind::Float).index_select(0, of)
+    variance
+        .clamp_min(1e-12)
+        .sqrt()
+        .to_kind(Kind::Float)
+        .index_select(0, of)
 }
 
 fn first_not_finite(values: &Tensor) -> i64 {
-    values.isfinite().to_kind(Kind::Int64).argmin(0, false).int64_value(&[])
+    values
+        .isfinite()
+        .to_kind(Kind::Int64)
+        .argmin(0, false)
+        .int64_value(&[])
 }
 
 #[cfg(test)]
@@ -193,19 +240,36 @@ mod tests {
     const VOCABULARY: usize = 23;
 
     fn random(rng: &mut SeededRng, shape: &[i64]) -> Tensor {
-        let values: Vec<f32> = (0..shape.iter().product::<i64>()).map(|_| rng.normal() as f32).collect();
+        let values: Vec<f32> = (0..shape.iter().product::<i64>())
+            .map(|_| rng.normal() as f32)
+            .collect();
         Tensor::from_slice(&values).view(shape)
     }
 
     fn sequence(rng: &mut SeededRng, positions: usize) -> Sequence {
-        let values = |rng: &mut SeededRng, n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
+        let values = |rng: &mut SeededRng, n: usize| {
+            (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>()
+        };
         Sequence {
             source: format!("test:{positions}"),
-            token_ids: (0..positions).map(|_| rng.below(VOCABULARY as u64) as u32).collect(),
+            token_ids: (0..positions)
+                .map(|_| rng.below(VOCABULARY as u64) as u32)
+                .collect(),
             loss_mask: (0..positions).map(|t| t >= 2).collect(),
-            statistics: Some(Statistics { log_sum_exp: vec![4.0; positions], ..Statistics::default() }),
-            top_k: Some(TopK { k: 2, ids: [3, 7].repeat(positions), logits: [2.0, 1.5].repeat(positions) }),
-            hidden: vec![HiddenState { layer: 2, width: WIDTH, values: values(rng, positions * WIDTH) }],
+            statistics: Some(Statistics {
+                log_sum_exp: vec![4.0; positions],
+                ..Statistics::default()
+            }),
+            top_k: Some(TopK {
+                k: 2,
+                ids: [3, 7].repeat(positions),
+                logits: [2.0, 1.5].repeat(positions),
+            }),
+            hidden: vec![HiddenState {
+                layer: 2,
+                width: WIDTH,
+                values: values(rng, positions * WIDTH),
+            }],
         }
     }
 
@@ -214,14 +278,22 @@ mod tests {
     #[test]
     fn chunks_add_up_to_unchunked_autograd() {
         let mut rng = SeededRng::new(2);
-        let sequences: Vec<Sequence> = [5, 9, 3].map(|positions| sequence(&mut rng, positions)).into();
-        let columns = Columns { statistics: true, top_k: true, layers: vec![2] };
+        let sequences: Vec<Sequence> = [5, 9, 3]
+            .map(|positions| sequence(&mut rng, positions))
+            .into();
+        let columns = Columns {
+            statistics: true,
+            top_k: true,
+            layers: vec![2],
+        };
         let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
         let rows = batch.num_targets() as i64;
         assert_eq!((batch.num_positions(), rows), (17, 3 + 7 + 1));
         let hidden = random(&mut rng, &[rows, WIDTH as i64]);
-        let (student_head, teacher_head) =
-            (random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]), random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]));
+        let (student_head, teacher_head) = (
+            random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]),
+            random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]),
+        );
         let code = LinearCode::for_test(&teacher_head, 2);
         let dual = |sigma: Sigma, logits_norm: Normalization| DualScaling {
             scaling_value: 2.0,
@@ -233,19 +305,36 @@ mod tests {
         };
         let losses: [&dyn LogitLoss; 6] = [
             &CrossEntropy,
-            &Kl { temperature: 3.0, temperature_squared: true, logits_norm: Normalization::None },
+            &Kl {
+                temperature: 3.0,
+                temperature_squared: true,
+                logits_norm: Normalization::None,
+            },
             &dual(Sigma::Position, Normalization::MaxMin),
             &dual(Sigma::Sample, Normalization::None),
             &dual(Sigma::Sample, Normalization::Standardize),
-            &TopKKl { tail: Tail::Uniform },
+            &TopKKl {
+                tail: Tail::Uniform,
+            },
         ];
-        let scaled: Vec<ScaledLoss<'_>> =
-            losses.iter().enumerate().map(|(index, &loss)| ScaledLoss { loss, scale: 0.1 + index as f64 }).collect();
-        let heads = Heads { student: &student_head, teacher: Some(&code) };
+        let scaled: Vec<ScaledLoss<'_>> = losses
+            .iter()
+            .enumerate()
+            .map(|(index, &loss)| ScaledLoss {
+                loss,
+                scale: 0.1 + index as f64,
+            })
+            .collect();
+        let heads = Heads {
+            student: &student_head,
+            teacher: Some(&code),
+        };
 
         let leaf = hidden.copy().set_requires_grad(true);
         let student = leaf.matmul(&student_head.tr());
-        let coefficients = batch.teacher_hidden(2).index_select(0, &batch.targets_in_positions);
+        let coefficients = batch
+            .teacher_hidden(2)
+            .index_select(0, &batch.targets_in_positions);
         let teacher = coefficients.matmul(&teacher_head.tr());
         let of_sample = |logits: &Tensor| {
             let per_row: Vec<Tensor> = (0..rows)
@@ -260,7 +349,13 @@ mod tests {
         let sigmas: Vec<_> = [Normalization::None, Normalization::Standardize]
             .map(|norm| {
                 let of = |logits: &Tensor| of_sample(&norm.apply(&logits.detach()));
-                (norm, SampleSigma { student: of(&student), teacher: of(&teacher) })
+                (
+                    norm,
+                    SampleSigma {
+                        student: of(&student),
+                        teacher: of(&teacher),
+                    },
+                )
             })
             .into();
         let all = LogitRows {
@@ -270,18 +365,31 @@ mod tests {
             labels: &batch.labels,
             sample_sigmas: &sigmas,
         };
-        let sums: Vec<Tensor> = losses.iter().map(|loss| loss.value(&all).sum(None::<Kind>)).collect();
-        let total: Tensor = sums.iter().zip(&scaled).map(|(sum, scaled)| sum * scaled.scale).sum();
+        let sums: Vec<Tensor> = losses
+            .iter()
+            .map(|loss| loss.value(&all).sum(None::<Kind>))
+            .collect();
+        let total: Tensor = sums
+            .iter()
+            .zip(&scaled)
+            .map(|(sum, scaled)| sum * scaled.scale)
+            .sum();
         let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
 
         for chunk in [1, 4, 100] {
             let fused = fused_head(&hidden, &batch, &heads, &scaled, chunk).unwrap();
             for (got, expected) in fused.sums.iter().zip(&sums) {
                 let expected = expected.double_value(&[]);
-                assert!((got - expected).abs() < 1e-4 * expected.abs(), "{got} and {expected}");
+                assert!(
+                    (got - expected).abs() < 1e-4 * expected.abs(),
+                    "{got} and {expected}"
+                );
             }
             let error = (&fused.hidden - &expected).abs().max().double_value(&[]);
-            assert!(error < 1e-5 * expected.abs().max().double_value(&[]), "chunk {chunk}: {error}");
+            assert!(
+                error < 1e-5 * expected.abs().max().double_value(&[]),
+                "chunk {chunk}: {error}"
+            );
         }
     }
 
@@ -292,10 +400,24 @@ mod tests {
         let batch = Batch::collate(&sequences, &Columns::default(), VOCABULARY).unwrap();
         let hidden = random(&mut rng, &[batch.num_targets() as i64, WIDTH as i64]);
         let _ = hidden.get(3).fill_(f64::NAN);
-        let head = Tensor::ones([VOCABULARY as i64, WIDTH as i64], (Kind::Float, Device::Cpu));
-        let heads = Heads { student: &head, teacher: None };
-        let losses = [ScaledLoss { loss: &CrossEntropy, scale: 1.0 }];
-        let Err(bad) = fused_head(&hidden, &batch, &heads, &losses, 2) else { panic!("it is not finite") };
-        assert_eq!((bad.loss, bad.row, batch.source_of_target(bad.row)), (0, 3, "test:6"));
+        let head = Tensor::ones(
+            [VOCABULARY as i64, WIDTH as i64],
+            (Kind::Float, Device::Cpu),
+        );
+        let heads = Heads {
+            student: &head,
+            teacher: None,
+        };
+        let losses = [ScaledLoss {
+            loss: &CrossEntropy,
+            scale: 1.0,
+        }];
+        let Err(bad) = fused_head(&hidden, &batch, &heads, &losses, 2) else {
+            panic!("it is not finite")
+        };
+        assert_eq!(
+            (bad.loss, bad.row, batch.source_of_target(bad.row)),
+            (0, 3, "test:6")
+        );
     }
 }

@@ -18,6 +18,8 @@
 //! global random generator, let a thread's speed reach a result, change an existing run without
 //! being asked to resume it, train on a loss that the cache cannot answer rightly.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod batch;
 mod checkpoint;
 mod config;
@@ -25,6 +27,7 @@ mod error;
 mod eval;
 mod head;
 pub mod losses;
+mod matmul;
 mod objective;
 mod optimizer;
 mod order;

@@ -81,14 +81,23 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
     let tokens = manifest.tokenizer.vocab_size;
     if student_rows != cache_rows && student_rows.min(cache_rows) < tokens {
         let student = student.name.clone();
-        return Err(Error::VocabularyMismatch { student, student_rows, cache_rows, tokens });
+        return Err(Error::VocabularyMismatch {
+            student,
+            student_rows,
+            cache_rows,
+            tokens,
+        });
     }
     Ok(())
 }
 
 impl Objective {
     /// Resolves terms for a student and a cache that fit each other.
-    pub(crate) fn resolve(terms: &[LossTerm], student: &LoadedModel, manifest: &Manifest) -> Result<Objective> {
+    pub(crate) fn resolve(
+        terms: &[LossTerm],
+        student: &LoadedModel,
+        manifest: &Manifest,
+    ) -> Result<Objective> {
         fits(student, manifest)?;
         let student_layers = student.network.num_layers() as u32;
         let mut objective = Objective {
@@ -102,15 +111,28 @@ impl Objective {
                 objective.read_for(term, loss.requirement(), manifest)?;
                 Work::Logits { loss, reduction }
             } else if let Some((loss, alignment)) = term.alignment() {
-                let pairs = alignment.layers.pairs(manifest.teacher.num_layers, student_layers);
+                let pairs = alignment
+                    .layers
+                    .pairs(manifest.teacher.num_layers, student_layers);
                 require_layers(&pairs, manifest)?;
-                objective.columns.layers.extend(pairs.iter().map(|pair| pair.teacher));
-                Work::Hidden { loss, pairs, positions: alignment.positions }
+                objective
+                    .columns
+                    .layers
+                    .extend(pairs.iter().map(|pair| pair.teacher));
+                Work::Hidden {
+                    loss,
+                    pairs,
+                    positions: alignment.positions,
+                }
             } else {
                 continue; // Every term is one of the two.
             };
             let name = objective.free_name(term.kind());
-            objective.terms.push(Term { name, weight: term.weight(), work });
+            objective.terms.push(Term {
+                name,
+                weight: term.weight(),
+                work,
+            });
         }
         objective.columns.layers.sort_unstable();
         objective.columns.layers.dedup();
@@ -133,7 +155,12 @@ impl Objective {
         layers
     }
 
-    fn read_for(&mut self, term: &LossTerm, requirement: Requirement, manifest: &Manifest) -> Result<()> {
+    fn read_for(
+        &mut self,
+        term: &LossTerm,
+        requirement: Requirement,
+        manifest: &Manifest,
+    ) -> Result<()> {
         let refuse = |reason: &str, remedy: &str| {
             Err(Error::TierCannotAnswer {
                 term: term.kind().to_owned(),
@@ -147,9 +174,10 @@ impl Objective {
         };
         match requirement {
             Requirement::Nothing => Ok(()),
-            Requirement::TopK if manifest.top_k == 0 => {
-                refuse("it holds no top-k logits", "build the cache with `--top-k 64`, or set `tail` to \"refuse\"")
-            }
+            Requirement::TopK if manifest.top_k == 0 => refuse(
+                "it holds no top-k logits",
+                "build the cache with `--top-k 64`, or set `tail` to \"refuse\"",
+            ),
             Requirement::TopK => {
                 self.columns.top_k = true;
                 self.columns.statistics = true;
@@ -169,11 +197,14 @@ impl Objective {
     }
 
     fn free_name(&self, kind: &str) -> String {
-        let taken = |name: &str| self.terms.iter().any(|term| term.name == name);
-        (1..)
-            .map(|number| if number == 1 { kind.to_owned() } else { format!("{kind}-{number}") })
-            .find(|name| !taken(name))
-            .unwrap_or_default()
+        let of_kind = |term: &&Term| {
+            let rest = term.name.strip_prefix(kind);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('#'))
+        };
+        match self.terms.iter().filter(of_kind).count() {
+            0 => kind.to_owned(),
+            before => format!("{kind}#{}", before + 1),
+        }
     }
 }
 
@@ -181,21 +212,50 @@ impl Term {
     /// What the term's sum over a step is divided by.
     pub(crate) fn denominator(&self, step: &StepSize) -> f64 {
         match &self.work {
-            Work::Logits { reduction: LogitReduction::Mean, .. }
-            | Work::Hidden { positions: HiddenPositions::Targets, .. } => step.targets as f64,
-            Work::Logits { reduction: LogitReduction::Paper, .. } => (step.sequences as f64).powi(2),
-            Work::Hidden { positions: HiddenPositions::All, .. } => step.positions as f64,
+            Work::Logits {
+                reduction: LogitReduction::Mean,
+                ..
+            }
+            | Work::Hidden {
+                positions: HiddenPositions::Targets,
+                ..
+            } => step.targets as f64,
+            Work::Logits {
+                reduction: LogitReduction::Paper,
+                ..
+            } => (step.sequences as f64).powi(2),
+            Work::Hidden {
+                positions: HiddenPositions::All,
+                ..
+            } => step.positions as f64,
         }
     }
 }
 
 fn require_layers(pairs: &[LayerPair], manifest: &Manifest) -> Result<()> {
     let cached: Vec<u32> = manifest.layers.iter().map(|layer| layer.layer).collect();
-    let missing: Vec<u32> = pairs.iter().map(|pair| pair.teacher).filter(|layer| !cached.contains(layer)).collect();
+    let missing: Vec<u32> = pairs
+        .iter()
+        .map(|pair| pair.teacher)
+        .filter(|layer| !cached.contains(layer))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let list = |layers: &[u32]| layers.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
-    let present = if cached.is_empty() { "none".to_owned() } else { list(&cached) };
-    Err(Error::MissingLayers { missing: list(&missing), present })
+    let list = |layers: &[u32]| {
+        layers
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let present = if cached.is_empty() {
+        "none".to_owned()
+    } else {
+        list(&cached)
+    };
+    Err(Error::MissingLayers {
+        missing: list(&missing),
+        present,
+    })
 }

@@ -20,16 +20,18 @@ pub(crate) struct Order {
 
 impl Order {
     /// Takes the rows that have a target and whose hash falls into the fraction.
-    pub(crate) fn new(
-        rows: Vec<RowInfo>,
-        config: &crate::TrainConfig,
-    ) -> Result<Order> {
+    pub(crate) fn new(rows: Vec<RowInfo>, config: &crate::TrainConfig) -> Result<Order> {
         let total = rows.len();
         let limit = (config.fraction * 2f64.powi(64)) as u128;
-        let rows: Vec<RowInfo> =
-            rows.into_iter().filter(|row| u128::from(row.split_hash) < limit && row.targets > 0).collect();
+        let rows: Vec<RowInfo> = rows
+            .into_iter()
+            .filter(|row| u128::from(row.split_hash) < limit && row.targets > 0)
+            .collect();
         if rows.is_empty() {
-            let reason = format!("none of {total} has a target and falls into the fraction {}", config.fraction);
+            let reason = format!(
+                "none of {total} has a target and falls into the fraction {}",
+                config.fraction
+            );
             return Err(Error::NoSequences { reason });
         }
         Ok(Order {
@@ -47,14 +49,20 @@ impl Order {
 
     /// Optimizer steps per epoch.
     pub(crate) fn steps_per_epoch(&self) -> u64 {
-        self.rows.len().div_ceil(self.batch_size).div_ceil(self.gradient_accumulation) as u64
+        self.rows
+            .len()
+            .div_ceil(self.batch_size)
+            .div_ceil(self.gradient_accumulation) as u64
     }
 
     /// Batches of each of the steps `from..to`; the last step of an epoch may have fewer.
     pub(crate) fn batches_per_step(&self, from: u64, to: u64) -> Vec<usize> {
         let batches = self.rows.len().div_ceil(self.batch_size);
-        let first = |step: u64| (step % self.steps_per_epoch()) as usize * self.gradient_accumulation;
-        (from..to).map(|step| (batches - first(step)).min(self.gradient_accumulation)).collect()
+        let first =
+            |step: u64| (step % self.steps_per_epoch()) as usize * self.gradient_accumulation;
+        (from..to)
+            .map(|step| (batches - first(step)).min(self.gradient_accumulation))
+            .collect()
     }
 
     /// The batches of every step from `step` on, without end: epoch after epoch.
@@ -124,7 +132,7 @@ mod tests {
             seed: u64,
             from in 0u64..40,
         ) {
-            let config = TrainConfig { batch_size, gradient_accumulation, seed, ..TrainConfig::default() };
+            let config = TrainConfig { seed, batch_size, gradient_accumulation, ..TrainConfig::default() };
             let order = Order::new(rows(count), &config).unwrap();
             let epoch = order.epoch(1);
             let mut seen: Vec<(u32, u32)> = epoch.iter().flatten().map(|row| (row.shard, row.row)).collect();
@@ -143,28 +151,65 @@ mod tests {
 
     #[test]
     fn epochs_and_seeds_differ_and_lengths_come_together() {
-        let order = |seed| Order::new(rows(256), &TrainConfig { seed, ..TrainConfig::default() }).unwrap();
+        let order = |seed| {
+            Order::new(
+                rows(256),
+                &TrainConfig {
+                    seed,
+                    ..TrainConfig::default()
+                },
+            )
+            .unwrap()
+        };
         assert_ne!(order(0).epoch(0), order(0).epoch(1));
         assert_ne!(order(0).epoch(0), order(1).epoch(0));
         let padded = |batch: &Vec<RowInfo>| {
             let longest = batch.iter().map(|row| row.positions).max().unwrap_or(0);
             u64::from(longest) * batch.len() as u64
         };
-        let real: u64 = order(0).rows.iter().map(|row| u64::from(row.positions)).sum();
+        let real: u64 = order(0)
+            .rows
+            .iter()
+            .map(|row| u64::from(row.positions))
+            .sum();
         let padded: u64 = order(0).epoch(0).iter().map(padded).sum();
-        assert!((padded as f64) < 1.1 * real as f64, "{padded} padded positions for {real}");
+        assert!(
+            (padded as f64) < 1.1 * real as f64,
+            "{padded} padded positions for {real}"
+        );
     }
 
     #[test]
     fn a_fraction_lies_inside_a_larger_one() {
         let kept = |fraction| {
-            let order = Order::new(rows(300), &TrainConfig { fraction, ..TrainConfig::default() }).unwrap();
-            order.rows.iter().map(|row| (row.shard, row.row)).collect::<Vec<_>>()
+            let order = Order::new(
+                rows(300),
+                &TrainConfig {
+                    fraction,
+                    ..TrainConfig::default()
+                },
+            )
+            .unwrap();
+            order
+                .rows
+                .iter()
+                .map(|row| (row.shard, row.row))
+                .collect::<Vec<_>>()
         };
         let (small, large) = (kept(0.1), kept(0.5));
         assert!(small.iter().all(|row| large.contains(row)));
-        assert!((20..=40).contains(&small.len()) && (120..=180).contains(&large.len()) && kept(1.0).len() == 300);
-        let none = Order::new(rows(3), &TrainConfig { fraction: 1e-9, ..TrainConfig::default() });
+        assert!(
+            (20..=40).contains(&small.len())
+                && (120..=180).contains(&large.len())
+                && kept(1.0).len() == 300
+        );
+        let none = Order::new(
+            rows(3),
+            &TrainConfig {
+                fraction: 1e-9,
+                ..TrainConfig::default()
+            },
+        );
         assert!(matches!(none, Err(Error::NoSequences { .. })));
     }
 }

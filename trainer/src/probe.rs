@@ -50,16 +50,27 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
     let layers = (manifest.teacher.num_layers, network.num_layers() as u32);
     let cached: Vec<u32> = manifest.layers.iter().map(|layer| layer.layer).collect();
     let mut pairs = Layers::Listed(cached.clone()).pairs(layers.0, layers.1);
-    pairs.extend(Layers::LastMiddle.pairs(layers.0, layers.1).into_iter().filter(|pair| cached.contains(&pair.teacher)));
+    pairs.extend(
+        Layers::LastMiddle
+            .pairs(layers.0, layers.1)
+            .into_iter()
+            .filter(|pair| cached.contains(&pair.teacher)),
+    );
 
     let mut rows = cache.rows()?;
     rows.retain(|row| row.targets > 0);
     rows.sort_by_key(|row| (row.split_hash, row.shard, row.row));
     rows.truncate(sequences.max(1));
     if rows.is_empty() {
-        return Err(Error::NoSequences { reason: "none of the cache's has a target".to_owned() });
+        return Err(Error::NoSequences {
+            reason: "none of the cache's has a target".to_owned(),
+        });
     }
-    let columns = Columns { statistics: true, top_k: false, layers: cached };
+    let columns = Columns {
+        statistics: true,
+        top_k: false,
+        layers: cached,
+    };
     let vocabulary = network.config().vocab_size.min(manifest.vocab_size);
     let head = network.head().narrow(0, 0, vocabulary as i64);
     let keep: Vec<u32> = pairs.iter().map(|pair| pair.student).collect();
@@ -69,8 +80,12 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
         let sequences = cache.read(row.shard, &[row.row], &columns)?;
         let batch = Batch::collate(&sequences, &columns, vocabulary)?.to_device(network.device());
         for sequence in &sequences {
-            let Some(statistics) = &sequence.statistics else { continue };
-            for t in (0..sequence.token_ids.len()).filter(|t| sequence.loss_mask.get(t + 1) == Some(&true)) {
+            let Some(statistics) = &sequence.statistics else {
+                continue;
+            };
+            for t in (0..sequence.token_ids.len())
+                .filter(|t| sequence.loss_mask.get(t + 1) == Some(&true))
+            {
                 sums.teacher_sigma += f64::from(statistics.std[t]);
                 sums.teacher_range += f64::from(statistics.max[t] - statistics.min[t]);
             }
@@ -87,13 +102,24 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
                 sums.student_range += range.sum(Kind::Double).double_value(&[]);
             }
             for pair in &pairs {
-                let Some((_, hidden)) = forward.hidden.iter().find(|(layer, _)| *layer == pair.student) else {
+                let Some((_, hidden)) = forward
+                    .hidden
+                    .iter()
+                    .find(|(layer, _)| *layer == pair.student)
+                else {
                     continue; // The forward pass returns every layer it was asked for.
                 };
-                let of_student = flat(hidden).index_select(0, &batch.positions).to_kind(Kind::Float);
+                let of_student = flat(hidden)
+                    .index_select(0, &batch.positions)
+                    .to_kind(Kind::Float);
                 for (index, hidden_norm) in Normalization::ALL.into_iter().enumerate() {
-                    let loss = KnowledgeAlignment { beta: 1.0, hidden_norm, reduction: HiddenReduction::Paper };
-                    let sum = loss.sum_over_positions(&of_student, batch.teacher_hidden(pair.teacher));
+                    let loss = KnowledgeAlignment {
+                        beta: 1.0,
+                        hidden_norm,
+                        reduction: HiddenReduction::Paper,
+                    };
+                    let sum =
+                        loss.sum_over_positions(&of_student, batch.teacher_hidden(pair.teacher));
                     let key = (pair.teacher, pair.student, index);
                     *sums.hidden.entry(key).or_default() += sum.double_value(&[]);
                 }
@@ -106,9 +132,19 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
     let positions = sums.positions;
     Ok(Probe {
         targets: sums.targets as u64,
-        sigma: Pair { teacher: mean(sums.teacher_sigma), student: mean(sums.student_sigma) },
-        range: Pair { teacher: mean(sums.teacher_range), student: mean(sums.student_range) },
-        hidden: sums.hidden.into_iter().map(|(key, sum)| (key, sum / positions)).collect(),
+        sigma: Pair {
+            teacher: mean(sums.teacher_sigma),
+            student: mean(sums.student_sigma),
+        },
+        range: Pair {
+            teacher: mean(sums.teacher_range),
+            student: mean(sums.student_range),
+        },
+        hidden: sums
+            .hidden
+            .into_iter()
+            .map(|(key, sum)| (key, sum / positions))
+            .collect(),
         layers,
     })
 }
@@ -130,9 +166,15 @@ impl Probe {
         for term in config.terms() {
             match &term {
                 LossTerm::CrossEntropy(_) => {}
-                LossTerm::Kl(term) => logits += self.scale_difference(KdType::Kl, term.logits_norm, term.temperature),
+                LossTerm::Kl(term) => {
+                    logits += self.scale_difference(KdType::Kl, term.logits_norm, term.temperature);
+                }
                 LossTerm::DualScaling(term) => {
-                    logits += self.scale_difference(KdType::DualScaling, term.logits_norm, term.scaling_value);
+                    logits += self.scale_difference(
+                        KdType::DualScaling,
+                        term.logits_norm,
+                        term.scaling_value,
+                    );
                 }
                 LossTerm::KnowledgeAlignment(term) => {
                     for pair in term.layers.pairs(self.layers.0, self.layers.1) {
@@ -149,12 +191,25 @@ impl Probe {
     /// # Errors
     /// A pair that was not measured, since the cache does not hold the teacher's layer.
     pub fn alignment(&self, pair: LayerPair, hidden_norm: Normalization) -> Result<f64> {
-        let index = Normalization::ALL.iter().position(|&norm| norm == hidden_norm).unwrap_or_default();
-        self.hidden.get(&(pair.teacher, pair.student, index)).copied().ok_or_else(|| {
-            let mut present: Vec<String> = self.hidden.keys().map(|(teacher, ..)| teacher.to_string()).collect();
-            present.dedup();
-            Error::MissingLayers { missing: pair.teacher.to_string(), present: present.join(", ") }
-        })
+        let index = Normalization::ALL
+            .iter()
+            .position(|&norm| norm == hidden_norm)
+            .unwrap_or_default();
+        self.hidden
+            .get(&(pair.teacher, pair.student, index))
+            .copied()
+            .ok_or_else(|| {
+                let mut present: Vec<String> = self
+                    .hidden
+                    .keys()
+                    .map(|(teacher, ..)| teacher.to_string())
+                    .collect();
+                present.dedup();
+                Error::MissingLayers {
+                    missing: pair.teacher.to_string(),
+                    present: present.join(", "),
+                }
+            })
     }
 
     fn scale_difference(&self, kind: KdType, norm: Normalization, base: f64) -> f64 {
@@ -162,7 +217,10 @@ impl Probe {
             // σ of the normalised logits times the norm's own scale is σ of the raw logits again.
             (KdType::DualScaling, _) | (KdType::Kl, Normalization::Standardize) => self.sigma,
             (KdType::Kl, Normalization::MaxMin) => self.range,
-            (KdType::Kl, Normalization::None) => Pair { teacher: 1.0, student: 1.0 },
+            (KdType::Kl, Normalization::None) => Pair {
+                teacher: 1.0,
+                student: 1.0,
+            },
         };
         (1.0 / (scales.teacher * base) - 1.0 / (scales.student * base)).abs()
     }

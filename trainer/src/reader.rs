@@ -86,7 +86,9 @@ impl BatchReader {
 
     fn request_ahead(&mut self) {
         while self.requested < self.delivered + self.prefetch {
-            let (Some(requests), Some(rows)) = (&self.requests, self.schedule.next()) else { return };
+            let (Some(requests), Some(rows)) = (&self.requests, self.schedule.next()) else {
+                return;
+            };
             if requests.send((self.requested, rows)).is_err() {
                 return;
             }
@@ -107,7 +109,12 @@ impl Drop for BatchReader {
 }
 
 /// Reads and collates the rows of one batch, in their order.
-pub(crate) fn read_batch(cache: &Cache, rows: &[RowInfo], columns: &Columns, vocabulary: usize) -> Result<Batch> {
+pub(crate) fn read_batch(
+    cache: &Cache,
+    rows: &[RowInfo],
+    columns: &Columns,
+    vocabulary: usize,
+) -> Result<Batch> {
     let mut by_shard: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (place, row) in rows.iter().enumerate() {
         by_shard.entry(row.shard).or_default().push(place);

@@ -4,8 +4,8 @@ use serde::de::{SeqAccess, Visitor, value::SeqAccessDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::losses::{
-    CrossEntropy, DualScaling, HiddenPositions, HiddenReduction, Kl, KnowledgeAlignment, LogitLoss, LogitReduction,
-    Normalization, Sigma, Tail, TopKKl, matched_layer,
+    CrossEntropy, DualScaling, HiddenPositions, HiddenReduction, Kl, KnowledgeAlignment, LogitLoss,
+    LogitReduction, Normalization, Sigma, Tail, TopKKl, matched_layer,
 };
 use crate::{Error, Result, TrainConfig};
 
@@ -48,8 +48,14 @@ impl Layers {
     /// Pairs for models of the given depths, ascending by the teacher's layer: last with last, middle
     /// with middle, listed ones by relative depth.
     pub fn pairs(&self, teacher_layers: u32, student_layers: u32) -> Vec<LayerPair> {
-        let last = LayerPair { student: student_layers, teacher: teacher_layers };
-        let middle = LayerPair { student: student_layers / 2, teacher: teacher_layers / 2 };
+        let last = LayerPair {
+            student: student_layers,
+            teacher: teacher_layers,
+        };
+        let middle = LayerPair {
+            student: student_layers / 2,
+            teacher: teacher_layers / 2,
+        };
         match self {
             Layers::None => vec![],
             Layers::Last => vec![last],
@@ -59,7 +65,13 @@ impl Layers {
                 listed.sort_unstable();
                 listed.dedup();
                 let student = |teacher| matched_layer(teacher, teacher_layers, student_layers);
-                listed.into_iter().map(|teacher| LayerPair { student: student(teacher), teacher }).collect()
+                listed
+                    .into_iter()
+                    .map(|teacher| LayerPair {
+                        student: student(teacher),
+                        teacher,
+                    })
+                    .collect()
             }
         }
     }
@@ -83,7 +95,8 @@ impl<'de> Deserialize<'de> for Layers {
             type Value = Layers;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("\"none\", \"last\", \"last-middle\" or a list of teacher layers")
+                formatter
+                    .write_str("\"none\", \"last\", \"last-middle\" or a list of teacher layers")
             }
 
             fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<Layers, E> {
@@ -95,7 +108,10 @@ impl<'de> Deserialize<'de> for Layers {
                 }
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> std::result::Result<Layers, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                list: A,
+            ) -> std::result::Result<Layers, A::Error> {
                 Vec::<u32>::deserialize(SeqAccessDeserializer::new(list)).map(Layers::Listed)
             }
         }
@@ -236,12 +252,21 @@ impl TrainConfig {
     /// `hard_weight · CE + soft_weight · (L_d + L_k)` (BayesKD Eq. 8 with Table 2's two weights).
     /// Terms of weight 0 are left out, so that nothing is read for them.
     pub fn terms(&self) -> Vec<LossTerm> {
-        let terms = if self.loss.is_empty() { self.recipe() } else { self.loss.clone() };
-        terms.into_iter().filter(|term| term.weight() != 0.0).collect()
+        let terms = if self.loss.is_empty() {
+            self.recipe()
+        } else {
+            self.loss.clone()
+        };
+        terms
+            .into_iter()
+            .filter(|term| term.weight() != 0.0)
+            .collect()
     }
 
     fn recipe(&self) -> Vec<LossTerm> {
-        let mut terms = vec![LossTerm::CrossEntropy(CrossEntropyTerm { weight: self.hard_weight })];
+        let mut terms = vec![LossTerm::CrossEntropy(CrossEntropyTerm {
+            weight: self.hard_weight,
+        })];
         terms.push(match self.kd_type {
             KdType::Kl => LossTerm::Kl(KlTerm {
                 weight: self.soft_weight,
@@ -329,9 +354,14 @@ impl LossTerm {
 
     /// The loss on hidden states; `None` for terms on logits.
     pub(crate) fn alignment(&self) -> Option<(KnowledgeAlignment, &AlignmentTerm)> {
-        let LossTerm::KnowledgeAlignment(term) = self else { return None };
-        let loss =
-            KnowledgeAlignment { beta: term.beta, hidden_norm: term.hidden_norm, reduction: term.reduction };
+        let LossTerm::KnowledgeAlignment(term) = self else {
+            return None;
+        };
+        let loss = KnowledgeAlignment {
+            beta: term.beta,
+            hidden_norm: term.hidden_norm,
+            reduction: term.reduction,
+        };
         Some((loss, term))
     }
 
@@ -341,14 +371,30 @@ impl LossTerm {
                 return Ok(());
             }
             let key = format!("{key} (of loss {})", self.kind());
-            Err(Error::BadValue { key, value: value.to_string(), message: message.to_owned() })
+            Err(Error::BadValue {
+                key,
+                value: value.to_string(),
+                message: message.to_owned(),
+            })
         };
-        checked("weight", self.weight(), self.weight() >= 0.0, "it must not be below 0")?;
+        checked(
+            "weight",
+            self.weight(),
+            self.weight() >= 0.0,
+            "it must not be below 0",
+        )?;
         match self {
             LossTerm::CrossEntropy(_) => Ok(()),
             LossTerm::Kl(term) => {
-                checked("temperature", term.temperature, term.temperature > 0.0, "it must be above 0")?;
-                if term.tail != Tail::Refuse && (term.temperature != 1.0 || term.logits_norm != Normalization::None) {
+                checked(
+                    "temperature",
+                    term.temperature,
+                    term.temperature > 0.0,
+                    "it must be above 0",
+                )?;
+                if term.tail != Tail::Refuse
+                    && (term.temperature != 1.0 || term.logits_norm != Normalization::None)
+                {
                     return Err(Error::BadValue {
                         key: "tail".to_owned(),
                         value: serde_json::json!(term.tail).to_string(),
@@ -359,7 +405,12 @@ impl LossTerm {
                 Ok(())
             }
             LossTerm::DualScaling(term) => {
-                checked("scaling_value", term.scaling_value, term.scaling_value > 0.0, "it must be above 0")?;
+                checked(
+                    "scaling_value",
+                    term.scaling_value,
+                    term.scaling_value > 0.0,
+                    "it must be above 0",
+                )?;
                 checked("gamma", term.gamma, term.gamma > 0.0, "it must be above 0")?;
                 if term.sigma == Sigma::Sample && !term.detach_sigma {
                     return Err(Error::BadValue {
@@ -370,7 +421,9 @@ impl LossTerm {
                 }
                 Ok(())
             }
-            LossTerm::KnowledgeAlignment(term) => checked("beta", term.beta, term.beta > 0.0, "it must be above 0"),
+            LossTerm::KnowledgeAlignment(term) => {
+                checked("beta", term.beta, term.beta > 0.0, "it must be above 0")
+            }
         }
     }
 }
@@ -388,23 +441,48 @@ mod tests {
             layers: Layers::LastMiddle,
             ..TrainConfig::default()
         };
-        let terms: Vec<_> = config.terms().iter().map(|term| (term.kind(), term.weight())).collect();
-        assert_eq!(terms, [("cross-entropy", 0.1), ("dual-scaling", 10.0), ("knowledge-alignment", 10.0)]);
-        let plain = TrainConfig { soft_weight: 0.0, layers: Layers::Last, ..TrainConfig::default() };
-        assert_eq!(plain.terms().iter().map(LossTerm::kind).collect::<Vec<_>>(), ["cross-entropy"]);
+        let terms: Vec<_> = config
+            .terms()
+            .iter()
+            .map(|term| (term.kind(), term.weight()))
+            .collect();
+        assert_eq!(
+            terms,
+            [
+                ("cross-entropy", 0.1),
+                ("dual-scaling", 10.0),
+                ("knowledge-alignment", 10.0)
+            ]
+        );
+        let plain = TrainConfig {
+            soft_weight: 0.0,
+            layers: Layers::Last,
+            ..TrainConfig::default()
+        };
+        assert_eq!(
+            plain.terms().iter().map(LossTerm::kind).collect::<Vec<_>>(),
+            ["cross-entropy"]
+        );
     }
 
     #[test]
     fn layers_of_different_depths_meet() {
         let check = |layers: Layers, depths: (u32, u32), expected: &[(u32, u32)]| {
-            let pairs: Vec<_> =
-                layers.pairs(depths.0, depths.1).iter().map(|pair| (pair.teacher, pair.student)).collect();
+            let pairs: Vec<_> = layers
+                .pairs(depths.0, depths.1)
+                .iter()
+                .map(|pair| (pair.teacher, pair.student))
+                .collect();
             assert_eq!(pairs, expected, "{layers:?} {depths:?}");
         };
         check(Layers::None, (4, 4), &[]);
         check(Layers::Last, (30, 12), &[(30, 12)]);
         check(Layers::LastMiddle, (30, 30), &[(15, 15), (30, 30)]);
         check(Layers::LastMiddle, (3, 4), &[(1, 2), (3, 4)]);
-        check(Layers::Listed(vec![30, 0, 10, 10]), (30, 12), &[(0, 0), (10, 4), (30, 12)]);
+        check(
+            Layers::Listed(vec![30, 0, 10, 10]),
+            (30, 12),
+            &[(0, 0), (10, 4), (30, 12)],
+        );
     }
 }

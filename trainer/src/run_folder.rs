@@ -15,6 +15,7 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const LOCK: &str = ".lock";
 
 /// `run.json`: what the run trained on what, and how it ended.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,6 +40,8 @@ pub(crate) struct RunFolder {
     path: PathBuf,
     pub(crate) record: RunRecord,
     log: Option<File>,
+    /// Held as long as the folder is open; dies with the process.
+    _lock: File,
 }
 
 /// Whether a folder is a run's.
@@ -59,11 +62,17 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     let record = read_record(run)?;
     if record.summary.is_none() {
         let reason = "it has not finished; go on with `--resume`".to_owned();
-        return Err(Error::NotARun { path: run.to_owned(), reason });
+        return Err(Error::NotARun {
+            path: run.to_owned(),
+            reason,
+        });
     }
     let mut model = load(&record.student, options)?;
     if model.digest != record.student_digest {
-        return Err(Error::StudentChanged { path: record.student, run: run.to_owned() });
+        return Err(Error::StudentChanged {
+            path: record.student,
+            run: run.to_owned(),
+        });
     }
     load_adapters(&mut model.network, &run.join(ADAPTER))?;
     Ok(model)
@@ -87,24 +96,41 @@ impl RunRecord {
 impl RunFolder {
     /// Makes the folder, or with `resume` opens the one there is after checking that nothing which
     /// decides the result has changed.
-    pub(crate) fn open(path: &Path, config: &TrainConfig, record: RunRecord, resume: bool) -> Result<RunFolder> {
+    pub(crate) fn open(
+        path: &Path,
+        config: &TrainConfig,
+        record: RunRecord,
+        resume: bool,
+    ) -> Result<RunFolder> {
         let exists = path.exists();
         if exists && !resume {
-            return Err(Error::OutputExists { path: path.to_owned() });
+            return Err(Error::OutputExists {
+                path: path.to_owned(),
+            });
         }
         // A folder without a record was cut off before its first step, or is someone else's.
+        let begun = is_run(path) || path.join(CONFIG).exists() || path.join(LOCK).exists();
+        if exists && !begun && !is_empty(path)? {
+            return Err(Error::NotARun {
+                path: path.to_owned(),
+                reason: "it holds something else".to_owned(),
+            });
+        }
+        fs::create_dir_all(path).map_err(io("create", path))?;
+        let lock = lock(path)?;
         let record = if is_run(path) {
             resumable(path, config, record)?
-        } else if exists && fs::read_dir(path).map_err(io("read", path))?.next().is_some() && !path.join(CONFIG).exists()
-        {
-            return Err(Error::NotARun { path: path.to_owned(), reason: "it holds something else".to_owned() });
         } else {
-            fs::create_dir_all(path).map_err(io("create", path))?;
             write_whole(&path.join(CONFIG), config.to_toml()?.as_bytes())?;
             write_json(&path.join(RECORD), &record)?;
             record
         };
-        Ok(RunFolder { path: path.to_owned(), record, log: None })
+        Ok(RunFolder {
+            path: path.to_owned(),
+            record,
+            log: None,
+            _lock: lock,
+        })
     }
 
     /// Folder of the checkpoints.
@@ -129,18 +155,33 @@ impl RunFolder {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(io("read", &path)(error)),
         };
-        let made = |line: &&str| serde_json::from_str(line).is_ok_and(|Line { step }| step <= steps_made);
-        let kept: String = old.lines().filter(made).flat_map(|line| [line, "\n"]).collect();
+        let made =
+            |line: &&str| serde_json::from_str(line).is_ok_and(|Line { step }| step <= steps_made);
+        let kept: String = old
+            .lines()
+            .filter(made)
+            .flat_map(|line| [line, "\n"])
+            .collect();
         write_whole(&path, kept.as_bytes())?;
-        self.log = Some(OpenOptions::new().append(true).open(&path).map_err(io("write", &path))?);
+        self.log = Some(
+            OpenOptions::new()
+                .append(true)
+                .open(&path)
+                .map_err(io("write", &path))?,
+        );
         Ok(())
     }
 
     /// Adds a step's line to the log.
     pub(crate) fn log(&mut self, report: &StepReport) -> Result<()> {
         let path = self.path.join(LOG);
-        let Some(log) = &mut self.log else { return Ok(()) };
-        let mut line = serde_json::to_vec(report).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let Some(log) = &mut self.log else {
+            return Ok(());
+        };
+        let mut line = serde_json::to_vec(report).map_err(|source| Error::Json {
+            path: path.clone(),
+            source,
+        })?;
         line.push(b'\n');
         log.write_all(&line).map_err(io("write", &path))
     }
@@ -149,6 +190,24 @@ impl RunFolder {
     pub(crate) fn finish(&mut self, summary: &TrainSummary) -> Result<()> {
         self.record.summary = Some(summary.clone());
         write_json(&self.path.join(RECORD), &self.record)
+    }
+}
+
+fn is_empty(folder: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(folder).map_err(io("read", folder))?;
+    Ok(entries.next().is_none())
+}
+
+/// Takes the folder for this process.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(LOCK);
+    let file = File::create(&path).map_err(io("create", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::RunBusy {
+            path: folder.to_owned(),
+        }),
+        Err(fs::TryLockError::Error(error)) => Err(io("lock", &path)(error)),
     }
 }
 
@@ -167,34 +226,52 @@ fn resumable(path: &Path, config: &TrainConfig, now: RunRecord) -> Result<RunRec
         return Err(differs(&format!("`{key}`"), then, now));
     }
     let identities = [
-        ("the student", (&then.student_digest, &then.student), (&now.student_digest, &now.student)),
-        ("the cache", (&then.cache_digest, &then.cache), (&now.cache_digest, &now.cache)),
+        (
+            "the student",
+            (&then.student_digest, &then.student),
+            (&now.student_digest, &now.student),
+        ),
+        (
+            "the cache",
+            (&then.cache_digest, &then.cache),
+            (&now.cache_digest, &now.cache),
+        ),
     ];
     for (what, then, now) in identities {
         if then.0 != now.0 {
             let shown = |(digest, path): (&String, &PathBuf)| {
-                format!("`{}` ({})", path.display(), digest.chars().take(12).collect::<String>())
+                format!(
+                    "`{}` ({})",
+                    path.display(),
+                    digest.chars().take(12).collect::<String>()
+                )
             };
             return Err(differs(what, shown(then), shown(now)));
         }
     }
-    Ok(RunRecord { summary: then.summary, ..now })
+    Ok(RunRecord {
+        summary: then.summary,
+        ..now
+    })
 }
 
 fn read_record(run: &Path) -> Result<RunRecord> {
     let path = run.join(RECORD);
     let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::NotARun { path: run.to_owned(), reason: format!("it has no `{RECORD}`") }
-        }
+        std::io::ErrorKind::NotFound => Error::NotARun {
+            path: run.to_owned(),
+            reason: format!("it has no `{RECORD}`"),
+        },
         _ => io("read", &path)(error),
     })?;
     serde_json::from_str(&text).map_err(|source| Error::Json { path, source })
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let mut text =
-        serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    let mut text = serde_json::to_vec_pretty(value).map_err(|source| Error::Json {
+        path: path.to_owned(),
+        source,
+    })?;
     text.push(b'\n');
     write_whole(path, &text)
 }
@@ -207,12 +284,17 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&unfinished, path)?;
-        path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+        path.parent()
+            .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
     };
     write().map_err(io("write", path))
 }
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
 }

@@ -40,19 +40,35 @@ pub(crate) fn forward_backward(
         .iter()
         .enumerate()
         .filter_map(|(index, term)| match &term.work {
-            Work::Logits { loss, .. } => {
-                Some((index, ScaledLoss { loss: loss.as_ref(), scale: term.weight / term.denominator(step) }))
-            }
+            Work::Logits { loss, .. } => Some((
+                index,
+                ScaledLoss {
+                    loss: loss.as_ref(),
+                    scale: term.weight / term.denominator(step),
+                },
+            )),
             Work::Hidden { .. } => None,
         })
         .unzip();
     if !losses.is_empty() && batch.num_targets() > 0 {
-        let rows = forward.last_hidden.detach().view([-1, width]).index_select(0, &batch.targets);
-        let heads = Heads { student: &student.head().narrow(0, 0, vocabulary), teacher };
-        let head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(|bad| {
-            let term = objective.terms[of_logits[bad.loss]].name.clone();
-            NotFiniteTerm { term, sources: batch.source_of_target(bad.row).to_owned() }
-        })?;
+        let rows = forward
+            .last_hidden
+            .detach()
+            .view([-1, width])
+            .index_select(0, &batch.targets);
+        let heads = Heads {
+            student: &student.head().narrow(0, 0, vocabulary),
+            teacher,
+        };
+        let head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(
+            |bad| {
+                let term = objective.terms[of_logits[bad.loss]].name.clone();
+                NotFiniteTerm {
+                    term,
+                    sources: batch.source_of_target(bad.row).to_owned(),
+                }
+            },
+        )?;
         for (&index, sum) in of_logits.iter().zip(&head.sums) {
             shares[index] = sum / objective.terms[index].denominator(step);
         }
@@ -63,18 +79,35 @@ pub(crate) fn forward_backward(
     }
 
     for (index, term) in objective.terms.iter().enumerate() {
-        let Work::Hidden { loss, pairs, positions } = &term.work else { continue };
+        let Work::Hidden {
+            loss,
+            pairs,
+            positions,
+        } = &term.work
+        else {
+            continue;
+        };
         for pair in pairs {
             let (in_batch, in_positions) = match positions {
                 HiddenPositions::All => (&batch.positions, None),
                 HiddenPositions::Targets => (&batch.targets, Some(&batch.targets_in_positions)),
             };
             let teacher = batch.teacher_hidden(pair.teacher);
-            let teacher = in_positions.map_or_else(|| teacher.shallow_clone(), |rows| teacher.index_select(0, rows));
-            let Some((_, student)) = forward.hidden.iter().find(|(layer, _)| *layer == pair.student) else {
+            let teacher = in_positions.map_or_else(
+                || teacher.shallow_clone(),
+                |rows| teacher.index_select(0, rows),
+            );
+            let Some((_, student)) = forward
+                .hidden
+                .iter()
+                .find(|(layer, _)| *layer == pair.student)
+            else {
                 continue; // The forward pass returns every layer it was asked for.
             };
-            let student = student.view([-1, student.size()[2]]).index_select(0, in_batch).to_kind(Kind::Float);
+            let student = student
+                .view([-1, student.size()[2]])
+                .index_select(0, in_batch)
+                .to_kind(Kind::Float);
             let mean = loss.sum_over_positions(&student, &teacher) / term.denominator(step);
             shares[index] += mean.double_value(&[]);
             // The embeddings (layer 0) are frozen: nothing to train there.
@@ -83,7 +116,10 @@ pub(crate) fn forward_backward(
             }
         }
         if !shares[index].is_finite() {
-            return Err(NotFiniteTerm { term: term.name.clone(), sources: batch.sources.join(", ") });
+            return Err(NotFiniteTerm {
+                term: term.name.clone(),
+                sources: batch.sources.join(", "),
+            });
         }
     }
 

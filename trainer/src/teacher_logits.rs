@@ -6,6 +6,7 @@ use caskd_formats::{Cache, Head, HeadDtype};
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
+use crate::matmul::times_transposed;
 use crate::{Error, Result};
 
 /// What turns cached coefficients into logits.
@@ -21,26 +22,42 @@ pub(crate) struct LinearCode {
 
 impl LinearCode {
     /// The code of an exact cache, cut to the first `vocabulary` rows.
-    pub(crate) fn of_exact(cache: &Cache, vocabulary: usize, kind: Kind, device: Device) -> Result<LinearCode> {
+    pub(crate) fn of_exact(
+        cache: &Cache,
+        vocabulary: usize,
+        kind: Kind,
+        device: Device,
+    ) -> Result<LinearCode> {
         let head = cache.head()?.ok_or_else(|| Error::TierCannotAnswer {
             term: "full-vocabulary logits".to_owned(),
             tier: "headless".to_owned(),
             reason: "it has no LM head".to_owned(),
             remedy: "build the cache with `--tier exact`".to_owned(),
         })?;
-        let weight = head_tensor(&head)?.narrow(0, 0, vocabulary as i64).to_kind(kind).to_device(device);
-        Ok(LinearCode { weight, bias: None, layer: cache.manifest().teacher.num_layers })
+        let weight = head_tensor(&head)?
+            .narrow(0, 0, vocabulary as i64)
+            .to_kind(kind)
+            .to_device(device);
+        Ok(LinearCode {
+            weight,
+            bias: None,
+            layer: cache.manifest().teacher.num_layers,
+        })
     }
 
     /// A code of given weights [V, R].
     #[cfg(test)]
     pub(crate) fn for_test(weight: &Tensor, layer: u32) -> LinearCode {
-        LinearCode { weight: weight.shallow_clone(), bias: None, layer }
+        LinearCode {
+            weight: weight.shallow_clone(),
+            bias: None,
+            layer,
+        }
     }
 
     /// Logits in f32: [N, R] → [N, V].
     pub(crate) fn logits(&self, coefficients: &Tensor) -> Tensor {
-        let product = coefficients.to_kind(self.weight.kind()).matmul(&self.weight.tr()).to_kind(Kind::Float);
+        let product = times_transposed(coefficients, &self.weight).to_kind(Kind::Float);
         match &self.bias {
             Some(bias) => product + bias,
             None => product,
@@ -61,10 +78,16 @@ impl LinearCode {
 /// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary [N] f64: the
 /// exact logit where it is among the top K, else the rebuilt one, less the cached log-sum-exp. On a
 /// sparse cache a token outside the top K gets an equal share of the mass that the top K leave.
-pub(crate) fn gold_log_probabilities(batch: &Batch, code: Option<&LinearCode>, vocabulary: usize) -> Option<Tensor> {
+pub(crate) fn gold_log_probabilities(
+    batch: &Batch,
+    code: Option<&LinearCode>,
+    vocabulary: usize,
+) -> Option<Tensor> {
     let log_sum_exp = batch.log_sum_exp.as_ref()?;
     let rebuilt = code.map(|code| {
-        let hidden = batch.teacher_hidden(code.layer).index_select(0, &batch.targets_in_positions);
+        let hidden = batch
+            .teacher_hidden(code.layer)
+            .index_select(0, &batch.targets_in_positions);
         code.logits_of(&hidden, &batch.labels) - log_sum_exp
     });
     let log_p = match (rebuilt, &batch.top_k) {
@@ -75,8 +98,12 @@ pub(crate) fn gold_log_probabilities(batch: &Batch, code: Option<&LinearCode>, v
             let of_gold = (&log_p * &is_gold).sum_dim_intlist([-1].as_slice(), false, Kind::Float);
             let elsewhere = rebuilt.unwrap_or_else(|| {
                 let others = (vocabulary as i64 - top_k.ids.size()[1]).max(1) as f64;
-                let kept = log_p.exp().sum_dim_intlist([-1].as_slice(), false, Kind::Double);
-                ((1.0f64 - kept).clamp_min(1e-9) / others).log().to_kind(Kind::Float)
+                let kept = log_p
+                    .exp()
+                    .sum_dim_intlist([-1].as_slice(), false, Kind::Double);
+                ((1.0f64 - kept).clamp_min(1e-9) / others)
+                    .log()
+                    .to_kind(Kind::Float)
             });
             of_gold.where_self(&is_gold.any_dim(-1, false), &elsewhere)
         }

@@ -93,6 +93,10 @@ pub struct TrainSummary {
 /// A configuration that makes no sense, a student that does not fit the cache, a loss that the cache
 /// cannot answer, an existing folder without `resume` or a different run in it, unreadable or
 /// unwritable files, and losses or gradients that are not finite.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a run keeps the cache for its threads"
+)]
 pub fn train(
     config: &TrainConfig,
     student: LoadedModel,
@@ -105,66 +109,104 @@ pub fn train(
     let objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
     let order = Order::new(cache.rows()?, config)?;
     let device = student.network.device();
-    let teacher = match objective.full_logits {
-        true => Some(LinearCode::of_exact(&cache, objective.vocabulary, student.network.kind(), device)?),
-        false => None,
-    };
+    let kind = student.network.kind();
+    let teacher = objective
+        .full_logits
+        .then(|| LinearCode::of_exact(&cache, objective.vocabulary, kind, device))
+        .transpose()?;
     let record = RunRecord::new(&student, student_path, &cache);
+    let mut student = student.network;
+    student.attach_lora(&config.lora, config.seed)?;
+
+    // Whatever can be refused has been: from here on something is written.
     let mut run = RunFolder::open(out, config, record, control.resume)?;
     if let Some(summary) = run.record.summary.take() {
         return Ok(summary);
     }
-
-    let mut student = student.network;
-    student.attach_lora(&config.lora, config.seed)?;
     let mut optimizer = AdamW::new(student.trainable(), config);
     let restored = checkpoint::restore(&run.checkpoints(), &student.trainable(), &mut optimizer)?;
-    let (mut cursor, notes) =
-        restored.map_or_else(Default::default, |restored| (restored.cursor, restored.passed_over));
-    notes.iter().for_each(|note| tracing::warn!("{note}; went back to step {}", cursor.step));
+    let (mut cursor, notes) = restored.map_or_else(Default::default, |restored| {
+        (restored.cursor, restored.passed_over)
+    });
+    for note in &notes {
+        tracing::warn!("{note}; went back to step {}", cursor.step);
+    }
     run.open_log(cursor.step)?;
 
     let steps_per_epoch = order.steps_per_epoch();
     let all_steps = steps_per_epoch * u64::from(config.epochs);
-    let total_steps = config.max_steps.map_or(all_steps, |most| most.min(all_steps));
+    let total_steps = config
+        .max_steps
+        .map_or(all_steps, |most| most.min(all_steps));
     let sequences = order.num_sequences() as u64;
     let steps: Vec<usize> = order.batches_per_step(cursor.step, total_steps);
     let schedule = order.steps_from(cursor.step).take(steps.len()).flatten();
-    let mut batches = BatchReader::start(&cache, schedule, &objective.columns, objective.vocabulary, config.prefetch);
+    let mut batches = BatchReader::start(
+        &cache,
+        schedule,
+        &objective.columns,
+        objective.vocabulary,
+        config.prefetch,
+    );
 
     let mut saved = cursor.step;
     for batches_of_step in steps {
         if control.stop.load(Ordering::Relaxed) {
             if saved < cursor.step {
-                checkpoint::save(&run.checkpoints(), &cursor, &student.trainable(), &optimizer)?;
+                checkpoint::save(
+                    &run.checkpoints(),
+                    &cursor,
+                    &student.trainable(),
+                    &optimizer,
+                )?;
             }
             return Ok(summary_of(&cursor, sequences, notes, Completed::No));
         }
         let started = Instant::now();
         let micro_batches: Vec<Batch> = (0..batches_of_step)
-            .map(|_| Ok(batches.next().unwrap_or(Err(Error::ReaderLost))?.to_device(device)))
+            .map(|_| {
+                Ok(batches
+                    .next()
+                    .unwrap_or(Err(Error::ReaderLost))?
+                    .to_device(device))
+            })
             .collect::<Result<_>>()?;
         let data_wait_seconds = started.elapsed().as_secs_f64();
         let size = step_size(&micro_batches);
         let step = cursor.step + 1;
         let not_finite = |what: String, sources: String| {
             let checkpoint = checkpoint::newest(&run.checkpoints());
-            Error::NotFinite { what, step, sources, checkpoint }
+            Error::NotFinite {
+                what,
+                step,
+                sources,
+                checkpoint,
+            }
         };
 
         optimizer.zero_grad();
         let mut values = vec![0.0; objective.terms.len()];
         for (index, batch) in micro_batches.iter().enumerate() {
             student.set_dropout_seed(dropout_seed(config.seed, step, index));
-            let shares = forward_backward(&student, &objective, teacher.as_ref(), batch, &size).map_err(
-                |NotFiniteTerm { term, sources }| not_finite(format!("loss `{term}`"), sources),
-            )?;
-            values.iter_mut().zip(shares).for_each(|(value, share)| *value += share);
+            let shares = forward_backward(&student, &objective, teacher.as_ref(), batch, &size)
+                .map_err(|NotFiniteTerm { term, sources }| {
+                    not_finite(format!("loss `{term}`"), sources)
+                })?;
+            values
+                .iter_mut()
+                .zip(shares)
+                .for_each(|(value, share)| *value += share);
         }
         let learning_rate = learning_rate(config, cursor.step, total_steps);
         let grad_norm = optimizer.step(learning_rate).map_err(|bad| {
-            let sources: Vec<String> = micro_batches.iter().flat_map(|batch| batch.sources.clone()).collect();
-            not_finite(format!("the gradient of `{}`", bad.parameter), sources.join(", "))
+            let sources: Vec<String> = micro_batches
+                .iter()
+                .flat_map(|batch| batch.sources.clone())
+                .collect();
+            not_finite(
+                format!("the gradient of `{}`", bad.parameter),
+                sources.join(", "),
+            )
         })?;
 
         let seconds = started.elapsed().as_secs_f64();
@@ -172,8 +214,18 @@ pub fn train(
             step,
             total_steps,
             epoch: cursor.epoch,
-            loss: objective.terms.iter().zip(&values).map(|(term, value)| term.weight * value).sum(),
-            terms: objective.terms.iter().map(|term| term.name.clone()).zip(values).collect(),
+            loss: objective
+                .terms
+                .iter()
+                .zip(&values)
+                .map(|(term, value)| term.weight * value)
+                .sum(),
+            terms: objective
+                .terms
+                .iter()
+                .map(|term| term.name.clone())
+                .zip(values)
+                .collect(),
             grad_norm,
             learning_rate,
             tokens: size.positions as u64,
@@ -182,11 +234,21 @@ pub fn train(
             tokens_per_second: size.positions as f64 / seconds,
             data_wait_seconds,
         };
-        cursor.advance(&report, steps_per_epoch, config.gradient_accumulation as u64);
+        cursor.advance(
+            &report,
+            steps_per_epoch,
+            config.gradient_accumulation as u64,
+        );
         run.log(&report)?;
         (control.progress)(&report);
-        if config.checkpoint_every > 0 && step % config.checkpoint_every == 0 && step < total_steps {
-            checkpoint::save(&run.checkpoints(), &cursor, &student.trainable(), &optimizer)?;
+        if config.checkpoint_every > 0 && step % config.checkpoint_every == 0 && step < total_steps
+        {
+            checkpoint::save(
+                &run.checkpoints(),
+                &cursor,
+                &student.trainable(),
+                &optimizer,
+            )?;
             saved = step;
         }
     }
@@ -197,12 +259,18 @@ pub fn train(
     Ok(summary)
 }
 
+#[derive(Clone, Copy)]
 enum Completed {
     Yes,
     No,
 }
 
-fn summary_of(cursor: &Cursor, sequences: u64, notes: Vec<String>, completed: Completed) -> TrainSummary {
+fn summary_of(
+    cursor: &Cursor,
+    sequences: u64,
+    notes: Vec<String>,
+    completed: Completed,
+) -> TrainSummary {
     TrainSummary {
         steps: cursor.step,
         sequences,
@@ -231,11 +299,13 @@ impl Cursor {
 }
 
 fn step_size(batches: &[Batch]) -> StepSize {
-    batches.iter().fold(StepSize::default(), |size, batch| StepSize {
-        sequences: size.sequences + batch.num_sequences(),
-        positions: size.positions + batch.num_positions(),
-        targets: size.targets + batch.num_targets(),
-    })
+    batches
+        .iter()
+        .fold(StepSize::default(), |size, batch| StepSize {
+            sequences: size.sequences + batch.num_sequences(),
+            positions: size.positions + batch.num_positions(),
+            targets: size.targets + batch.num_targets(),
+        })
 }
 
 /// A seed for every forward pass, whatever came before it: a resumed run drops the same elements.

@@ -15,6 +15,8 @@ impl LogitLoss for CrossEntropy {
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         let log_q = rows.student.log_softmax(-1, None::<Kind>);
-        -log_q.gather(-1, &rows.labels.unsqueeze(-1), false).squeeze_dim(-1)
+        -log_q
+            .gather(-1, &rows.labels.unsqueeze(-1), false)
+            .squeeze_dim(-1)
     }
 }

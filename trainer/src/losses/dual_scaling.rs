@@ -47,7 +47,11 @@ impl LogitLoss for DualScaling {
         let student = self.logits_norm.apply(rows.student);
         let (sigma_teacher, sigma_student) = match self.sigma {
             Sigma::Position => {
-                let of = if self.detach_sigma { student.detach() } else { student.shallow_clone() };
+                let of = if self.detach_sigma {
+                    student.detach()
+                } else {
+                    student.shallow_clone()
+                };
                 (population_sigma(&teacher), population_sigma(&of))
             }
             Sigma::Sample => {
@@ -59,7 +63,11 @@ impl LogitLoss for DualScaling {
             &(teacher / (sigma_teacher * self.scaling_value)),
             &(student / (sigma_student * self.scaling_value)),
         );
-        let factor = if self.scaling_squared { self.gamma * self.scaling_value.powi(2) } else { self.gamma };
+        let factor = if self.scaling_squared {
+            self.gamma * self.scaling_value.powi(2)
+        } else {
+            self.gamma
+        };
         divided(value, 1.0 / factor)
     }
 

@@ -22,10 +22,17 @@ impl LogitLoss for Kl {
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
-        let teacher = divided(self.logits_norm.apply(rows.full_teacher()), self.temperature);
+        let teacher = divided(
+            self.logits_norm.apply(rows.full_teacher()),
+            self.temperature,
+        );
         let student = divided(self.logits_norm.apply(rows.student), self.temperature);
         let value = divergence(&teacher, &student);
-        if self.temperature_squared { divided(value, self.temperature.powi(-2)) } else { value }
+        if self.temperature_squared {
+            divided(value, self.temperature.powi(-2))
+        } else {
+            value
+        }
     }
 }
 

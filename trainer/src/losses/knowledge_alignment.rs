@@ -1,5 +1,7 @@
 //! Knowledge Alignment of hidden states.
 
+use std::cmp::Ordering;
+
 use tch::{Kind, Tensor};
 
 use super::{HiddenReduction, Normalization};
@@ -36,19 +38,22 @@ impl KnowledgeAlignment {
 /// left alone. [P, D_s], [P, D_t] → both [P, min(D_s, D_t)].
 pub fn match_width(student: &Tensor, teacher: &Tensor) -> (Tensor, Tensor) {
     let (student_width, teacher_width) = (student.size()[1], teacher.size()[1]);
-    let pooled = |x: &Tensor, width: i64| x.unsqueeze(1).adaptive_avg_pool1d([width]).squeeze_dim(1);
-    if student_width > teacher_width {
-        (pooled(student, teacher_width), teacher.shallow_clone())
-    } else if teacher_width > student_width {
-        (student.shallow_clone(), pooled(teacher, student_width))
-    } else {
-        (student.shallow_clone(), teacher.shallow_clone())
+    let pooled =
+        |x: &Tensor, width: i64| x.unsqueeze(1).adaptive_avg_pool1d([width]).squeeze_dim(1);
+    match student_width.cmp(&teacher_width) {
+        Ordering::Greater => (pooled(student, teacher_width), teacher.shallow_clone()),
+        Ordering::Less => (student.shallow_clone(), pooled(teacher, student_width)),
+        Ordering::Equal => (student.shallow_clone(), teacher.shallow_clone()),
     }
 }
 
 /// The student's layer at the same relative depth as a layer of the teacher: 0 ↔ 0, last ↔ last,
 /// in between rounded to the nearest.
 pub fn matched_layer(teacher_layer: u32, teacher_layers: u32, student_layers: u32) -> u32 {
-    let (layer, of, to) = (u64::from(teacher_layer), u64::from(teacher_layers.max(1)), u64::from(student_layers));
+    let (layer, of, to) = (
+        u64::from(teacher_layer),
+        u64::from(teacher_layers.max(1)),
+        u64::from(student_layers),
+    );
     ((2 * layer * to + of) / (2 * of)).min(to) as u32
 }

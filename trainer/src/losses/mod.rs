@@ -75,7 +75,8 @@ impl LogitRows<'_> {
     /// # Panics
     /// When they were not provided: [`LogitLoss::requirement`] promises them.
     pub(crate) fn full_teacher(&self) -> &Tensor {
-        self.teacher.expect("a loss that requires full logits is only run where they are rebuilt")
+        self.teacher
+            .expect("a loss that requires full logits is only run where they are rebuilt")
     }
 
     /// σ per sample of logits under one normalisation.
@@ -84,7 +85,9 @@ impl LogitRows<'_> {
     /// When they were not provided: [`LogitLoss::sample_sigma`] promises them.
     pub(crate) fn sigma_of(&self, norm: Normalization) -> &SampleSigma {
         let found = self.sample_sigmas.iter().find(|(of, _)| *of == norm);
-        &found.expect("a loss that asks for σ per sample is only run where it was measured").1
+        &found
+            .expect("a loss that asks for σ per sample is only run where it was measured")
+            .1
     }
 }
 

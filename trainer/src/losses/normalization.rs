@@ -23,7 +23,11 @@ pub enum Normalization {
 
 impl Normalization {
     /// All three, in Table 2's order.
-    pub const ALL: [Normalization; 3] = [Normalization::None, Normalization::MaxMin, Normalization::Standardize];
+    pub const ALL: [Normalization; 3] = [
+        Normalization::None,
+        Normalization::MaxMin,
+        Normalization::Standardize,
+    ];
 
     /// Normalises each vector along the last dimension: [.., D] → [.., D], gradients included.
     pub fn apply(self, x: &Tensor) -> Tensor {
@@ -50,5 +54,9 @@ pub(crate) fn population_sigma(x: &Tensor) -> Tensor {
 }
 
 fn root_mean_square(centred: &Tensor) -> Tensor {
-    centred.square().mean_dim([-1].as_slice(), true, None::<Kind>).clamp_min(EPSILON * EPSILON).sqrt()
+    centred
+        .square()
+        .mean_dim([-1].as_slice(), true, None::<Kind>)
+        .clamp_min(EPSILON * EPSILON)
+        .sqrt()
 }

@@ -40,8 +40,13 @@ impl LogitLoss for TopKKl {
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
-        let TopKRows { ids, logits, log_sum_exp } =
-            rows.top_k.expect("a loss that requires the top K is only run where they are read");
+        let TopKRows {
+            ids,
+            logits,
+            log_sum_exp,
+        } = rows
+            .top_k
+            .expect("a loss that requires the top K is only run where they are read");
         let log_p = logits - log_sum_exp.unsqueeze(-1);
         let p = log_p.exp();
         let rest = (1.0f64 - over_last(&p)).clamp_min(SMALLEST_MASS);

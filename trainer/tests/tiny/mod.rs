@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use caskd_formats::{
-    Cache, CacheSpec, CacheWriter, DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState, Io, LayerSpec, Sequence,
-    Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+    Cache, CacheSpec, CacheWriter, DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState, Io,
+    LayerSpec, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
 };
-use caskd_models::{LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, SeededRng, load, save_model};
+use caskd_models::{
+    LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, SeededRng, load, save_model,
+};
 use caskd_trainer::{Control, StepReport, TrainConfig, TrainSummary, train};
 use tch::{Kind, Tensor};
 
@@ -36,14 +38,25 @@ pub(crate) struct CacheForm {
 
 impl Default for CacheForm {
     fn default() -> Self {
-        CacheForm { tier: Tier::Exact, layers: vec![2, 4], top_k: TOP_K, fingerprint: None, vocabulary: VOCABULARY }
+        CacheForm {
+            tier: Tier::Exact,
+            layers: vec![2, 4],
+            top_k: TOP_K,
+            fingerprint: None,
+            vocabulary: VOCABULARY,
+        }
     }
 }
 
 impl Tiny {
     pub(crate) fn new() -> Tiny {
+        // Tests run side by side, and nothing here is large enough to be shared out.
+        tch::set_num_threads(1);
         let teacher = model(TEACHER_LAYERS, 16, VOCABULARY, 1);
-        Tiny { folder: tempfile::tempdir().unwrap(), teacher }
+        Tiny {
+            folder: tempfile::tempdir().unwrap(),
+            teacher,
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -81,13 +94,28 @@ pub(crate) fn train_quietly(
     let stop = AtomicBool::new(false);
     let mut reports = Vec::new();
     let mut progress = |report: &StepReport| reports.push(report.clone());
-    let mut control = Control { resume, stop: &stop, progress: &mut progress };
-    let summary = train(config, load_student(student), student, Arc::clone(cache), out, &mut control)?;
+    let mut control = Control {
+        resume,
+        stop: &stop,
+        progress: &mut progress,
+    };
+    let summary = train(
+        config,
+        load_student(student),
+        student,
+        Arc::clone(cache),
+        out,
+        &mut control,
+    )?;
     Ok((summary, reports))
 }
 
 pub(crate) fn model(layers: usize, width: usize, vocabulary: usize, seed: u64) -> LoadedModel {
-    let shape = LayerShape { heads: 4, kv_heads: 2, intermediate_size: 2 * width };
+    let shape = LayerShape {
+        heads: 4,
+        kv_heads: 2,
+        intermediate_size: 2 * width,
+    };
     let config = LlamaConfig {
         vocab_size: vocabulary,
         hidden_size: width,
@@ -109,8 +137,9 @@ pub(crate) fn model(layers: usize, width: usize, vocabulary: usize, seed: u64) -
 }
 
 fn tokenizer() -> tokenizers::Tokenizer {
-    let vocabulary: serde_json::Map<String, serde_json::Value> =
-        (0..TOKENS).map(|id| (format!("w{id}"), id.into())).collect();
+    let vocabulary: serde_json::Map<String, serde_json::Value> = (0..TOKENS)
+        .map(|id| (format!("w{id}"), id.into()))
+        .collect();
     let json = serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
@@ -124,13 +153,14 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
     (0..SEQUENCES)
         .map(|index| {
             let positions = 4 + rng.below(12) as usize;
-            let token_ids: Vec<u32> = (0..positions).map(|_| rng.below(TOKENS as u64) as u32).collect();
+            let token_ids: Vec<u32> = (0..positions)
+                .map(|_| rng.below(TOKENS as u64) as u32)
+                .collect();
             let input: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
             let input = Tensor::from_slice(&input).unsqueeze(0);
             tch::no_grad(|| {
                 let forward = teacher.network.forward(&input, &form.layers, false);
-                // Tiny random networks are nearly uniform: sharper logits make better tests.
-                let logits = teacher.network.logits(&(&forward.last_hidden * 1.0)).squeeze_dim(0);
+                let logits = teacher.network.logits(&forward.last_hidden).squeeze_dim(0);
                 let hidden = forward.hidden.iter().map(|(layer, hidden)| HiddenState {
                     layer: *layer,
                     width: hidden.size()[2] as usize,
@@ -144,7 +174,11 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
                         let (values, ids) = logits.topk(form.top_k as i64, -1, true, true);
                         let ids: Vec<i64> = Vec::try_from(ids.view(-1)).unwrap();
                         let ids = ids.into_iter().map(|id| id as u32).collect();
-                        TopK { k: form.top_k, ids, logits: floats(&values) }
+                        TopK {
+                            k: form.top_k,
+                            ids,
+                            logits: floats(&values),
+                        }
                     }),
                     hidden: hidden.collect(),
                     token_ids,
@@ -164,7 +198,11 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
         layers: form
             .layers
             .iter()
-            .map(|&layer| LayerSpec { layer, width: config.hidden_size, codec: HiddenCodec::F16 })
+            .map(|&layer| LayerSpec {
+                layer,
+                width: config.hidden_size,
+                codec: HiddenCodec::F16,
+            })
             .collect(),
         sequences_per_shard: 10,
         max_len: 64,
@@ -178,15 +216,24 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
             num_parameters: teacher.network.num_parameters(),
         },
         tokenizer: TokenizerInfo {
-            fingerprint: form.fingerprint.clone().unwrap_or_else(|| teacher.fingerprint.clone()),
+            fingerprint: form
+                .fingerprint
+                .clone()
+                .unwrap_or_else(|| teacher.fingerprint.clone()),
             vocab_size: TOKENS,
         },
         data: DataInfo {
             digest: "00".into(),
             files: vec![],
             sequences: sequences.len() as u64,
-            positions: sequences.iter().map(|sequence| sequence.token_ids.len() as u64).sum(),
-            targets: sequences.iter().map(|sequence| sequence.token_ids.len() as u64 - 2).sum(),
+            positions: sequences
+                .iter()
+                .map(|sequence| sequence.token_ids.len() as u64)
+                .sum(),
+            targets: sequences
+                .iter()
+                .map(|sequence| sequence.token_ids.len() as u64 - 2)
+                .sum(),
             truncated: 0,
             skipped: 0,
             prompt_form: "none".into(),
@@ -200,13 +247,26 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
         let head = Tensor::cat(
             &[
                 teacher.network.head().shallow_clone(),
-                Tensor::zeros([(form.vocabulary - VOCABULARY) as i64, config.hidden_size as i64], (Kind::Float, tch::Device::Cpu)),
+                Tensor::zeros(
+                    [
+                        (form.vocabulary - VOCABULARY) as i64,
+                        config.hidden_size as i64,
+                    ],
+                    (Kind::Float, tch::Device::Cpu),
+                ),
             ],
             0,
         );
-        let bytes: Vec<u8> = floats(&head).iter().flat_map(|value| value.to_le_bytes()).collect();
-        let head =
-            HeadWeights { vocab_size: form.vocabulary, width: config.hidden_size, dtype: HeadDtype::F32, bytes: &bytes };
+        let bytes: Vec<u8> = floats(&head)
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let head = HeadWeights {
+            vocab_size: form.vocabulary,
+            width: config.hidden_size,
+            dtype: HeadDtype::F32,
+            bytes: &bytes,
+        };
         writer.write_head(&head).unwrap();
     }
     writer.finish().unwrap();
