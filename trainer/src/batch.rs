@@ -15,19 +15,19 @@ pub(crate) struct Batch {
     pub(crate) sources: Vec<String>,
     /// [B, T] i64, padded on the right with 0.
     pub(crate) input_ids: Tensor,
-    /// Real positions as indices into B·T [P] i64, by sequence and position.
+    /// Real positions as indices into B·T \[P\] i64, by sequence and position.
     pub(crate) positions: Tensor,
-    /// Target positions as indices into B·T [N] i64.
+    /// Target positions as indices into B·T \[N\] i64.
     pub(crate) targets: Tensor,
-    /// Target positions as indices into P [N] i64.
+    /// Target positions as indices into P \[N\] i64.
     pub(crate) targets_in_positions: Tensor,
-    /// The tokens to predict [N] i64.
+    /// The tokens to predict \[N\] i64.
     pub(crate) labels: Tensor,
-    /// Sequence of each target position [N] i64.
+    /// Sequence of each target position \[N\] i64.
     pub(crate) sequence_of_target: Tensor,
     /// The teacher's hidden states by layer, each [P, D] f32.
     pub(crate) hidden: Vec<(u32, Tensor)>,
-    /// log Σ exp of the teacher's logits at the target positions [N].
+    /// log Σ exp of the teacher's logits at the target positions \[N\].
     pub(crate) log_sum_exp: Option<Tensor>,
     /// The teacher's largest logits at the target positions.
     pub(crate) top_k: Option<TopKRows>,

@@ -152,7 +152,7 @@ impl Default for TrainConfig {
     }
 }
 
-/// The keys that [[loss]] entries replace.
+/// The keys that `[[loss]]` entries replace.
 pub(crate) const RECIPE_KEYS: [&str; 16] = [
     "hard_weight",
     "soft_weight",

@@ -222,6 +222,9 @@ impl Error {
             Error::Cache(error) => error.hint(),
             Error::Model(error) => error.hint(),
             Error::UnknownKey { nearest, .. } => nearest.as_ref().map(|key| format!("did you mean `{key}`?")),
+            Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
+                Some("`caskd train --print-config` shows every key with a value that it takes".to_owned())
+            }
             Error::RecipeBesideLosses { .. } => {
                 Some("remove the recipe keys, or the [[loss]] entries: one of the two decides the loss".to_owned())
             }

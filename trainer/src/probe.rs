@@ -156,7 +156,7 @@ impl Probe {
     /// what the configuration divides the raw logits of teacher and student by before the softmax.
     /// Plain KL divides both by the same temperature, so its D is 0; Dual-Scaling and standardised
     /// logits divide by σ · b, max-min logits by (max − min) · b. The normalisations' shifts leave the
-    /// softmax alone. A = Σ_l mean ‖n(h_t[l]) − n(h_s[l])‖² over the configured layers. Both are 0
+    /// softmax alone. A = Σ_l mean ‖n(h_t\[l\]) − n(h_s\[l\])‖² over the configured layers. Both are 0
     /// where the configuration has no such term.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! From the recipe's keys (BayesKD Table 2) or [[loss]] entries to loss terms.
+//! From the recipe's keys (BayesKD Table 2) or `[[loss]]` entries to loss terms.
 
 use serde::de::{SeqAccess, Visitor, value::SeqAccessDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -248,7 +248,7 @@ impl Default for AlignmentTerm {
 }
 
 impl TrainConfig {
-    /// The loss terms: the [[loss]] entries, or the recipe
+    /// The loss terms: the `[[loss]]` entries, or the recipe
     /// `hard_weight · CE + soft_weight · (L_d + L_k)` (BayesKD Eq. 8 with Table 2's two weights).
     /// Terms of weight 0 are left out, so that nothing is read for them.
     pub fn terms(&self) -> Vec<LossTerm> {

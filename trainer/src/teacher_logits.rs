@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub(crate) struct LinearCode {
     /// [V, R] in the kind of the student's matrix products.
     weight: Tensor,
-    /// [V] f32.
+    /// \[V\] f32.
     bias: Option<Tensor>,
     /// The cached layer that holds the coefficients.
     pub(crate) layer: u32,
@@ -64,7 +64,7 @@ impl LinearCode {
         }
     }
 
-    /// One logit a row, of the given tokens: [N, R], [N] → [N] f32.
+    /// One logit a row, of the given tokens: [N, R], \[N\] → \[N\] f32.
     fn logits_of(&self, coefficients: &Tensor, tokens: &Tensor) -> Tensor {
         let rows = self.weight.index_select(0, tokens).to_kind(Kind::Float);
         let product = (rows * coefficients).sum_dim_intlist([-1].as_slice(), false, Kind::Float);
@@ -75,7 +75,7 @@ impl LinearCode {
     }
 }
 
-/// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary [N] f64: the
+/// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary \[N\] f64: the
 /// exact logit where it is among the top K, else the rebuilt one, less the cached log-sum-exp. On a
 /// sparse cache a token outside the top K gets an equal share of the mass that the top K leave.
 pub(crate) fn gold_log_probabilities(

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::{LogitLoss, LogitRows, Requirement};
 
-/// −log softmax(s)[y], y the token that follows.
+/// −log softmax(s)\[y\], y the token that follows.
 #[derive(Debug, Clone, Copy)]
 pub struct CrossEntropy;
 

@@ -36,7 +36,7 @@ impl LogitLoss for Kl {
     }
 }
 
-/// KL(softmax(t) ‖ softmax(s)) over the last dimension: [N, V], [N, V] → [N].
+/// KL(softmax(t) ‖ softmax(s)) over the last dimension: [N, V], [N, V] → \[N\].
 pub(super) fn divergence(teacher: &Tensor, student: &Tensor) -> Tensor {
     let log_p = teacher.log_softmax(-1, None::<Kind>);
     let log_q = student.log_softmax(-1, None::<Kind>);

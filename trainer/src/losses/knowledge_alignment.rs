@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::{HiddenReduction, Normalization};
 
-/// Σ_l β · mean over positions of ‖n(h_s[l]) − n(h_t[l])‖²: BayesKD Eq. 7 with one β for all layers,
+/// Σ_l β · mean over positions of ‖n(h_s\[l\]) − n(h_t\[l\])‖²: BayesKD Eq. 7 with one β for all layers,
 /// and Eq. 9 (or none, or standardisation) as n, over the width of one position.
 #[derive(Debug, Clone, Copy)]
 pub struct KnowledgeAlignment {

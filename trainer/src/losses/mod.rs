@@ -2,7 +2,7 @@
 //! share: the rows they see, what they may ask of the cache, and how a configured term becomes one.
 //!
 //! A *row* is one target position: position t of a sequence whose next token t+1 is a target. All
-//! logit losses give one value per row, [N] from logits [N, V]; what becomes of the rows (mean or
+//! logit losses give one value per row, \[N\] from logits [N, V]; what becomes of the rows (mean or
 //! the paper's sum / N²) is the step's business. Every loss computes in the kind of its inputs:
 //! f32 while training, f64 in the tests.
 
@@ -43,7 +43,7 @@ pub struct LogitRows<'a> {
     pub teacher: Option<&'a Tensor>,
     /// The teacher's largest logits, when a loss asked for them.
     pub top_k: Option<&'a TopKRows>,
-    /// The tokens that follow [N] i64.
+    /// The tokens that follow \[N\] i64.
     pub labels: &'a Tensor,
     /// Standard deviations per sample, when a loss asked for them, by the normalisation ahead.
     pub sample_sigmas: &'a [(Normalization, SampleSigma)],
@@ -56,7 +56,7 @@ pub struct TopKRows {
     pub ids: Tensor,
     /// Logits [N, K].
     pub logits: Tensor,
-    /// log Σ exp over the whole vocabulary at T = 1 [N].
+    /// log Σ exp over the whole vocabulary at T = 1 \[N\].
     pub log_sum_exp: Tensor,
 }
 
@@ -96,7 +96,7 @@ pub trait LogitLoss: Send {
     /// What it asks of the cache.
     fn requirement(&self) -> Requirement;
 
-    /// One value per row: [N], differentiable with respect to `rows.student`.
+    /// One value per row: \[N\], differentiable with respect to `rows.student`.
     fn value(&self, rows: &LogitRows<'_>) -> Tensor;
 
     /// `Some(norm)` where it needs the standard deviation of all (normalised) logits of a row's
