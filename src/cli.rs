@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use caskd_cache_builder::LayerChoice;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Run the teacher once, train hundreds of students from its cache.
@@ -100,7 +99,7 @@ pub(crate) struct BuildArgs {
     pub(crate) top_k: usize,
     /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none
     #[arg(long, default_value = "last,middle", value_name = "LIST")]
-    pub(crate) layers: LayerChoice,
+    pub(crate) layers: String,
     /// How hidden states are stored
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) hidden: HiddenArg,

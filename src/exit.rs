@@ -95,9 +95,41 @@ from_crate_error!(
     caskd_formats::Error,
     caskd_models::Error,
     caskd_cache_builder::Error,
-    caskd_trainer::Error,
-    caskd_search::Error
+    caskd_trainer::Error
 );
+
+impl From<caskd_search::Error> for Failure {
+    /// What stopped a trial is often something that the user can mend; only its own error knows.
+    fn from(error: caskd_search::Error) -> Self {
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            if let Some(of_trainer) = inner.downcast_ref::<caskd_trainer::Error>() {
+                let exit = if of_trainer.is_user() {
+                    Exit::User
+                } else {
+                    Exit::Ours
+                };
+                return Self {
+                    exit,
+                    message: with_causes(&error),
+                    hint: of_trainer.hint(),
+                };
+            }
+            cause = inner.source();
+        }
+        let exit = if error.is_user() {
+            Exit::User
+        } else {
+            Exit::Ours
+        };
+        Self {
+            exit,
+            message: with_causes(&error),
+            hint: error.hint(),
+        }
+    }
+}
+
 
 /// The message followed by those causes that it does not already quote.
 fn with_causes(error: &dyn std::error::Error) -> String {

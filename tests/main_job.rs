@@ -236,7 +236,7 @@ fn a_stopped_run_resumes_to_the_same_weights() {
                     "--out",
                     out,
                     "--set",
-                    "epochs=40",
+                    "epochs=15",
                     "--set",
                     "kd_type=dual-scaling",
                     "--set",
@@ -283,7 +283,7 @@ fn a_stopped_run_resumes_to_the_same_weights() {
 #[test]
 fn a_second_builder_is_refused_while_the_first_one_works() {
     let bench = Bench::new();
-    let text: String = (0..400_000)
+    let text: String = (0..200_000)
         .map(|index| char::from(b'a' + (index * index % 23) as u8))
         .collect();
     bench.write("long.txt", &text);

@@ -319,7 +319,7 @@ struct PassTotals {
 /// The teacher and what is to be kept of it.
 struct TeacherPass<'a> {
     teacher: &'a LoadedModel,
-    /// `[D, V]` in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit.
+    /// `[V, D]` in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit.
     head: Tensor,
     vocab_size: usize,
     top_k: usize,
@@ -344,7 +344,7 @@ impl<'a> TeacherPass<'a> {
                 .head()
                 .detach()
                 .to_kind(Kind::Float)
-                .transpose(0, 1),
+                .contiguous(),
             vocab_size: spec.vocab_size,
             top_k: spec.top_k,
             layers: spec.layers.iter().map(|layer| layer.layer).collect(),
@@ -470,10 +470,8 @@ impl<'a> TeacherPass<'a> {
         let mut first = 0;
         while first < rows {
             let count = HEAD_ROWS.min(rows - first);
-            let logits = last_hidden
-                .narrow(0, first, count)
-                .to_kind(Kind::Float)
-                .matmul(&self.head)
+            let hidden = last_hidden.narrow(0, first, count).to_kind(Kind::Float);
+            let logits = caskd_models::linear(&hidden, &self.head, None)
                 .to_device(Device::Cpu)
                 .contiguous();
             let started = Instant::now();

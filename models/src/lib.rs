@@ -48,6 +48,7 @@ use crate::weights::SafetensorsFolder;
 
 pub use activation::{ActivationNorms, activation_norms};
 pub use error::{Error, Result};
+pub use linear::{linear, through_onednn};
 pub use llama::{Forward, LayerShape, Llama, LlamaConfig, RopeScaling};
 pub use lora::{LORA_TARGETS, LoraConfig, load_adapters, save_adapters};
 pub use prune::{LayerPruning, PruneOptions, PruneReport, prune};

@@ -97,6 +97,18 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
             "both must be positive, and at most 1 together",
         ));
     }
+    let study_there = plan.out.join("study.sqlite").exists();
+    if !study_there
+        && plan
+            .out
+            .read_dir()
+            .is_ok_and(|mut entries| entries.next().is_some())
+    {
+        return Err(Failure::user(
+            format!("`{}` holds something that is not a study", plan.out.display()),
+            "choose another --out",
+        ));
+    }
     let cache = Arc::new(Cache::open(&plan.cache, plan.base.io())?);
     let options = LoadOptions {
         device: parse_device(&plan.base.device)?,

@@ -1,23 +1,11 @@
-//! The head's two matrix products.
-//!
-//! For f32 on a CPU they go to oneDNN: libtorch's default, MKL, takes a slower path on processors
-//! that are not Intel's (measured on an AVX-512 EPYC: 120–160 against 75–95 GFLOP/s on one core).
+//! The head's two matrix products, through oneDNN where [`linear`] would go there too.
 
-use tch::{Device, Kind, Tensor};
+use caskd_models::{linear, through_onednn};
+use tch::{Kind, Tensor};
 
 /// x · wᵀ: [N, R], [V, R] → [N, V], in the kind of w. No graph.
 pub(crate) fn times_transposed(x: &Tensor, w: &Tensor) -> Tensor {
-    tch::no_grad(|| {
-        let x = x.to_kind(w.kind());
-        if through_onednn(w) {
-            x.contiguous()
-                .to_mkldnn()
-                .mkldnn_linear(w, None::<Tensor>)
-                .to_dense(Kind::Float, false)
-        } else {
-            x.matmul(&w.tr())
-        }
-    })
+    tch::no_grad(|| linear(&x.to_kind(w.kind()), w, None))
 }
 
 /// g · w: [N, V], [V, D] → [N, D], in the kind of w. No graph.
@@ -32,11 +20,4 @@ pub(crate) fn times(g: &Tensor, w: &Tensor) -> Tensor {
             g.matmul(w)
         }
     })
-}
-
-fn through_onednn(w: &Tensor) -> bool {
-    w.device() == Device::Cpu
-        && w.kind() == Kind::Float
-        && w.is_contiguous()
-        && tch::utils::has_mkldnn()
 }

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The benchmarks. The rival's half (PyTorch with transformers, Optuna) runs where $CASKD_PYTHON has
+# those packages, in the same run, so that ratios compare like with like; without it only our half does.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+teacher="${CASKD_TEACHER:-$(scripts/fetch.sh teacher)}"
+python="${CASKD_PYTHON:-}"
+rival() {
+    if [ -z "$python" ]; then echo "(no rival: set CASKD_PYTHON to a Python with torch, transformers and optuna)"; else "$python" "$@"; fi
+}
+cargo build --release --locked -p caskd-models --example forward_speed
+cargo build --release --locked -p caskd-trainer --example step_speed
+cargo build --release --locked -p caskd-search --example surfaces
+for kind in f32 bf16; do
+    for shape in '8 128' '4 512'; do
+        echo "== forward pass and LoRA step, [$shape], $kind"
+        # shellcheck disable=SC2086
+        target/release/examples/forward_speed "$teacher" $shape "$kind" 3
+        # shellcheck disable=SC2086
+        rival models/examples/forward_speed.py "$teacher" $shape "$kind" 3
+    done
+    echo "== LoRA step from the cache, [8 128], $kind"
+    target/release/examples/step_speed "$teacher" examples/data/heldout.txt "$kind" 4
+done
+echo "== search: mean simple regret on the response surfaces"
+target/release/examples/surfaces --seeds 5
