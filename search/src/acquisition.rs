@@ -10,7 +10,7 @@ use crate::objective::Discrepancy;
 /// EI = (f(x⁺) − μ − ξ)·Φ(Z) + σ·φ(Z), Z = (f(x⁺) − μ − ξ)/σ.
 ///
 /// This is the first part of BayesKD's Eq. 10 with Eq. 11. The paper writes μ − f(x⁺), which is the improvement of
-/// a metric that grows; a perplexity or a loss falls, so the sign is turned. Σ is the standard deviation (the paper
+/// a metric that grows; a perplexity or a loss falls, so the sign is turned. σ is the standard deviation (the paper
 /// calls it a variance, but divides by it where the deviation belongs).
 pub(crate) fn expected_improvement(mean: f64, deviation: f64, best: f64, xi: f64) -> f64 {
     let improvement = best - mean - xi;

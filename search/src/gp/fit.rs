@@ -190,7 +190,7 @@ impl<'a> Problem<'a> {
     }
 }
 
-/// Hyper-parameters fitted to observations, from `starts` (the first is the prior's mode).
+/// Hyper-parameters fitted to observations, from the prior's mode.
 pub(crate) fn map_estimate(problem: &Problem<'_>, evaluations: usize) -> Hyper {
     problem.fit(&problem.prior_mode(), evaluations)
 }
