@@ -156,7 +156,7 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
         })?;
         say(format!(
             "best: trial {} with validation perplexity {:.3} (`{}`)",
-            best.number,
+            best.number + 1,
             best.value.unwrap_or(f64::NAN),
             path.display()
         ));

@@ -92,6 +92,9 @@ pub(crate) fn train_with_progress(
     };
     let summary = train(config, student_model, student, cache, out, &mut control)?;
     bar.finish();
+    for note in &summary.notes {
+        say(format!("note: {note}"));
+    }
     if summary.completed {
         say(format!(
             "run `{}`: {} steps, {} tokens in {} ({:.0} tokens/s, {:.1}% of it waiting for data), final loss {:.4}",
