@@ -130,7 +130,6 @@ impl From<caskd_search::Error> for Failure {
     }
 }
 
-
 /// The message followed by those causes that it does not already quote.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();

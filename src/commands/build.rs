@@ -20,10 +20,12 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
             TierArg::Exact => Tier::Exact,
         },
         top_k: args.top_k,
-        layers: args
-            .layers
-            .parse()
-            .map_err(|problem| Failure::user(format!("--layers: {problem}"), "for instance: --layers last,middle"))?,
+        layers: args.layers.parse().map_err(|problem| {
+            Failure::user(
+                format!("--layers: {problem}"),
+                "for instance: --layers last,middle",
+            )
+        })?,
         hidden_codec: match args.hidden {
             HiddenArg::Int8 => HiddenCodec::Int8,
             HiddenArg::F16 => HiddenCodec::F16,

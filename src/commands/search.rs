@@ -105,7 +105,10 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
             .is_ok_and(|mut entries| entries.next().is_some())
     {
         return Err(Failure::user(
-            format!("`{}` holds something that is not a study", plan.out.display()),
+            format!(
+                "`{}` holds something that is not a study",
+                plan.out.display()
+            ),
             "choose another --out",
         ));
     }
