@@ -1,5 +1,7 @@
 //! Bad input: a clear error with a hint, exit code 2, nothing half-written under a final name.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use support::{Bench, stderr, tiny_model};

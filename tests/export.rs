@@ -1,5 +1,7 @@
 //! What leaves a cache is what the teacher said.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use caskd_models::{LoadOptions, load};

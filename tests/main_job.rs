@@ -1,5 +1,7 @@
 //! The main job through the binary, on a tiny teacher: build, prune, train, search, evaluate, report.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use support::{Bench, files, stderr};
