@@ -334,7 +334,7 @@ fn bad_settings() {
                 setting,
             ],
             expected,
-        )
+        );
     };
     train("learning_rat=1", &["learning_rate"]);
     train("learning_rate=fast", &["learning_rate"]);

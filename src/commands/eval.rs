@@ -132,7 +132,7 @@ fn with_rate(bar: &mut Progress) -> impl FnMut(u64, u64) {
                 "{:.0} tokens/s",
                 done as f64 / started.elapsed().as_secs_f64().max(1e-9)
             ),
-        )
+        );
     }
 }
 

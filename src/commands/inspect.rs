@@ -24,6 +24,7 @@ struct Card<'a> {
 }
 
 #[derive(Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names of the JSON")]
 struct Served {
     loss: &'static str,
     served: bool,

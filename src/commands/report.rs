@@ -255,7 +255,7 @@ fn run_section(path: &Path) -> Result<RunSection, Failure> {
                     value.as_f64().map_or_else(
                         || value.to_string(),
                         |number| {
-                            format!("{:.4}", number)
+                            format!("{number:.4}")
                                 .trim_end_matches('0')
                                 .trim_end_matches('.')
                                 .to_string()

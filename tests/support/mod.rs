@@ -2,6 +2,8 @@
 #![allow(
     dead_code,
     clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    clippy::format_collect,
     reason = "every test binary uses a part of this"
 )]
 
