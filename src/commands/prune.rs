@@ -63,7 +63,12 @@ pub(crate) fn prune_to(
     }
     let mut model = load(model, &LoadOptions::default())?;
     let activation = match calibration {
-        None => None,
+        None => {
+            say(
+                "warning: pruning by the weights' magnitude alone, which can ruin a model; --calibration FILE does far better",
+            );
+            None
+        }
         Some(file) => {
             let data = caskd_cache_builder::tokenize(&model, std::slice::from_ref(file), 512)?;
             let mut sequences = Vec::new();
