@@ -25,6 +25,9 @@ pub(crate) struct Batch {
     pub(crate) labels: Tensor,
     /// Sequence of each target position \[N\] i64.
     pub(crate) sequence_of_target: Tensor,
+    /// What tells target positions apart in whatever batch they come: a hash of the sequence's tokens
+    /// and the position \[N\] i64.
+    pub(crate) keys: Tensor,
     /// The teacher's hidden states by layer, each [P, D] f32.
     pub(crate) hidden: Vec<(u32, Tensor)>,
     /// log Σ exp of the teacher's logits at the target positions \[N\].
@@ -49,6 +52,7 @@ impl Batch {
         let mut positions = Vec::new();
         let (mut targets, mut targets_in_positions) = (Vec::new(), Vec::new());
         let (mut labels, mut sequence_of_target) = (Vec::new(), Vec::new());
+        let mut keys = Vec::new();
         for (b, sequence) in sequences.iter().enumerate() {
             let tokens = &sequence.token_ids;
             if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
@@ -59,6 +63,7 @@ impl Batch {
                     vocabulary,
                 });
             }
+            let of_sequence = hash_of_tokens(tokens);
             for (t, &token) in tokens.iter().enumerate() {
                 let flat = (b * longest + t) as i64;
                 input_ids[flat as usize] = i64::from(token);
@@ -67,6 +72,7 @@ impl Batch {
                     targets_in_positions.push(positions.len() as i64);
                     labels.push(i64::from(tokens[t + 1]));
                     sequence_of_target.push(b as i64);
+                    keys.push(of_sequence.wrapping_add(t as i64));
                 }
                 positions.push(flat);
             }
@@ -92,6 +98,7 @@ impl Batch {
             targets_in_positions: Tensor::from_slice(&targets_in_positions),
             labels: Tensor::from_slice(&labels),
             sequence_of_target: Tensor::from_slice(&sequence_of_target),
+            keys: Tensor::from_slice(&keys),
             hidden: columns
                 .layers
                 .iter()
@@ -111,6 +118,7 @@ impl Batch {
             targets_in_positions: to(&self.targets_in_positions),
             labels: to(&self.labels),
             sequence_of_target: to(&self.sequence_of_target),
+            keys: to(&self.keys),
             hidden: self
                 .hidden
                 .iter()
@@ -155,6 +163,16 @@ impl Batch {
     pub(crate) fn source_of_target(&self, row: i64) -> &str {
         &self.sources[self.sequence_of_target.int64_value(&[row]) as usize]
     }
+}
+
+fn hash_of_tokens(tokens: &[u32]) -> i64 {
+    let mut hasher = blake3::Hasher::new();
+    for token in tokens {
+        hasher.update(&token.to_le_bytes());
+    }
+    let mut word = [0u8; 8];
+    word.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    i64::from_le_bytes(word)
 }
 
 fn hidden_rows(sequences: &[Sequence], layer: u32) -> Option<(u32, Tensor)> {

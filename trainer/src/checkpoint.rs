@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use crate::losses::MissingLogits;
 use crate::optimizer::{AdamW, read_tensors, write_tensors};
 use crate::{Error, Result};
 
@@ -37,6 +38,9 @@ pub(crate) struct Cursor {
     pub(crate) loss: f64,
     /// Value of each term at the last step.
     pub(crate) terms: Vec<(String, f64)>,
+    /// Teacher logits that student-led losses looked up, and did not find.
+    #[serde(default)]
+    pub(crate) missing: MissingLogits,
 }
 
 #[derive(Serialize, Deserialize)]

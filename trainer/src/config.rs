@@ -3,8 +3,9 @@
 use caskd_models::LoraConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::loss_term::LossTerm;
 use crate::losses::{HiddenPositions, HiddenReduction, LogitReduction, Normalization, Sigma, Tail};
-use crate::recipe::{KdType, Layers, LossTerm};
+use crate::recipe::{KdType, Layers};
 use crate::{Error, Result};
 
 /// Everything that decides a run, apart from student and cache. In TOML every key is optional.
@@ -329,6 +330,18 @@ impl TrainConfig {
                 nearest: nearest_key(key),
             });
         }
+        if let ("loss", toml::Value::Array(terms)) = (key, &value)
+            && let Some(terms) = terms
+                .iter()
+                .map(toml::Value::as_table)
+                .collect::<Option<Vec<_>>>()
+        {
+            self.loss = terms
+                .into_iter()
+                .map(LossTerm::from_table)
+                .collect::<Result<_>>()?;
+            return Ok(());
+        }
         let shown = value.to_string();
         let mut table = self.to_table();
         match key.split_once('.') {
@@ -417,15 +430,20 @@ fn flattened(table: &toml::Table) -> Vec<(String, toml::Value)> {
 
 /// The known key of least edit distance, when it is near enough to be meant.
 fn nearest_key(key: &str) -> Option<String> {
-    let normal = key.to_lowercase().replace('-', "_");
-    known_keys()
+    nearest_of(key, known_keys())
+}
+
+/// Of some names (dotted ones count by their last part too) the one of least edit distance, when it
+/// is near enough to be meant.
+pub(crate) fn nearest_of(name: &str, known: impl IntoIterator<Item = String>) -> Option<String> {
+    let normal = name.to_lowercase().replace('-', "_");
+    known
         .into_iter()
         .map(|known| {
-            let last = known.rsplit('.').next().unwrap_or_default();
-            (
-                edit_distance(&normal, &known).min(edit_distance(&normal, last)),
-                known,
-            )
+            let plain = known.replace('-', "_");
+            let last = plain.rsplit('.').next().unwrap_or_default();
+            let distance = edit_distance(&normal, &plain).min(edit_distance(&normal, last));
+            (distance, known)
         })
         .min()
         .filter(|(distance, known)| *distance <= known.len().max(normal.len()) / 2)

@@ -68,6 +68,50 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+    /// A kind of loss that does not exist.
+    #[error("{}", if kind.is_empty() { "a loss needs a kind".to_owned() } else { format!("there is no loss `{kind}`") })]
+    UnknownLoss {
+        /// As it was given.
+        kind: String,
+        /// The kind that looks most like it.
+        nearest: Option<String>,
+        /// Those that exist, as a list.
+        known: String,
+    },
+    /// A key that a kind of loss does not have.
+    #[error("loss `{kind}` has no key `{key}`")]
+    UnknownLossKey {
+        /// The loss.
+        kind: String,
+        /// As it was given.
+        key: String,
+        /// Its key that looks most like it.
+        nearest: Option<String>,
+        /// The keys it has, as a list.
+        known: String,
+    },
+    /// A value that a key of a loss does not take.
+    #[error("loss `{kind}`: `{key}` = {value} is not possible: {message}")]
+    BadLossValue {
+        /// The loss.
+        kind: String,
+        /// The key.
+        key: String,
+        /// As it was given.
+        value: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A tensor that a loss is to be evaluated on.
+    #[error("tensor `{tensor}` {reason}")]
+    LossTensor {
+        /// Its name.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do.
+        remedy: String,
+    },
     /// Recipe keys and `[[loss]]` entries in one configuration.
     #[error("`{key}` has no effect beside explicit [[loss]] entries")]
     RecipeBesideLosses {
@@ -225,6 +269,18 @@ impl Error {
             Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
                 Some("`caskd train --print-config` shows every key with a value that it takes".to_owned())
             }
+            Error::UnknownLoss { nearest, known, .. } => Some(match nearest {
+                Some(kind) => format!("did you mean `{kind}`? there are {known}"),
+                None => format!("there are {known}"),
+            }),
+            Error::UnknownLossKey { nearest, known, .. } => Some(match nearest {
+                Some(key) => format!("did you mean `{key}`? it has {known}"),
+                None => format!("it has {known}"),
+            }),
+            Error::BadLossValue { .. } => {
+                Some("`caskd loss --list` shows every kind with its keys and defaults".to_owned())
+            }
+            Error::LossTensor { remedy, .. } => Some(remedy.clone()),
             Error::RecipeBesideLosses { .. } => {
                 Some("remove the recipe keys, or the [[loss]] entries: one of the two decides the loss".to_owned())
             }

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::head::{chunks, logits, rows_per_chunk};
-use crate::losses::{Kl, LogitLoss, LogitRows, Normalization};
+use crate::losses::divergence;
 use crate::objective::check_fit;
 use crate::reader::read_batch;
 use crate::teacher_logits::{LinearCode, gold_log_probabilities};
@@ -234,19 +234,8 @@ impl Sums {
             let agree = student.argmax(-1, false).eq_tensor(&teacher_first);
             self.agreements += agree.sum(Kind::Double).double_value(&[]);
             if let Some(teacher) = &teacher {
-                let kl = Kl {
-                    temperature: 1.0,
-                    temperature_squared: false,
-                    logits_norm: Normalization::None,
-                };
-                let rows = LogitRows {
-                    student: &student,
-                    teacher: Some(teacher),
-                    top_k: None,
-                    labels: &labels,
-                    sample_sigmas: &[],
-                };
-                self.kl += kl.value(&rows).sum(Kind::Double).double_value(&[]);
+                let kl = divergence(teacher, &student);
+                self.kl += kl.sum(Kind::Double).double_value(&[]);
             }
         }
         self.targets += batch.num_targets() as u64;

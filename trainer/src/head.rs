@@ -8,7 +8,9 @@
 use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
-use crate::losses::{LogitLoss, LogitRows, Normalization, SampleSigma, TopKRows};
+use crate::losses::{
+    LogitLoss, LogitRows, Lookups, MissingLogits, Normalization, SampleSigma, TopKRows,
+};
 use crate::matmul::{times, times_transposed};
 use crate::teacher_logits::LinearCode;
 
@@ -24,6 +26,8 @@ const CHUNK_ROWS: std::ops::RangeInclusive<i64> = 16..=1024;
 pub(crate) struct ScaledLoss<'a> {
     /// The loss.
     pub(crate) loss: &'a dyn LogitLoss,
+    /// Of both models' logits, ahead of it.
+    pub(crate) norm: Normalization,
     /// Weight over the denominator of the reduction.
     pub(crate) scale: f64,
 }
@@ -42,6 +46,8 @@ pub(crate) struct HeadGradient {
     pub(crate) hidden: Tensor,
     /// Σ of the values of each loss over the target positions, unscaled.
     pub(crate) sums: Vec<f64>,
+    /// Teacher logits that were looked up, and not found.
+    pub(crate) missing: MissingLogits,
 }
 
 /// A loss value that is not finite.
@@ -73,6 +79,8 @@ pub(crate) fn fused_head(
             .index_select(0, &batch.targets_in_positions)
     });
     let sigmas = sample_sigmas(hidden, coefficients.as_ref(), batch, heads, losses, chunk);
+    let norms = norms_of(losses.iter());
+    let lookups = Lookups::default();
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
@@ -83,34 +91,42 @@ pub(crate) fn fused_head(
             logits: top_k.logits.narrow(0, first, rows),
             log_sum_exp: top_k.log_sum_exp.narrow(0, first, rows),
         });
-        let sigmas: Vec<(Normalization, SampleSigma)> = sigmas
-            .iter()
-            .map(|(norm, sigma)| {
+        let labels = batch.labels.narrow(0, first, rows);
+        let keys = batch.keys.narrow(0, first, rows);
+        let mut total: Option<Tensor> = None;
+        // Each normalisation is made once, for all the losses that it stands ahead of.
+        for &norm in &norms {
+            let student = norm.apply(&student);
+            let teacher = teacher.as_ref().map(|teacher| norm.apply(teacher));
+            let sigma = sigmas.iter().find(|(of, _)| *of == norm).map(|(_, sigma)| {
                 let student = sigma.student.narrow(0, first, rows);
                 let teacher = sigma.teacher.narrow(0, first, rows);
-                (*norm, SampleSigma { student, teacher })
-            })
-            .collect();
-        let rows = LogitRows {
-            student: &student,
-            teacher: teacher.as_ref(),
-            top_k: top_k.as_ref(),
-            labels: &batch.labels.narrow(0, first, rows),
-            sample_sigmas: &sigmas,
-        };
-        let mut total: Option<Tensor> = None;
-        for (index, ScaledLoss { loss, scale }) in losses.iter().enumerate() {
-            let values = loss.value(&rows);
-            let sum = values.sum(Kind::Double).double_value(&[]);
-            if !sum.is_finite() {
-                return Err(NotFiniteRow {
-                    loss: index,
-                    row: first + first_not_finite(&values),
-                });
+                SampleSigma { student, teacher }
+            });
+            let rows = LogitRows {
+                student: &student,
+                teacher: teacher.as_ref(),
+                top_k: top_k.as_ref().filter(|_| norm == Normalization::None),
+                labels: &labels,
+                keys: &keys,
+                sample_sigma: sigma.as_ref(),
+                lookups: &lookups,
+            };
+            let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
+            for (index, ScaledLoss { loss, scale, .. }) in losses.iter().enumerate().filter(of_norm)
+            {
+                let values = loss.value(&rows);
+                let sum = values.sum(Kind::Double).double_value(&[]);
+                if !sum.is_finite() {
+                    return Err(NotFiniteRow {
+                        loss: index,
+                        row: first + first_not_finite(&values),
+                    });
+                }
+                sums[index] += sum;
+                let scaled = values.sum(None::<Kind>) * *scale;
+                total = Some(total.map_or_else(|| scaled.shallow_clone(), |total| total + &scaled));
             }
-            sums[index] += sum;
-            let scaled = values.sum(None::<Kind>) * *scale;
-            total = Some(total.map_or_else(|| scaled.shallow_clone(), |total| total + &scaled));
         }
         if let Some(total) = total {
             let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
@@ -120,7 +136,16 @@ pub(crate) fn fused_head(
     Ok(HeadGradient {
         hidden: Tensor::cat(&gradients, 0),
         sums,
+        missing: lookups.count(),
     })
+}
+
+/// The normalisations ahead of some losses, each once, in a fixed order.
+fn norms_of<'a>(losses: impl Iterator<Item = &'a ScaledLoss<'a>>) -> Vec<Normalization> {
+    let mut norms: Vec<Normalization> = losses.map(|scaled| scaled.norm).collect();
+    norms.sort_by_key(|norm| *norm as u8);
+    norms.dedup();
+    norms
 }
 
 /// Logits in f32 of hidden states, without a graph: [N, D], [V, D] → [N, V].
@@ -158,13 +183,10 @@ fn sample_sigmas(
     losses: &[ScaledLoss<'_>],
     chunk: i64,
 ) -> Vec<(Normalization, SampleSigma)> {
-    let mut norms: Vec<Normalization> = losses
+    let per_sample = losses
         .iter()
-        .filter_map(|scaled| scaled.loss.sample_sigma())
-        .collect();
-    norms.sort_by_key(|norm| *norm as u8);
-    norms.dedup();
-    norms
+        .filter(|scaled| scaled.loss.needs_sample_sigma());
+    norms_of(per_sample)
         .into_iter()
         .map(|norm| {
             let (mut student, mut teacher) = (Vec::new(), Vec::new());
@@ -176,7 +198,11 @@ fn sample_sigmas(
                     teacher.push(moments(&norm.apply(&logits)));
                 }
             }
-            let spread = |chunks: &[Tensor]| sigma_of_samples(&Tensor::cat(chunks, 0), batch);
+            let spread = |chunks: &[Tensor]| {
+                let moments = Tensor::cat(chunks, 0);
+                let samples = batch.num_sequences() as i64;
+                sigma_of_samples(&moments, &batch.sequence_of_target, samples).to_kind(Kind::Float)
+            };
             (
                 norm,
                 SampleSigma {
@@ -189,7 +215,7 @@ fn sample_sigmas(
 }
 
 /// Mean and mean square over the vocabulary in f64: [N, V] → [N, 2].
-fn moments(logits: &Tensor) -> Tensor {
+pub(crate) fn moments(logits: &Tensor) -> Tensor {
     let mean = logits.mean_dim([-1].as_slice(), true, None::<Kind>);
     let variance = (logits - &mean)
         .square()
@@ -199,10 +225,9 @@ fn moments(logits: &Tensor) -> Tensor {
     Tensor::cat(&[mean.shallow_clone(), variance + mean.square()], 1)
 }
 
-/// From the moments of the rows [N, 2] to the σ of each row's sample [N, 1] f32.
-fn sigma_of_samples(moments: &Tensor, batch: &Batch) -> Tensor {
-    let of = &batch.sequence_of_target;
-    let samples = batch.num_sequences() as i64;
+/// From the moments of the rows [N, 2] to the σ of each row's sample [N, 1] f64; `of` \[N\] says which
+/// of the `samples` that is.
+pub(crate) fn sigma_of_samples(moments: &Tensor, of: &Tensor, samples: i64) -> Tensor {
     let sums =
         Tensor::zeros([samples, 2], (Kind::Double, moments.device())).index_add(0, of, moments);
     let counts = of
@@ -212,11 +237,7 @@ fn sigma_of_samples(moments: &Tensor, batch: &Batch) -> Tensor {
         .unsqueeze(1);
     let means = sums / counts;
     let variance = means.narrow(1, 1, 1) - means.narrow(1, 0, 1).square();
-    variance
-        .clamp_min(1e-12)
-        .sqrt()
-        .to_kind(Kind::Float)
-        .index_select(0, of)
+    variance.clamp_min(1e-12).sqrt().index_select(0, of)
 }
 
 fn first_not_finite(values: &Tensor) -> i64 {
@@ -234,7 +255,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::losses::{CrossEntropy, DualScaling, Kl, Sigma, Tail, TopKKl};
+    use crate::losses::{BildTeacherLed, CrossEntropy, DualScaling, Kl, Sigma, UniformTailKl};
 
     const WIDTH: usize = 6;
     const VOCABULARY: usize = 23;
@@ -295,33 +316,32 @@ mod tests {
             random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]),
         );
         let code = LinearCode::for_test(&teacher_head, 2);
-        let dual = |sigma: Sigma, logits_norm: Normalization| DualScaling {
+        let dual = |sigma: Sigma| DualScaling {
             scaling_value: 2.0,
-            gamma: 1.0,
             sigma,
-            detach_sigma: true,
-            scaling_squared: false,
-            logits_norm,
+            ..DualScaling::default()
         };
-        let losses: [&dyn LogitLoss; 6] = [
-            &CrossEntropy,
-            &Kl {
-                temperature: 3.0,
-                temperature_squared: true,
-                logits_norm: Normalization::None,
-            },
-            &dual(Sigma::Position, Normalization::MaxMin),
-            &dual(Sigma::Sample, Normalization::None),
-            &dual(Sigma::Sample, Normalization::Standardize),
-            &TopKKl {
-                tail: Tail::Uniform,
-            },
+        let kl = Kl {
+            temperature: 3.0,
+            temperature_squared: true,
+            ..Kl::default()
+        };
+        let losses: [(&dyn LogitLoss, Normalization); 8] = [
+            (&CrossEntropy {}, Normalization::None),
+            (&kl, Normalization::None),
+            (&dual(Sigma::Position), Normalization::MaxMin),
+            (&dual(Sigma::Sample), Normalization::None),
+            (&dual(Sigma::Sample), Normalization::Standardize),
+            (&UniformTailKl { k: 2 }, Normalization::None),
+            (&kl, Normalization::Standardize),
+            (&BildTeacherLed::default(), Normalization::MaxMin),
         ];
         let scaled: Vec<ScaledLoss<'_>> = losses
             .iter()
             .enumerate()
-            .map(|(index, &loss)| ScaledLoss {
+            .map(|(index, &(loss, norm))| ScaledLoss {
                 loss,
+                norm,
                 scale: 0.1 + index as f64,
             })
             .collect();
@@ -346,28 +366,27 @@ mod tests {
                 .collect();
             Tensor::stack(&per_row, 0).unsqueeze(1)
         };
-        let sigmas: Vec<_> = [Normalization::None, Normalization::Standardize]
-            .map(|norm| {
-                let of = |logits: &Tensor| of_sample(&norm.apply(&logits.detach()));
-                (
-                    norm,
-                    SampleSigma {
-                        student: of(&student),
-                        teacher: of(&teacher),
-                    },
-                )
-            })
-            .into();
-        let all = LogitRows {
-            student: &student,
-            teacher: Some(&teacher),
-            top_k: batch.top_k.as_ref(),
-            labels: &batch.labels,
-            sample_sigmas: &sigmas,
-        };
+        let lookups = Lookups::default();
         let sums: Vec<Tensor> = losses
             .iter()
-            .map(|loss| loss.value(&all).sum(None::<Kind>))
+            .map(|(loss, norm)| {
+                let (student, teacher) = (norm.apply(&student), norm.apply(&teacher));
+                let sigma = SampleSigma {
+                    student: of_sample(&student.detach()),
+                    teacher: of_sample(&teacher),
+                };
+                let top_k = batch.top_k.as_ref();
+                loss.value(&LogitRows {
+                    student: &student,
+                    teacher: Some(&teacher),
+                    top_k: top_k.filter(|_| *norm == Normalization::None),
+                    labels: &batch.labels,
+                    keys: &batch.keys,
+                    sample_sigma: Some(&sigma),
+                    lookups: &lookups,
+                })
+                .sum(None::<Kind>)
+            })
             .collect();
         let total: Tensor = sums
             .iter()
@@ -409,7 +428,8 @@ mod tests {
             teacher: None,
         };
         let losses = [ScaledLoss {
-            loss: &CrossEntropy,
+            loss: &CrossEntropy {},
+            norm: Normalization::None,
             scale: 1.0,
         }];
         let Err(bad) = fused_head(&hidden, &batch, &heads, &losses, 2) else {

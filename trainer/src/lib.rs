@@ -26,6 +26,8 @@ mod config;
 mod error;
 mod eval;
 mod head;
+mod loss_term;
+mod loss_values;
 pub mod losses;
 mod matmul;
 mod objective;
@@ -42,10 +44,10 @@ mod train;
 pub use config::{CacheIo, Dtype, TrainConfig};
 pub use error::{Error, Result};
 pub use eval::{CacheScore, TextScore, evaluate_cache, evaluate_text, teacher_perplexity};
+pub use loss_term::{LossTerm, TermLoss};
+pub use loss_values::{LossValues, loss_values};
 pub use objective::check_fit;
 pub use probe::{Pair, Probe, probe};
-pub use recipe::{
-    AlignmentTerm, CrossEntropyTerm, DualScalingTerm, KdType, KlTerm, LayerPair, Layers, LossTerm,
-};
+pub use recipe::{KdType, LayerPair, Layers};
 pub use run_folder::{is_run, load_run, run_cache};
 pub use train::{Control, StepReport, TrainSummary, train};

@@ -4,8 +4,11 @@
 use caskd_formats::{Cache, Columns, Manifest, Tier};
 use caskd_models::LoadedModel;
 
-use crate::losses::{HiddenPositions, KnowledgeAlignment, LogitLoss, LogitReduction, Requirement};
-use crate::recipe::{LayerPair, LossTerm};
+use crate::loss_term::{LossTerm, TermLoss};
+use crate::losses::{
+    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement,
+};
+use crate::recipe::LayerPair;
 use crate::{Error, Result};
 
 /// A sum of loss terms that the cache can answer.
@@ -35,14 +38,16 @@ pub(crate) enum Work {
     /// Values of target positions.
     Logits {
         /// The loss.
-        loss: Box<dyn LogitLoss>,
+        loss: LogitKind,
+        /// Ahead of it.
+        logits_norm: Normalization,
         /// From values to a number.
         reduction: LogitReduction,
     },
     /// Differences of hidden states.
     Hidden {
         /// The loss.
-        loss: KnowledgeAlignment,
+        loss: HiddenKind,
         /// Which layers.
         pairs: Vec<LayerPair>,
         /// At which positions.
@@ -107,30 +112,41 @@ impl Objective {
             vocabulary: student.network.config().vocab_size.min(manifest.vocab_size),
         };
         for term in terms {
-            let work = if let Some((loss, reduction)) = term.logit_loss() {
-                objective.read_for(term, loss.requirement(), manifest)?;
-                Work::Logits { loss, reduction }
-            } else if let Some((loss, alignment)) = term.alignment() {
-                let pairs = alignment
-                    .layers
-                    .pairs(manifest.teacher.num_layers, student_layers);
-                require_layers(&pairs, manifest)?;
-                objective
-                    .columns
-                    .layers
-                    .extend(pairs.iter().map(|pair| pair.teacher));
-                Work::Hidden {
+            if let Some(requirement) = term.requirement() {
+                objective.read_for(term, requirement, manifest)?;
+            }
+            let work = match &term.loss {
+                TermLoss::Logits {
                     loss,
-                    pairs,
-                    positions: alignment.positions,
+                    reduction,
+                    logits_norm,
+                } => Work::Logits {
+                    loss: loss.clone(),
+                    logits_norm: *logits_norm,
+                    reduction: *reduction,
+                },
+                TermLoss::Hidden {
+                    loss,
+                    layers,
+                    positions,
+                } => {
+                    let pairs = layers.pairs(manifest.teacher.num_layers, student_layers);
+                    require_layers(&pairs, manifest)?;
+                    objective
+                        .columns
+                        .layers
+                        .extend(pairs.iter().map(|pair| pair.teacher));
+                    Work::Hidden {
+                        loss: loss.clone(),
+                        pairs,
+                        positions: *positions,
+                    }
                 }
-            } else {
-                continue; // Every term is one of the two.
             };
             let name = objective.free_name(term.kind());
             objective.terms.push(Term {
                 name,
-                weight: term.weight(),
+                weight: term.weight,
                 work,
             });
         }
@@ -172,26 +188,41 @@ impl Objective {
                 remedy: remedy.to_owned(),
             })
         };
+        let whole_vocabulary = manifest.tier == Tier::Exact;
+        let fits = |k: usize| k.min(self.vocabulary) <= manifest.top_k;
         match requirement {
             Requirement::Nothing => Ok(()),
-            Requirement::TopK if manifest.top_k == 0 => refuse(
-                "it holds no top-k logits",
-                "build the cache with `--top-k 64`, or set `tail` to \"refuse\"",
-            ),
-            Requirement::TopK => {
+            Requirement::TopK(k) if fits(k) => {
                 self.columns.top_k = true;
                 self.columns.statistics = true;
                 Ok(())
             }
-            Requirement::FullLogits if manifest.tier == Tier::Exact => {
+            Requirement::TopK(_) | Requirement::StudentsTopK(_) | Requirement::FullLogits
+                if whole_vocabulary =>
+            {
                 self.full_logits = true;
                 self.columns.layers.push(manifest.teacher.num_layers);
                 Ok(())
             }
+            Requirement::StudentsTopK(k) if fits(k) => {
+                self.columns.top_k = true;
+                self.columns.statistics = true;
+                Ok(())
+            }
+            Requirement::TopK(k) | Requirement::StudentsTopK(k) => refuse(
+                &format!(
+                    "it asks for the teacher's {k} largest logits, and the cache holds {}",
+                    manifest.top_k
+                ),
+                &format!(
+                    "set its `k` to {} at most, or build the cache with `--top-k {k}` or `--tier exact`",
+                    manifest.top_k
+                ),
+            ),
             Requirement::FullLogits => refuse(
                 "it asks for the logits of the whole vocabulary, and a top-k target without its tail harms the student",
                 "build the cache with `--tier exact`; KL at temperature 1 also runs on this one with `tail` set to \
-                 \"uniform\" or \"ghost\"",
+                 \"uniform\" or \"ghost\", and so do ghost-kl, top-k-kl and bild",
             ),
         }
     }

@@ -9,9 +9,12 @@ use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::head::{chunks, logits, rows_per_chunk};
-use crate::losses::{HiddenReduction, KnowledgeAlignment, Normalization};
+use crate::loss_term::TermLoss;
+use crate::losses::{
+    HiddenKind, HiddenLoss, HiddenReduction, KnowledgeAlignment, Normalization, Scaling,
+};
 use crate::objective::check_fit;
-use crate::recipe::{KdType, LayerPair, Layers, LossTerm};
+use crate::recipe::{LayerPair, Layers};
 use crate::{Error, Result, TrainConfig};
 
 /// Measured differences of an untouched student and its cached teacher.
@@ -118,10 +121,10 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
                         hidden_norm,
                         reduction: HiddenReduction::Paper,
                     };
-                    let sum =
-                        loss.sum_over_positions(&of_student, batch.teacher_hidden(pair.teacher));
+                    let values = loss.value(&of_student, batch.teacher_hidden(pair.teacher));
                     let key = (pair.teacher, pair.student, index);
-                    *sums.hidden.entry(key).or_default() += sum.double_value(&[]);
+                    *sums.hidden.entry(key).or_default() +=
+                        values.sum(Kind::Double).double_value(&[]);
                 }
             }
         });
@@ -164,21 +167,25 @@ impl Probe {
     pub fn discrepancy(&self, config: &TrainConfig) -> Result<(f64, f64)> {
         let (mut logits, mut hidden) = (0.0, 0.0);
         for term in config.terms() {
-            match &term {
-                LossTerm::CrossEntropy(_) => {}
-                LossTerm::Kl(term) => {
-                    logits += self.scale_difference(KdType::Kl, term.logits_norm, term.temperature);
+            match &term.loss {
+                TermLoss::Logits {
+                    loss, logits_norm, ..
+                } => {
+                    if let Some(scaling) = loss.loss().scaling() {
+                        logits += self.scale_difference(scaling, *logits_norm);
+                    }
                 }
-                LossTerm::DualScaling(term) => {
-                    logits += self.scale_difference(
-                        KdType::DualScaling,
-                        term.logits_norm,
-                        term.scaling_value,
-                    );
-                }
-                LossTerm::KnowledgeAlignment(term) => {
-                    for pair in term.layers.pairs(self.layers.0, self.layers.1) {
-                        hidden += self.alignment(pair, term.hidden_norm)?;
+                TermLoss::Hidden { loss, layers, .. } => {
+                    // Without a norm of their own the others compare directions: the plain distance
+                    // stands for them.
+                    let norm = match loss {
+                        HiddenKind::KnowledgeAlignment(loss) => loss.hidden_norm,
+                        HiddenKind::PatientKd(_) | HiddenKind::HiddenCosine(_) => {
+                            Normalization::None
+                        }
+                    };
+                    for pair in layers.pairs(self.layers.0, self.layers.1) {
+                        hidden += self.alignment(pair, norm)?;
                     }
                 }
             }
@@ -212,15 +219,13 @@ impl Probe {
             })
     }
 
-    fn scale_difference(&self, kind: KdType, norm: Normalization, base: f64) -> f64 {
-        let scales = match (kind, norm) {
+    fn scale_difference(&self, scaling: Scaling, norm: Normalization) -> f64 {
+        let (scales, base) = match (scaling, norm) {
             // σ of the normalised logits times the norm's own scale is σ of the raw logits again.
-            (KdType::DualScaling, _) | (KdType::Kl, Normalization::Standardize) => self.sigma,
-            (KdType::Kl, Normalization::MaxMin) => self.range,
-            (KdType::Kl, Normalization::None) => Pair {
-                teacher: 1.0,
-                student: 1.0,
-            },
+            (Scaling::Sigma(base), _)
+            | (Scaling::Temperature(base), Normalization::Standardize) => (self.sigma, base),
+            (Scaling::Temperature(base), Normalization::MaxMin) => (self.range, base),
+            (Scaling::Temperature(_), Normalization::None) => return 0.0,
         };
         (1.0 / (scales.teacher * base) - 1.0 / (scales.student * base)).abs()
     }

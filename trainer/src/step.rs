@@ -6,7 +6,7 @@ use caskd_models::Llama;
 
 use crate::batch::Batch;
 use crate::head::{Heads, ScaledLoss, fused_head, rows_per_chunk};
-use crate::losses::HiddenPositions;
+use crate::losses::{HiddenPositions, MissingLogits};
 use crate::objective::{Objective, StepSize, Work};
 use crate::teacher_logits::LinearCode;
 
@@ -19,19 +19,28 @@ pub(crate) struct NotFiniteTerm {
     pub(crate) sources: String,
 }
 
-/// Adds the gradient of one batch's share of the step to the student's trainable tensors. Returns
-/// each term's share of its (unweighted) value over the step.
+/// What one batch adds to a step.
+#[derive(Debug)]
+pub(crate) struct Shares {
+    /// Each term's share of its (unweighted) value over the step.
+    pub(crate) values: Vec<f64>,
+    /// Teacher logits that were looked up, and not found.
+    pub(crate) missing: MissingLogits,
+}
+
+/// Adds the gradient of one batch's share of the step to the student's trainable tensors.
 pub(crate) fn forward_backward(
     student: &Llama,
     objective: &Objective,
     teacher: Option<&LinearCode>,
     batch: &Batch,
     step: &StepSize,
-) -> Result<Vec<f64>, NotFiniteTerm> {
+) -> Result<Shares, NotFiniteTerm> {
     let forward = student.forward(&batch.input_ids, &objective.student_layers(), true);
     let width = *forward.last_hidden.size().last().unwrap_or(&0);
     let vocabulary = objective.vocabulary as i64;
     let mut shares = vec![0.0; objective.terms.len()];
+    let mut missing = MissingLogits::default();
     // What the backward pass of the trunk starts from.
     let mut roots: Vec<Tensor> = Vec::new();
 
@@ -40,10 +49,13 @@ pub(crate) fn forward_backward(
         .iter()
         .enumerate()
         .filter_map(|(index, term)| match &term.work {
-            Work::Logits { loss, .. } => Some((
+            Work::Logits {
+                loss, logits_norm, ..
+            } => Some((
                 index,
                 ScaledLoss {
-                    loss: loss.as_ref(),
+                    loss: loss.loss(),
+                    norm: *logits_norm,
                     scale: term.weight / term.denominator(step),
                 },
             )),
@@ -69,6 +81,7 @@ pub(crate) fn forward_backward(
                 }
             },
         )?;
+        missing += head.missing;
         for (&index, sum) in of_logits.iter().zip(&head.sums) {
             shares[index] = sum / objective.terms[index].denominator(step);
         }
@@ -108,7 +121,8 @@ pub(crate) fn forward_backward(
                 .view([-1, student.size()[2]])
                 .index_select(0, in_batch)
                 .to_kind(Kind::Float);
-            let mean = loss.sum_over_positions(&student, &teacher) / term.denominator(step);
+            let values = loss.loss().value(&student, &teacher);
+            let mean = values.sum(Kind::Float) / term.denominator(step);
             shares[index] += mean.double_value(&[]);
             // The embeddings (layer 0) are frozen: nothing to train there.
             if mean.requires_grad() {
@@ -126,5 +140,8 @@ pub(crate) fn forward_backward(
     if let Some(root) = roots.into_iter().reduce(|sum, root| sum + root) {
         root.backward();
     }
-    Ok(shares)
+    Ok(Shares {
+        values: shares,
+        missing,
+    })
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Cursor};
+use crate::losses::MissingLogits;
 use crate::objective::{Objective, StepSize};
 use crate::optimizer::{AdamW, learning_rate};
 use crate::order::Order;
@@ -57,6 +58,8 @@ pub struct StepReport {
     pub tokens_per_second: f64,
     /// Of the seconds, those spent waiting for the cache.
     pub data_wait_seconds: f64,
+    /// Teacher logits that student-led losses looked up, and did not find among the cached top K.
+    pub missing_teacher_logits: MissingLogits,
 }
 
 /// A whole run.
@@ -78,7 +81,11 @@ pub struct TrainSummary {
     pub terms: Vec<(String, f64)>,
     /// Seconds spent waiting for the cache.
     pub data_wait_seconds: f64,
-    /// What the user should know: checkpoints passed over as damaged.
+    /// Teacher logits that student-led losses looked up over the whole run, and did not find among the
+    /// cached top K.
+    #[serde(default)]
+    pub missing_teacher_logits: MissingLogits,
+    /// What the user should know: checkpoints passed over as damaged, teacher logits that were missing.
     pub notes: Vec<String>,
     /// False: stopped, and can be resumed.
     pub completed: bool,
@@ -186,15 +193,17 @@ pub fn train(
 
         optimizer.zero_grad();
         let mut values = vec![0.0; objective.terms.len()];
+        let mut missing = MissingLogits::default();
         for (index, batch) in micro_batches.iter().enumerate() {
             student.set_dropout_seed(dropout_seed(config.seed, step, index));
             let shares = forward_backward(&student, &objective, teacher.as_ref(), batch, &size)
                 .map_err(|NotFiniteTerm { term, sources }| {
                     not_finite(format!("loss `{term}`"), sources)
                 })?;
+            missing += shares.missing;
             values
                 .iter_mut()
-                .zip(shares)
+                .zip(shares.values)
                 .for_each(|(value, share)| *value += share);
         }
         let learning_rate = learning_rate(config, cursor.step, total_steps);
@@ -233,6 +242,7 @@ pub fn train(
             seconds,
             tokens_per_second: size.positions as f64 / seconds,
             data_wait_seconds,
+            missing_teacher_logits: missing,
         };
         cursor.advance(
             &report,
@@ -268,9 +278,17 @@ enum Completed {
 fn summary_of(
     cursor: &Cursor,
     sequences: u64,
-    notes: Vec<String>,
+    mut notes: Vec<String>,
     completed: Completed,
 ) -> TrainSummary {
+    let MissingLogits { asked, missing } = cursor.missing;
+    if missing > 0 {
+        notes.push(format!(
+            "{missing} of {asked} teacher logits at the student's first tokens ({:.1}%) were not among the cached top K; \
+             the smallest cached logit, an upper bound, stood in",
+            100.0 * missing as f64 / asked as f64
+        ));
+    }
     TrainSummary {
         steps: cursor.step,
         sequences,
@@ -280,6 +298,7 @@ fn summary_of(
         final_loss: cursor.loss,
         terms: cursor.terms.clone(),
         data_wait_seconds: cursor.data_wait_seconds,
+        missing_teacher_logits: cursor.missing,
         notes,
         completed: matches!(completed, Completed::Yes),
     }
@@ -295,6 +314,7 @@ impl Cursor {
         self.data_wait_seconds += report.data_wait_seconds;
         self.loss = report.loss;
         self.terms.clone_from(&report.terms);
+        self.missing += report.missing_teacher_logits;
     }
 }
 

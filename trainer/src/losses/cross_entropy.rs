@@ -1,16 +1,26 @@
 //! Hard-label cross-entropy.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{LogitLoss, LogitRows, Requirement};
+use super::{Labels, LogitLoss, LogitRows, Requirement, Scaling};
 
-/// −log softmax(s)\[y\], y the token that follows.
-#[derive(Debug, Clone, Copy)]
-pub struct CrossEntropy;
+/// −log softmax(s)\[y\], y the token that follows. Asks nothing of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CrossEntropy {}
 
 impl LogitLoss for CrossEntropy {
     fn requirement(&self) -> Requirement {
         Requirement::Nothing
+    }
+
+    fn labels(&self) -> Labels {
+        Labels::Needed
+    }
+
+    fn scaling(&self) -> Option<Scaling> {
+        None
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {

@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::kl::{divergence, divided};
+use super::kl::{divergence, scaled_back};
 use super::normalization::population_sigma;
-use super::{LogitLoss, LogitRows, Normalization, Requirement};
+use super::{BadKey, LogitLoss, LogitRows, Requirement, Scaling, check};
 
 /// Over which logits the σ of Eq. 2 are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -18,10 +18,11 @@ pub enum Sigma {
     Sample,
 }
 
-/// γ · KL(softmax(n(t)/(σ_t·b)) ‖ softmax(n(s)/(σ_s·b))): BayesKD Eqs. 1, 2 and 15, with the base
-/// scaling value b (the appendix's t) and Table 2's normalisation n ahead. σ are population standard
-/// deviations of the normalised logits.
-#[derive(Debug, Clone, Copy)]
+/// γ · KL(softmax(t/(σ_t·b)) ‖ softmax(s/(σ_s·b))): BayesKD Eqs. 1, 2 and 15, with the base scaling
+/// value b (the appendix's t). σ are population standard deviations of the logits as they come, after
+/// a normalisation that is configured ahead. Asks for the logits of the whole vocabulary.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct DualScaling {
     /// b, the base scaling value of Eq. 15.
     pub scaling_value: f64,
@@ -32,9 +33,19 @@ pub struct DualScaling {
     /// Treat the student's σ as a constant: no gradient flows through it.
     pub detach_sigma: bool,
     /// Multiply by b².
-    pub scaling_squared: bool,
-    /// n.
-    pub logits_norm: Normalization,
+    pub temperature_squared: bool,
+}
+
+impl Default for DualScaling {
+    fn default() -> Self {
+        DualScaling {
+            scaling_value: 1.0,
+            gamma: 1.0,
+            sigma: Sigma::Position,
+            detach_sigma: true,
+            temperature_squared: false,
+        }
+    }
 }
 
 impl LogitLoss for DualScaling {
@@ -42,9 +53,27 @@ impl LogitLoss for DualScaling {
         Requirement::FullLogits
     }
 
+    fn needs_sample_sigma(&self) -> bool {
+        self.sigma == Sigma::Sample
+    }
+
+    fn scaling(&self) -> Option<Scaling> {
+        Some(Scaling::Sigma(self.scaling_value))
+    }
+
+    fn validate(&self) -> Result<(), BadKey> {
+        check::positive("scaling_value", self.scaling_value)?;
+        check::positive("gamma", self.gamma)?;
+        check::that(
+            "detach_sigma",
+            self.sigma == Sigma::Position || self.detach_sigma,
+            self.detach_sigma,
+            "gradients through σ need sigma = \"position\"",
+        )
+    }
+
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
-        let teacher = self.logits_norm.apply(rows.full_teacher());
-        let student = self.logits_norm.apply(rows.student);
+        let (teacher, student) = (rows.full_teacher(), rows.student);
         let (sigma_teacher, sigma_student) = match self.sigma {
             Sigma::Position => {
                 let of = if self.detach_sigma {
@@ -52,10 +81,10 @@ impl LogitLoss for DualScaling {
                 } else {
                     student.shallow_clone()
                 };
-                (population_sigma(&teacher), population_sigma(&of))
+                (population_sigma(teacher), population_sigma(&of))
             }
             Sigma::Sample => {
-                let sigma = rows.sigma_of(self.logits_norm);
+                let sigma = rows.sigma_of_sample();
                 (sigma.teacher.shallow_clone(), sigma.student.shallow_clone())
             }
         };
@@ -63,15 +92,11 @@ impl LogitLoss for DualScaling {
             &(teacher / (sigma_teacher * self.scaling_value)),
             &(student / (sigma_student * self.scaling_value)),
         );
-        let factor = if self.scaling_squared {
-            self.gamma * self.scaling_value.powi(2)
+        let value = scaled_back(value, self.scaling_value, self.temperature_squared);
+        if self.gamma == 1.0 {
+            value
         } else {
-            self.gamma
-        };
-        divided(value, 1.0 / factor)
-    }
-
-    fn sample_sigma(&self) -> Option<Normalization> {
-        (self.sigma == Sigma::Sample).then_some(self.logits_norm)
+            value * self.gamma
+        }
     }
 }

@@ -1,37 +1,97 @@
-//! The losses. Each lives in one small file with its equation and paper; this file holds what they
-//! share: the rows they see, what they may ask of the cache, and how a configured term becomes one.
+//! The losses. Each lives in one small file with its equation, its paper, what it asks of the cache
+//! and its keys; this file holds what they share: the rows they see and what they may ask for.
 //!
 //! A *row* is one target position: position t of a sequence whose next token t+1 is a target. All
 //! logit losses give one value per row, \[N\] from logits [N, V]; what becomes of the rows (mean or
-//! the paper's sum / N²) is the step's business. Every loss computes in the kind of its inputs:
-//! f32 while training, f64 in the tests.
+//! the paper's sum / N²) is the step's business, and so is the normalisation of logits ahead of a
+//! loss. Every loss computes in the kind of its inputs: f32 while training, f64 in the tests and
+//! wherever f64 is put in.
 
+mod atkd;
+mod bild;
+mod check;
 mod cross_entropy;
+mod decoupled;
+mod dkd;
 mod dual_scaling;
+mod hidden;
+mod jensen_shannon;
+mod kinds;
 mod kl;
 mod knowledge_alignment;
+mod multi_level;
+mod nkd;
+mod norm_kd;
 mod normalization;
+mod random_sampling_kd;
+mod reverse_kl;
+mod skew_kl;
+mod tail_kl;
 mod top_k_kl;
+mod total_variation;
+mod uld;
+
+use std::cell::Cell;
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+pub use atkd::Atkd;
+pub use bild::{Bild, BildStudentLed, BildTeacherLed};
+pub use check::BadKey;
 pub use cross_entropy::CrossEntropy;
+pub use dkd::Dkd;
 pub use dual_scaling::{DualScaling, Sigma};
-pub use kl::Kl;
-pub use knowledge_alignment::{KnowledgeAlignment, match_width, matched_layer};
+pub use hidden::{HiddenCosine, HiddenLoss, PatientKd, match_width, matched_layer};
+pub use jensen_shannon::JensenShannon;
+pub use kinds::{HiddenKind, LogitKind};
+pub(crate) use kl::divergence;
+pub use kl::{Kl, Tail};
+pub use knowledge_alignment::KnowledgeAlignment;
+pub use multi_level::MultiLevel;
+pub use nkd::Nkd;
+pub use norm_kd::{LogitStandardization, NormKd};
 pub use normalization::Normalization;
-pub use top_k_kl::{Tail, TopKKl};
+pub use random_sampling_kd::RandomSamplingKd;
+pub use reverse_kl::ReverseKl;
+pub use skew_kl::{SkewKl, SkewReverseKl};
+pub use tail_kl::{GhostKl, UniformTailKl};
+pub use top_k_kl::TopKKl;
+pub use total_variation::TotalVariation;
+pub use uld::Uld;
 
 /// What a loss asks of the cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Requirement {
     /// Token ids only: no teacher column is read.
     Nothing,
-    /// The K largest logits and the log-sum-exp over the whole vocabulary.
-    TopK,
+    /// The k largest logits and the log-sum-exp over the whole vocabulary.
+    TopK(usize),
+    /// The k largest logits, and the teacher's logits of the student's k first tokens: from the
+    /// whole vocabulary where it is to be had, else as far as the top K hold them.
+    StudentsTopK(usize),
     /// The logits of the whole vocabulary.
     FullLogits,
+}
+
+/// What a loss makes of the tokens that follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Labels {
+    /// Nothing.
+    Unused,
+    /// It has no value where there is none.
+    Needed,
+    /// Where there is none, the teacher's first token stands in.
+    OrTeachersFirst,
+}
+
+/// What a loss divides logits by before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scaling {
+    /// By a number, the same for both models.
+    Temperature(f64),
+    /// By a multiple of each model's own standard deviation.
+    Sigma(f64),
 }
 
 /// What a logit loss sees of N target positions.
@@ -43,10 +103,14 @@ pub struct LogitRows<'a> {
     pub teacher: Option<&'a Tensor>,
     /// The teacher's largest logits, when a loss asked for them.
     pub top_k: Option<&'a TopKRows>,
-    /// The tokens that follow \[N\] i64.
+    /// The tokens that follow \[N\] i64; negative where there is none.
     pub labels: &'a Tensor,
-    /// Standard deviations per sample, when a loss asked for them, by the normalisation ahead.
-    pub sample_sigmas: &'a [(Normalization, SampleSigma)],
+    /// What tells rows apart, whatever batch they come in \[N\] i64.
+    pub keys: &'a Tensor,
+    /// Standard deviations per sample, when a loss asked for them.
+    pub sample_sigma: Option<&'a SampleSigma>,
+    /// Counts the teacher's logits that a loss looked up and did not find.
+    pub lookups: &'a Lookups,
 }
 
 /// The K largest logits of the teacher at N positions.
@@ -69,6 +133,44 @@ pub struct SampleSigma {
     pub teacher: Tensor,
 }
 
+/// The teacher's logits that losses looked up by token, and how many of them were missing.
+#[derive(Debug, Default)]
+pub struct Lookups {
+    asked: Cell<u64>,
+    missing: Cell<u64>,
+}
+
+/// A count of [`Lookups`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MissingLogits {
+    /// Teacher logits that student-led losses asked for.
+    pub asked: u64,
+    /// Of them, those that the cached top K did not hold: their smallest logit stood in.
+    pub missing: u64,
+}
+
+impl Lookups {
+    /// So far.
+    pub fn count(&self) -> MissingLogits {
+        MissingLogits {
+            asked: self.asked.get(),
+            missing: self.missing.get(),
+        }
+    }
+
+    fn add(&self, asked: u64, missing: u64) {
+        self.asked.set(self.asked.get() + asked);
+        self.missing.set(self.missing.get() + missing);
+    }
+}
+
+impl std::ops::AddAssign for MissingLogits {
+    fn add_assign(&mut self, other: MissingLogits) {
+        self.asked += other.asked;
+        self.missing += other.missing;
+    }
+}
+
 impl LogitRows<'_> {
     /// The teacher's logits.
     ///
@@ -79,15 +181,57 @@ impl LogitRows<'_> {
             .expect("a loss that requires full logits is only run where they are rebuilt")
     }
 
-    /// σ per sample of logits under one normalisation.
+    /// The teacher's k largest logits, or all V where there are no more: the cached ones where they
+    /// reach, else from the whole vocabulary.
     ///
     /// # Panics
-    /// When they were not provided: [`LogitLoss::sample_sigma`] promises them.
-    pub(crate) fn sigma_of(&self, norm: Normalization) -> &SampleSigma {
-        let found = self.sample_sigmas.iter().find(|(of, _)| *of == norm);
-        &found
+    /// When neither was provided: [`LogitLoss::requirement`] promises them.
+    pub(crate) fn teacher_top(&self, k: usize) -> TopKRows {
+        let k = (k as i64).min(self.student.size()[1]);
+        if let Some(top) = self.top_k.filter(|top| top.ids.size()[1] >= k) {
+            return TopKRows {
+                ids: top.ids.narrow(1, 0, k),
+                logits: top.logits.narrow(1, 0, k),
+                log_sum_exp: top.log_sum_exp.shallow_clone(),
+            };
+        }
+        let teacher = self.full_teacher();
+        let (logits, ids) = teacher.topk(k, -1, true, true);
+        TopKRows {
+            ids,
+            logits,
+            log_sum_exp: teacher.logsumexp([-1].as_slice(), false),
+        }
+    }
+
+    /// The teacher's logits of given tokens [N, k] → [N, k]. From the cached top K alone, a token
+    /// that is not among them gets the smallest of them, an upper bound, and is counted.
+    ///
+    /// # Panics
+    /// When neither was provided: [`LogitLoss::requirement`] promises them.
+    pub(crate) fn teacher_at(&self, ids: &Tensor) -> Tensor {
+        if let Some(teacher) = self.teacher {
+            return teacher.gather(-1, ids, false);
+        }
+        let top = self
+            .top_k
+            .expect("a loss that looks logits up is only run where some are read");
+        let same = ids.unsqueeze(-1).eq_tensor(&top.ids.unsqueeze(1));
+        let found = same.any_dim(-1, false);
+        let present = found.sum(Kind::Int64).int64_value(&[]) as u64;
+        self.lookups
+            .add(ids.numel() as u64, ids.numel() as u64 - present);
+        let logits = over_last(&(top.logits.unsqueeze(1) * same));
+        logits.where_self(&found, &top.logits.amin([-1], true))
+    }
+
+    /// σ of each row's sample.
+    ///
+    /// # Panics
+    /// When they were not provided: [`LogitLoss::needs_sample_sigma`] promises them.
+    pub(crate) fn sigma_of_sample(&self) -> &SampleSigma {
+        self.sample_sigma
             .expect("a loss that asks for σ per sample is only run where it was measured")
-            .1
     }
 }
 
@@ -99,10 +243,28 @@ pub trait LogitLoss: Send {
     /// One value per row: \[N\], differentiable with respect to `rows.student`.
     fn value(&self, rows: &LogitRows<'_>) -> Tensor;
 
-    /// `Some(norm)` where it needs the standard deviation of all (normalised) logits of a row's
-    /// sample, which takes a pass of its own over the head.
-    fn sample_sigma(&self) -> Option<Normalization> {
-        None
+    /// What it divides logits by; `None` where it has no teacher.
+    fn scaling(&self) -> Option<Scaling>;
+
+    /// Are its keys possible?
+    fn validate(&self) -> Result<(), BadKey> {
+        Ok(())
+    }
+
+    /// What it makes of the tokens that follow.
+    fn labels(&self) -> Labels {
+        Labels::Unused
+    }
+
+    /// Does it need the standard deviation of all logits of a row's sample? That takes a pass of its
+    /// own over the head.
+    fn needs_sample_sigma(&self) -> bool {
+        false
+    }
+
+    /// Can teacher and student have different vocabularies?
+    fn across_vocabularies(&self) -> bool {
+        false
     }
 }
 
@@ -138,6 +300,11 @@ pub enum HiddenPositions {
     All,
     /// Only those that predict a target.
     Targets,
+}
+
+/// Σ over the last dimension.
+fn over_last(x: &Tensor) -> Tensor {
+    x.sum_dim_intlist([-1].as_slice(), false, None::<Kind>)
 }
 
 #[cfg(test)]

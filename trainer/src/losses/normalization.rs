@@ -60,3 +60,10 @@ fn root_mean_square(centred: &Tensor) -> Tensor {
         .clamp_min(EPSILON * EPSILON)
         .sqrt()
 }
+
+/// Standard deviation over the last dimension with V − 1 in the denominator: [.., V] → [.., 1].
+/// Constant vectors as in [`population_sigma`].
+pub(crate) fn unbiased_sigma(x: &Tensor) -> Tensor {
+    let width = *x.size().last().unwrap_or(&1) as f64;
+    population_sigma(x) * (width / (width - 1.0).max(1.0)).sqrt()
+}
