@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Perplexity on text, KL to the teacher on a cache
     Eval(EvalArgs),
+    /// Evaluate any loss and its gradient on given logits
+    Loss(LossArgs),
     /// Decode a cache to safetensors or JSONL
     Export(ExportArgs),
     /// Search distillation settings with many cheap trials
@@ -233,6 +235,45 @@ pub(crate) struct EvalArgs {
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
     /// Print the scores as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd loss --list
+  caskd loss --kind kl --set temperature=4 --in logits.safetensors --out kl.safetensors
+  caskd loss --kind bild --set k=8 --set tau=3 --set logits_norm=standardize --in logits.safetensors --out bild.safetensors
+
+Input tensors: teacher and student [B,T,V] or [N,V]; labels [B,T] (integers, negative where there is none) for losses on \
+labels; teacher_hidden and student_hidden [B,T,D] for losses on hidden states; mask [B,T] on demand. Output tensors: \
+value [B,T] and grad, the derivative of the mean of value with respect to the student, in f64 when an input is f64.")]
+pub(crate) struct LossArgs {
+    /// Which loss, by its name in [[loss]] entries
+    #[arg(long, value_name = "KIND", required_unless_present = "list")]
+    pub(crate) kind: Option<String>,
+    /// One setting of the loss; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) settings: Vec<String>,
+    /// The tensors to evaluate it on
+    #[arg(
+        long = "in",
+        value_name = "FILE.safetensors",
+        required_unless_present = "list"
+    )]
+    pub(crate) input: Option<PathBuf>,
+    /// The file to write; it must not exist
+    #[arg(
+        long,
+        value_name = "FILE.safetensors",
+        required_unless_present = "list"
+    )]
+    pub(crate) out: Option<PathBuf>,
+    /// Print every kind with its keys and defaults
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Print the summary as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

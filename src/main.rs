@@ -29,6 +29,7 @@ fn run(command: &Command) -> Outcome {
         Command::Prune(args) => commands::prune::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Eval(args) => commands::eval::run(args),
+        Command::Loss(args) => commands::loss::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Search(args) => commands::search::run(args),
         Command::Report(args) => commands::report::run(args),

@@ -5,6 +5,7 @@ pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod inspect;
+pub(crate) mod loss;
 pub(crate) mod prune;
 pub(crate) mod report;
 pub(crate) mod search;
