@@ -52,7 +52,7 @@ fn unit(x: &Tensor) -> Tensor {
     let square = x
         .square()
         .sum_dim_intlist([-1].as_slice(), true, None::<Kind>);
-    x / square.clamp_min(SMALLEST).sqrt()
+    x / square.clamp_min(SMALLEST).sqrt() * square.gt(SMALLEST)
 }
 
 /// The paper's "fixed-dimension method" (BayesKD) without parameters: the wider of the two is brought
