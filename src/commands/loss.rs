@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use caskd_trainer::{LossTerm, LossValues, loss_values};
 use serde::Serialize;
@@ -159,7 +159,7 @@ fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>, Failure> {
 }
 
 /// Writes `value` and `grad`, whole or not at all.
-fn write_values(out: &PathBuf, term: &LossTerm, values: &LossValues) -> Result<(), Failure> {
+fn write_values(out: &Path, term: &LossTerm, values: &LossValues) -> Result<(), Failure> {
     let settings = serde_json::to_string(&keys_that_matter(term)).unwrap_or_default();
     let mut header = serde_json::Map::new();
     header.insert(

@@ -280,7 +280,6 @@ impl Error {
             Error::BadLossValue { .. } => {
                 Some("`caskd loss --list` shows every kind with its keys and defaults".to_owned())
             }
-            Error::LossTensor { remedy, .. } => Some(remedy.clone()),
             Error::RecipeBesideLosses { .. } => {
                 Some("remove the recipe keys, or the [[loss]] entries: one of the two decides the loss".to_owned())
             }
@@ -291,7 +290,7 @@ impl Error {
                 "heads may differ only by padding rows: both need at least as many rows as the tokenizer has tokens"
                     .to_owned(),
             ),
-            Error::TierCannotAnswer { remedy, .. } => Some(remedy.clone()),
+            Error::TierCannotAnswer { remedy, .. } | Error::LossTensor { remedy, .. } => Some(remedy.clone()),
             Error::MissingLayers { missing, .. } => {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }

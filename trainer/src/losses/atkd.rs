@@ -62,10 +62,10 @@ impl LogitLoss for Atkd {
         let count = rows.student.size()[0];
         let hard_count = ((self.hard_share * count as f64).ceil() as i64).min(count);
         let hardest = teacher
-            .log_others
+            .others
             .argsort_stable(true, -1, true)
             .narrow(0, 0, hard_count);
-        let is_hard = teacher.log_others.zeros_like().index_fill(0, &hardest, 1.0);
+        let is_hard = teacher.others.zeros_like().index_fill(0, &hardest, 1.0);
         let share = |of: i64| count as f64 / of.max(1) as f64;
         let hard_weight = (1.0 - self.lambda) * share(hard_count);
         let easy_weight = self.lambda * share(count - hard_count);

@@ -48,11 +48,11 @@ impl LogitLoss for Nkd {
         let (teacher, student) = (rows.full_teacher(), rows.student);
         let mask = one_hot(&teacher.argmax(-1, false), student);
         let (p, q) = (split(teacher, &mask), split(student, &mask));
-        let target = p.log_target.exp() * q.log_target;
+        let target = p.target.exp() * q.target;
         let (p, q) = if self.temperature == 1.0 {
-            (p.log_among_others, q.log_among_others)
+            (p.among_others, q.among_others)
         } else {
-            let at = |logits: &Tensor| split(&(logits / self.temperature), &mask).log_among_others;
+            let at = |logits: &Tensor| split(&(logits / self.temperature), &mask).among_others;
             (at(teacher), at(student))
         };
         // −∞ at y, whose p̂ is 0.

@@ -86,10 +86,14 @@ struct Case<'a> {
 }
 
 fn plain(loss: &dyn LogitLoss) -> Case<'_> {
+    on(loss, false)
+}
+
+fn on(loss: &dyn LogitLoss, sparse: bool) -> Case<'_> {
     Case {
         loss,
         norm: Normalization::None,
-        sparse: false,
+        sparse,
     }
 }
 
@@ -527,16 +531,12 @@ fn ranked(x: &[f64]) -> Vec<usize> {
 #[test]
 fn losses_on_the_top_k_run_with_and_without_the_rest() {
     for sparse in [false, true] {
-        let case = |loss| Case {
-            sparse,
-            ..plain(loss)
-        };
         let top = TopKKl {
             k: 3,
             temperature: 2.0,
             temperature_squared: true,
         };
-        check("top-k-kl", &case(&top), &|inputs, row| {
+        check("top-k-kl", &on(&top, sparse), &|inputs, row| {
             let order = ranked(&inputs.teacher[row]);
             let kept = |x: &[f64]| {
                 let kept: Vec<f64> = order[..3].iter().map(|&token| x[token]).collect();
@@ -571,24 +571,28 @@ fn losses_on_the_top_k_run_with_and_without_the_rest() {
         };
         check(
             "uniform-tail-kl",
-            &case(&UniformTailKl { k: 3 }),
+            &on(&UniformTailKl { k: 3 }, sparse),
             &|inputs, row| uniform(inputs, row, 3),
         );
-        check("ghost-kl", &case(&GhostKl { k: 3 }), &|inputs, row| {
-            ghost(inputs, row, 3)
-        });
+        check(
+            "ghost-kl",
+            &on(&GhostKl { k: 3 }, sparse),
+            &|inputs, row| ghost(inputs, row, 3),
+        );
         let kl_with = |tail| Kl {
             tail,
             ..Kl::default()
         };
         check(
             "kl, uniform",
-            &case(&kl_with(Tail::Uniform)),
+            &on(&kl_with(Tail::Uniform), sparse),
             &|inputs, row| uniform(inputs, row, KEPT),
         );
-        check("kl, ghost", &case(&kl_with(Tail::Ghost)), &|inputs, row| {
-            ghost(inputs, row, KEPT)
-        });
+        check(
+            "kl, ghost",
+            &on(&kl_with(Tail::Ghost), sparse),
+            &|inputs, row| ghost(inputs, row, KEPT),
+        );
     }
 }
 
@@ -624,17 +628,15 @@ fn bild_and_its_halves() {
             led(&known(&inputs.teacher[row]), student, &ranked(student)[..4])
         };
         let (k, temperature) = (4, 3.0);
-        let case = |loss| Case {
-            sparse,
-            ..plain(loss)
-        };
         let teacher_led = BildTeacherLed { k, temperature };
-        check("bild-teacher-led", &case(&teacher_led), &by_teacher);
+        check("bild-teacher-led", &on(&teacher_led, sparse), &by_teacher);
         let student_led = BildStudentLed { k, temperature };
-        check("bild-student-led", &case(&student_led), &by_student);
-        check("bild", &case(&Bild { k, temperature }), &|inputs, row| {
-            by_teacher(inputs, row) + by_student(inputs, row)
-        });
+        check("bild-student-led", &on(&student_led, sparse), &by_student);
+        check(
+            "bild",
+            &on(&Bild { k, temperature }, sparse),
+            &|inputs, row| by_teacher(inputs, row) + by_student(inputs, row),
+        );
     }
 }
 
@@ -669,6 +671,7 @@ fn missing_teacher_logits_are_counted() {
 
 #[test]
 fn random_sampling_is_a_function_of_seed_and_row_and_unbiased() {
+    const SEEDS: u64 = 300;
     let inputs = Inputs::new(5);
     let teacher = tensor(&inputs.teacher);
     let gradient = |loss: &RandomSamplingKd, keys: &[i64]| {
@@ -697,7 +700,6 @@ fn random_sampling_is_a_function_of_seed_and_row_and_unbiased() {
 
     for proposal_exponent in [1.0, 0.8] {
         let mut mean = vec![0.0; ROWS * VOCABULARY];
-        const SEEDS: u64 = 300;
         for seed in 0..SEEDS {
             let loss = RandomSamplingKd {
                 draws: 50,
