@@ -214,7 +214,12 @@ pub(crate) struct TrainArgs {
 #[command(after_help = "\
 Examples:
   caskd eval --model SmolLM2.gguf --text heldout.txt
-  caskd eval --model run --text heldout.txt --cache heldout-cache --json")]
+  caskd eval --model run --text heldout.txt --cache heldout-cache --json
+  caskd eval --model run --task arc_easy=arc_easy.jsonl --task boolq=boolq.jsonl --per-item items.jsonl
+
+Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, qnli, qqp, sst2, lambada. A line of a \
+task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
+or contexts, continuation, gold; or context, continuation. Scores are the harness's.")]
 pub(crate) struct EvalArgs {
     /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
     #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
@@ -225,9 +230,21 @@ pub(crate) struct EvalArgs {
     /// A teacher's cache for KL to the teacher and perplexity on its targets [default for a run without --text: its own cache]
     #[arg(long, value_name = "CACHE")]
     pub(crate) cache: Vec<PathBuf>,
+    /// A task and its items; may be repeated. NAME= may be left out where the file is called NAME.jsonl
+    #[arg(long, value_name = "NAME=FILE.jsonl")]
+    pub(crate) task: Vec<String>,
+    /// Write one line for each task item: log-likelihoods of its choices, gold, prediction
+    #[arg(long, value_name = "OUT.jsonl")]
+    pub(crate) per_item: Option<PathBuf>,
+    /// Only the first N items of each task
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
     /// Window of the text in tokens
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     pub(crate) max_len: usize,
+    /// Tokens that each further window scores; fewer give each token more context [default: the window]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) stride: Option<usize>,
     /// The type the model computes in
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeArg,

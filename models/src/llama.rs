@@ -124,10 +124,9 @@ impl Rotary {
         Rotary { frequencies }
     }
 
-    fn angles(&self, positions: i64, kind: Kind, device: Device) -> Angles {
-        let position =
-            Tensor::arange(positions, (Kind::Float, Device::Cpu)).view([positions, 1, 1]);
-        let angle = position * Tensor::from_slice(&self.frequencies);
+    /// `positions` [T] f32 on the CPU.
+    fn angles(&self, positions: &Tensor, kind: Kind, device: Device) -> Angles {
+        let angle = positions.view([-1, 1, 1]) * Tensor::from_slice(&self.frequencies);
         let (cos, sin) = (angle.cos(), angle.sin());
         let join = |left: &Tensor, right: &Tensor| {
             Tensor::cat(&[left, right], -1)
@@ -490,7 +489,11 @@ impl Llama {
         );
 
         let shape = [batch, positions, self.config.hidden_size as i64];
-        let angles = self.rotary.angles(positions, self.kind(), self.device());
+        let angles = self.rotary.angles(
+            &Tensor::arange(positions, (Kind::Float, Device::Cpu)),
+            self.kind(),
+            self.device(),
+        );
         let mask = product_mask(positions, self.kind(), self.device());
         let context = Context {
             batch,
@@ -517,6 +520,44 @@ impl Llama {
             last_hidden,
             hidden,
         }
+    }
+
+    /// Hidden states after the final norm of N tokens that are not one sequence but many, packed side
+    /// by side: [N] ids → [N, D]. `positions` are those within each token's own sequence, and a token
+    /// attends to those for which its row of `visible` \[N·N\] holds, so that continuations of one
+    /// context can share it. Without a graph and without dropout.
+    ///
+    /// # Panics
+    /// When the three disagree on N, or an id is outside the vocabulary.
+    pub fn forward_packed(&self, input_ids: &[i64], positions: &[f32], visible: &[bool]) -> Tensor {
+        let n = input_ids.len() as i64;
+        assert!(
+            positions.len() as i64 == n && visible.len() as i64 == n * n,
+            "{n} tokens, {} positions, {} pairs",
+            positions.len(),
+            visible.len()
+        );
+        let (kind, device) = (self.kind(), self.device());
+        tch::no_grad(|| {
+            let hidden = Tensor::from_slice(visible).view([n, n]).logical_not();
+            let mask = Tensor::zeros([n, n], (kind, device))
+                .masked_fill_(&hidden.to_device(device), f64::NEG_INFINITY);
+            let context = Context {
+                batch: 1,
+                positions: n,
+                angles: self
+                    .rotary
+                    .angles(&Tensor::from_slice(positions), kind, device),
+                mask: Some(mask),
+                pass: Pass::Inference,
+            };
+            let ids = Tensor::from_slice(input_ids).to_device(device);
+            let mut x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
+            for block in &self.blocks {
+                x = block.forward(&x, &context, &mut |_, _| {});
+            }
+            self.norm.forward(&x)
+        })
     }
 
     /// Logits of hidden states after the final norm: [.., D] → [.., V], in the compute type.

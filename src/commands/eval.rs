@@ -6,11 +6,12 @@ use std::time::Instant;
 use caskd_formats::{Cache, Io};
 use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_trainer::{
-    CacheScore, TextScore, check_fit, evaluate_cache, evaluate_text, is_run, load_run, run_cache,
+    CacheScore, ItemScore, Task, TaskScore, TextScore, check_fit, evaluate_cache, evaluate_task,
+    evaluate_text, is_run, load_run, run_cache,
 };
 use serde::Serialize;
 
-use super::{kind_of, parse_device, print_json, print_text};
+use super::{kind_of, parse_device, print_json, print_text, write_file};
 use crate::cli::EvalArgs;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{Progress, duration};
@@ -23,6 +24,7 @@ struct Scores {
     model: PathBuf,
     text: Vec<Scored<TextScore>>,
     cache: Vec<Scored<CacheScore>>,
+    tasks: Vec<Scored<TaskScore>>,
 }
 
 #[derive(Serialize)]
@@ -37,13 +39,24 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         device: parse_device(&args.device)?,
         kind: kind_of(args.dtype),
     };
+    let tasks: Vec<(Task, PathBuf)> = args
+        .task
+        .iter()
+        .map(|text| parse_task(text))
+        .collect::<Result<_, Failure>>()?;
+    if args.per_item.is_some() && tasks.is_empty() {
+        return Err(Failure::user(
+            "--per-item needs a task",
+            "give --task NAME=FILE.jsonl",
+        ));
+    }
     let of_run = is_run(&args.model);
     let mut caches = args.cache.clone();
-    if caches.is_empty() && args.text.is_empty() {
+    if caches.is_empty() && args.text.is_empty() && tasks.is_empty() {
         if !of_run {
             return Err(Failure::user(
                 "there is nothing to evaluate on",
-                "give --text FILE for perplexity, or --cache CACHE for KL to the teacher",
+                "give --task NAME=FILE, --text FILE for perplexity, or --cache CACHE for KL to the teacher",
             ));
         }
         caches.push(run_cache(&args.model)?);
@@ -53,9 +66,15 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         model: args.model.clone(),
         text: Vec::new(),
         cache: Vec::new(),
+        tasks: Vec::new(),
     };
     for path in &args.text {
-        let score = score_text(&model, path, args.max_len)?;
+        let score = score_text(
+            &model,
+            path,
+            args.max_len,
+            args.stride.unwrap_or(args.max_len),
+        )?;
         if !args.json {
             print_text(format!(
                 "{}: perplexity {:.3} a token, {:.2} a word, {:.4} bits a byte; {} tokens in {} ({:.0} tokens/s)",
@@ -93,10 +112,84 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
             score,
         });
     }
+    let mut per_item = Vec::new();
+    for (task, path) in tasks {
+        let (score, items) = score_task(&model, task, &path, args.limit)?;
+        if !args.json {
+            print_text(task_line(&score));
+        }
+        per_item.extend(items);
+        scores.tasks.push(Scored { path, score });
+    }
+    if let Some(path) = &args.per_item {
+        write_file(path, |sink| {
+            per_item.iter().try_for_each(|item| {
+                serde_json::to_writer(&mut *sink, item)?;
+                sink.write_all(b"\n")
+            })
+        })?;
+    }
     if args.json {
         print_json(&scores)?;
     }
     Ok(Exit::Done)
+}
+
+/// `NAME=FILE`, or a file that is called after its task.
+fn parse_task(text: &str) -> Result<(Task, PathBuf), Failure> {
+    let path = Path::new(text.split_once('=').map_or(text, |(_, path)| path));
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = text.split_once('=').map_or(&*stem, |(name, _)| name);
+    match Task::by_name(name) {
+        Some(task) => Ok((task, path.to_owned())),
+        None => Err(Failure::user(
+            format!("unknown task `{name}`"),
+            format!(
+                "--task NAME=FILE.jsonl, with one of {}",
+                Task::ALL.map(Task::name).join(", ")
+            ),
+        )),
+    }
+}
+
+fn score_task(
+    model: &LoadedModel,
+    task: Task,
+    path: &Path,
+    limit: Option<usize>,
+) -> Result<(TaskScore, Vec<ItemScore>), Failure> {
+    let mut bar = Progress::new(task.name());
+    let started = Instant::now();
+    let scored = evaluate_task(model, task, path, limit, &mut |done, total| {
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.update(done, total, &format!("{rate:.1} choices/s"));
+    })?;
+    bar.finish();
+    Ok(scored)
+}
+
+fn task_line(score: &TaskScore) -> String {
+    let mut line = format!(
+        "{}: acc {:.4} ± {:.4}",
+        score.task, score.acc, score.acc_stderr
+    );
+    let mut add = |part: String| line.push_str(&part);
+    if let Some((acc, error)) = score.acc_norm.zip(score.acc_norm_stderr) {
+        add(format!(", acc_norm {acc:.4} ± {error:.4}"));
+    }
+    if let Some(f1) = score.f1 {
+        add(format!(", f1 {f1:.4}"));
+    }
+    if let Some(perplexity) = score.perplexity {
+        add(format!(", perplexity {perplexity:.3}"));
+    }
+    add(format!(
+        "; {} items in {} ({:.1} items/s)",
+        score.items,
+        duration(score.seconds),
+        score.items_per_second
+    ));
+    line
 }
 
 /// A run's student with its adapters, or a model.
@@ -112,11 +205,12 @@ pub(crate) fn score_text(
     model: &LoadedModel,
     path: &Path,
     max_len: usize,
+    stride: usize,
 ) -> Result<TextScore, Failure> {
     let text =
         std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
     let mut bar = Progress::new("evaluating on text");
-    let score = evaluate_text(model, &text, max_len, &mut with_rate(&mut bar))?;
+    let score = evaluate_text(model, &text, max_len, stride, &mut with_rate(&mut bar))?;
     bar.finish();
     Ok(score)
 }

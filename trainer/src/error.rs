@@ -188,6 +188,38 @@ pub enum Error {
         /// The tokenizer's answer.
         message: String,
     },
+    /// A line of a task file that is no item of the task.
+    #[error("`{path}` line {line} is no item of {task}: {message}")]
+    BadItem {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// The harness's name of the task.
+        task: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// A task file without an item.
+    #[error("`{path}` holds no item")]
+    NoItems {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A context and continuation that cannot be scored.
+    #[error("request {request} cannot be scored: {message}")]
+    BadRequest {
+        /// From 0.
+        request: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// A log-likelihood that is NaN.
+    #[error("the log-likelihood of request {request} is not a number")]
+    RequestNotANumber {
+        /// From 0.
+        request: usize,
+    },
     /// The output folder exists and no resumption was asked for.
     #[error("`{path}` exists already")]
     OutputExists {
@@ -295,6 +327,11 @@ impl Error {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
             Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::BadItem { .. } => Some(
+                "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
+                    .to_owned(),
+            ),
+            Error::RequestNotANumber { .. } => Some("the model's weights may be damaged, or overflow in this dtype".to_owned()),
             Error::OutputExists { .. } => Some("choose another folder, or continue this run with `--resume`".to_owned()),
             Error::RunBusy { .. } => Some("wait for it or stop it, or choose another folder".to_owned()),
             Error::NotARun { .. } => Some("name a folder that `caskd train` wrote".to_owned()),

@@ -64,18 +64,29 @@ pub struct CacheScore {
     pub tokens_per_second: f64,
 }
 
-/// Scores a text in windows of `max_len` tokens that do not overlap. The first token of a window is
-/// conditioned on the tokenizer's BOS where it has one, and is not scored otherwise; nothing else
-/// is conditioned on the window before. `progress` hears (tokens done, all tokens).
+/// Scores a text by rolling windows, as lm-evaluation-harness defines them (0.4.13,
+/// `get_rolling_token_windows`): every token is scored once. The first window holds `max_len` tokens
+/// after the tokenizer's BOS (else its EOS); each later one scores `stride` further tokens with as
+/// many before them as `max_len` positions can hold. `stride` = `max_len` is the harness's choice; a
+/// smaller one gives every token more context, at more passes. Without BOS and EOS the first
+/// token is not scored. `progress` hears (tokens done, all tokens).
 ///
 /// # Errors
-/// A text without a token to score.
+/// A text without a token to score, a `stride` that is 0 or above `max_len`.
 pub fn evaluate_text(
     model: &LoadedModel,
     text: &str,
     max_len: usize,
+    stride: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<TextScore> {
+    if stride == 0 || stride > max_len {
+        return Err(Error::BadValue {
+            key: "stride".to_owned(),
+            value: stride.to_string(),
+            message: format!("it must be at least 1 and at most the window, {max_len}"),
+        });
+    }
     let started = Instant::now();
     let encoding = model
         .tokenizer
@@ -92,25 +103,22 @@ pub fn evaluate_text(
             vocabulary,
         });
     }
-    let windows: Vec<&[u32]> = tokens.chunks(max_len.max(2)).collect();
-    let (mut nats, mut scored, mut done) = (0.0, 0u64, 0u64);
-    for windows in windows.chunks((TEXT_BATCH_TOKENS / max_len.max(2)).max(1)) {
-        let (input_ids, positions, labels) = text_batch(windows, model.bos);
-        if !labels.is_empty() {
-            let device = model.network.device();
-            let hidden = hidden_rows(&model.network, &input_ids, &Tensor::from_slice(&positions));
-            nats += gold_nats(
-                &model.network,
-                &hidden,
-                &Tensor::from_slice(&labels).to_device(device),
-            );
-            scored += labels.len() as u64;
-        }
-        done += windows
-            .iter()
-            .map(|window| window.len() as u64)
-            .sum::<u64>();
-        progress(done, tokens.len() as u64);
+    // One row of tokens ahead of which stands the first context; a window is a range of it.
+    let prefix = model.bos.or(model.eos);
+    let row: Vec<u32> = prefix.into_iter().chain(tokens.iter().copied()).collect();
+    let windows = rolling_windows(row.len(), max_len, stride);
+    let (mut nats, mut scored) = (0.0, 0u64);
+    for windows in windows.chunks((TEXT_BATCH_TOKENS / max_len).max(1)) {
+        let (input_ids, positions, labels) = text_batch(&row, windows);
+        let device = model.network.device();
+        let hidden = hidden_rows(&model.network, &input_ids, &Tensor::from_slice(&positions));
+        nats += gold_nats(
+            &model.network,
+            &hidden,
+            &Tensor::from_slice(&labels).to_device(device),
+        );
+        scored += labels.len() as u64;
+        progress(scored, row.len() as u64 - 1);
     }
     if scored == 0 {
         return Err(Error::NoSequences {
@@ -242,19 +250,46 @@ impl Sums {
     }
 }
 
+/// Input tokens `start..end` of a row; those from `first_scored` on predict a token to score.
+#[derive(Debug, PartialEq, Eq)]
+struct Window {
+    start: usize,
+    first_scored: usize,
+    end: usize,
+}
+
+/// Windows over a row of `len` tokens, of which the first is only context: together they score each
+/// of the others once.
+fn rolling_windows(len: usize, max_len: usize, stride: usize) -> Vec<Window> {
+    let inputs = len.saturating_sub(1);
+    let mut windows = Vec::new();
+    let mut scored = 0;
+    while scored < inputs {
+        let step = if scored == 0 { max_len } else { stride };
+        let end = inputs.min(scored + step);
+        windows.push(Window {
+            start: end.saturating_sub(max_len),
+            first_scored: scored,
+            end,
+        });
+        scored = end;
+    }
+    windows
+}
+
 /// Inputs padded to one length [B, T], positions to score as indices into B·T, their next tokens.
-fn text_batch(windows: &[&[u32]], bos: Option<u32>) -> (Tensor, Vec<i64>, Vec<i64>) {
-    let longest = windows.iter().map(|window| window.len()).max().unwrap_or(0);
+fn text_batch(row: &[u32], windows: &[Window]) -> (Tensor, Vec<i64>, Vec<i64>) {
+    let lengths = windows.iter().map(|window| window.end - window.start);
+    let longest = lengths.max().unwrap_or(0);
     let mut input_ids = vec![0i64; windows.len() * longest];
     let (mut positions, mut labels) = (Vec::new(), Vec::new());
     for (b, window) in windows.iter().enumerate() {
-        // With a BOS the input is the window moved right by one, so that every token is predicted.
-        let shifted = bos.iter().chain(window.iter()).take(window.len());
-        for (t, &token) in shifted.enumerate() {
-            input_ids[b * longest + t] = i64::from(token);
-            if let Some(&next) = window.get(t + usize::from(bos.is_none())) {
-                positions.push((b * longest + t) as i64);
-                labels.push(i64::from(next));
+        for t in window.start..window.end {
+            let place = b * longest + t - window.start;
+            input_ids[place] = i64::from(row[t]);
+            if t >= window.first_scored {
+                positions.push(place as i64);
+                labels.push(i64::from(row[t + 1]));
             }
         }
     }
@@ -355,4 +390,37 @@ fn length_batches(
 
 fn tokens_in<'a>(rows: impl Iterator<Item = &'a RowInfo>) -> u64 {
     rows.map(|row| u64::from(row.positions)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The windows of lm-evaluation-harness's own example in `get_rolling_token_windows`: ten tokens
+    /// after a prefix, windows of 4, once without and once with overlap.
+    #[test]
+    fn windows_roll_as_the_harness_rolls_them() {
+        let check = |stride: usize, expected: &[(usize, usize, usize)]| {
+            let windows: Vec<_> = rolling_windows(11, 4, stride)
+                .iter()
+                .map(|window| (window.start, window.first_scored, window.end))
+                .collect();
+            assert_eq!(windows, expected, "stride {stride}");
+        };
+        check(4, &[(0, 0, 4), (4, 4, 8), (6, 8, 10)]);
+        check(
+            1,
+            &[
+                (0, 0, 4),
+                (1, 4, 5),
+                (2, 5, 6),
+                (3, 6, 7),
+                (4, 7, 8),
+                (5, 8, 9),
+                (6, 9, 10),
+            ],
+        );
+        assert_eq!(rolling_windows(1, 4, 4), []);
+        assert_eq!(rolling_windows(0, 4, 4), []);
+    }
 }

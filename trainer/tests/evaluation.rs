@@ -8,7 +8,8 @@ use caskd_formats::{Cache, Tier};
 use caskd_models::LoadedModel;
 use caskd_trainer::losses::Normalization;
 use caskd_trainer::{
-    Layers, TrainConfig, evaluate_cache, evaluate_text, probe, teacher_perplexity,
+    Layers, Request, Task, TrainConfig, evaluate_cache, evaluate_task, evaluate_text,
+    loglikelihoods, probe, teacher_perplexity,
 };
 use tch::{Kind, Tensor};
 use tiny::{CacheForm, TEACHER_LAYERS, Tiny, load_student, sequences};
@@ -36,27 +37,32 @@ fn close(got: f64, expected: f64, tolerance: f64) {
 }
 
 #[test]
-fn text_is_scored_window_by_window() {
+fn text_is_scored_by_rolling_windows() {
     let tiny = Tiny::new();
     let mut model = load_student(&tiny.student());
     let tokens: Vec<u32> = (0..29).map(|i| (i * 7) % 40).collect();
     let words: Vec<String> = tokens.iter().map(|token| format!("w{token}")).collect();
     let text = words.join(" ");
-    for bos in [None, Some(3)] {
-        model.bos = bos;
-        for max_len in [8, 64] {
+    (model.bos, model.eos) = (None, None);
+    for prefix in [None, Some(3)] {
+        model.eos = prefix;
+        let row: Vec<u32> = prefix.into_iter().chain(tokens.iter().copied()).collect();
+        for (max_len, stride) in [(8, 8), (8, 3), (64, 64)] {
+            // Token t is scored by the first window that reaches it.
             let mut nats = 0.0;
-            let mut scored = 0;
-            for window in tokens.chunks(max_len) {
-                let with_bos: Vec<u32> = bos.into_iter().chain(window.iter().copied()).collect();
-                let log_p = log_probabilities(&model, &with_bos);
-                for t in 1..with_bos.len() {
-                    nats -= log_p[t - 1][with_bos[t] as usize];
-                    scored += 1;
+            let (mut end, mut t) = (max_len.min(row.len() - 1), 1);
+            while t < row.len() {
+                if t > end {
+                    end = (end + stride).min(row.len() - 1);
                 }
+                let start = end.saturating_sub(max_len);
+                let log_p = log_probabilities(&model, &row[start..end]);
+                nats -= log_p[t - 1 - start][row[t] as usize];
+                t += 1;
             }
+            let scored = row.len() as u64 - 1;
             let mut heard = Vec::new();
-            let score = evaluate_text(&model, &text, max_len, &mut |done, all| {
+            let score = evaluate_text(&model, &text, max_len, stride, &mut |done, all| {
                 heard.push((done, all));
             })
             .unwrap();
@@ -72,14 +78,75 @@ fn text_is_scored_window_by_window() {
                 1e-5,
             );
             close(score.word_perplexity, (nats / 29.0).exp(), 1e-4);
-            assert_eq!(heard.last(), Some(&(29, 29)));
+            assert_eq!(heard.last(), Some(&(scored, scored)));
         }
     }
-    assert!(
-        evaluate_text(&model, " ", 8, &mut |_, _| {})
-            .unwrap_err()
-            .is_user()
-    );
+    for (text, stride) in [(" ", 8), (text.as_str(), 0), (text.as_str(), 9)] {
+        let error = evaluate_text(&model, text, 8, stride, &mut |_, _| {}).unwrap_err();
+        assert!(error.is_user(), "{error}");
+    }
+}
+
+/// Packed side by side with shared contexts, requests get what each gets alone.
+#[test]
+fn packed_requests_score_as_each_alone() {
+    let tiny = Tiny::new();
+    let model = load_student(&tiny.student());
+    let tokens =
+        |first: u32, n: u32| -> Vec<u32> { (0..n).map(|i| (first + 7 * i) % 40).collect() };
+    let mut requests = Vec::new();
+    for item in 0..40 {
+        let context = tokens(item, 1 + item % 13);
+        for choice in 0..1 + item % 4 {
+            requests.push(Request {
+                context: context.clone(),
+                continuation: tokens(item + 3 * choice, 1 + (item + choice) % 5),
+            });
+        }
+    }
+    const MAX_LEN: usize = 12;
+    let scores = loglikelihoods(&model, &requests, MAX_LEN, &mut |_, _| {}).unwrap();
+    assert_eq!(scores.len(), requests.len());
+    let mut greedy = 0;
+    for (request, score) in requests.iter().zip(&scores) {
+        let whole = [request.context.clone(), request.continuation.clone()].concat();
+        let cut = whole.len().saturating_sub(MAX_LEN + 1);
+        let whole = &whole[cut..];
+        let log_p = log_probabilities(&model, &whole[..whole.len() - 1]);
+        let of = whole.len() - request.continuation.len();
+        let gold = |t: usize| log_p[t - 1][whole[t] as usize];
+        let sum: f64 = (of..whole.len()).map(gold).sum();
+        close(score.sum, sum, 1e-5);
+        let likeliest = |t: usize| log_p[t - 1].iter().copied().fold(f64::MIN, f64::max) == gold(t);
+        assert_eq!(score.greedy, (of..whole.len()).all(likeliest));
+        greedy += usize::from(score.greedy);
+    }
+    assert!(greedy < scores.len());
+    let empty = Request {
+        context: vec![1],
+        continuation: vec![],
+    };
+    assert!(loglikelihoods(&model, &[empty], MAX_LEN, &mut |_, _| {}).is_err());
+}
+
+#[test]
+fn task_files_are_scored_and_bad_lines_named() {
+    let tiny = Tiny::new();
+    let model = load_student(&tiny.student());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("piqa.jsonl");
+    let good = r#"{"query": "w1 w2", "choices": ["w3", "w4 w5"], "gold": 1}"#;
+    std::fs::write(&path, format!("{good}\n\n{good}\n")).unwrap();
+    let (score, items) = evaluate_task(&model, Task::Piqa, &path, None, &mut |_, _| {}).unwrap();
+    assert_eq!((score.items, items.len(), items[1].index), (2, 2, 1));
+    assert_eq!(items[0].loglikelihoods, items[1].loglikelihoods);
+    let log_p = log_probabilities(&model, &[1, 2]);
+    close(items[0].loglikelihoods[0], log_p[1][3], 1e-5);
+    std::fs::write(&path, format!("{good}\n{{\"goal\": 3}}\n")).unwrap();
+    let error = evaluate_task(&model, Task::Piqa, &path, None, &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("line 2"), "{error}");
+    let limited = evaluate_task(&model, Task::Piqa, &path, Some(1), &mut |_, _| {}).unwrap();
+    assert_eq!(limited.0.items, 1);
 }
 
 struct Expected {
