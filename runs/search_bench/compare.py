@@ -93,7 +93,7 @@ def markdown(curves, seconds, timing, surfaces, names, tests):
             f"| {r['sampler']} | {r['surface']} | {r['trials']} | {r['regret']:.2f} | {r['rival']} "
             f"| {r['rival_regret']:.2f} | {r['p']:.4f} | {r['p_holm']:.4f} |"
         )
-    lines += ["", "Median seconds per suggestion over a run (ours: with the evaluation).", ""]
+    lines += ["", "Seconds per suggestion. Means over a run (median of the runs, ours with the evaluation) are wall time, which other work on the\nmachine lengthens; those at a number of observations are time of one core, exact to its scheduler's tick of 4 ms.", ""]
     for name in names:
         values = [v for (_, n), v in seconds.items() if n == name]
         if values:

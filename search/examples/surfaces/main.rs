@@ -224,8 +224,18 @@ fn regrets(surface: usize, least: f64, sampler: &str, run: u64, trials: u64) -> 
         .collect()
 }
 
+/// Seconds that this thread has computed, which other work on the machine does not lengthen; where the system does not
+/// tell, the time since `begun`.
+fn busy_seconds(begun: Instant) -> f64 {
+    std::fs::read_to_string("/proc/thread-self/schedstat")
+        .ok()
+        .and_then(|text| text.split(' ').next()?.parse::<f64>().ok())
+        .map_or_else(|| begun.elapsed().as_secs_f64(), |ns| ns * 1e-9)
+}
+
 /// Seconds per suggestion of each sampler after `n` observations.
 fn suggestion_seconds(n: u64) -> serde_json::Value {
+    let begun = Instant::now();
     let mut row = serde_json::Map::new();
     row.insert("observations".to_owned(), n.into());
     for sampler in SamplerKind::ALL {
@@ -246,11 +256,11 @@ fn suggestion_seconds(n: u64) -> serde_json::Value {
         }
         let mut seconds = Vec::new();
         for number in n..n + 5 {
-            let begun = Instant::now();
+            let before = busy_seconds(begun);
             let asked = study
                 .ask_measured(Holder::External { seconds: 1e9 }, &mut Source::Probe)
                 .unwrap();
-            seconds.push(begun.elapsed().as_secs_f64());
+            seconds.push(busy_seconds(begun) - before);
             let value = observe(1, Levels::of(&asked.params), number);
             study
                 .tell(number, None, &Outcome::Value(value), 0.0)
