@@ -1,24 +1,24 @@
-"""Optuna's TPE and GPSampler on the surfaces of `search/examples/surfaces`, and the comparison with our samplers.
+"""Optuna's samplers on the surfaces of `search/examples/surfaces`, one run after the other.
 
-    cargo run --release -p caskd-search --example surfaces > ours.json
-    cargo run --release -p caskd-search --example surfaces -- --table 1 > tables.json
-    python runs/search_bench/rivals.py --tables tables.json --rivals rivals.json      (takes half an hour)
-    python runs/search_bench/rivals.py --rivals rivals.json --ours ours.json
+    target/release/examples/surfaces --table 1 > tables.json
+    python runs/search_bench/rivals.py --tables tables.json --out rivals.jsonl
 
-The surfaces are not written twice: the example prints their values (`--table 1`), and this script looks them up.
+The surfaces are not written twice: the example prints their values, and this script looks them up. Every finished run
+is one line of the output, and runs that are already there are not made again, so a stopped benchmark goes on.
+GPSampler takes about a second a trial; its runs come last, all surfaces in turn.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
 
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # seconds per suggestion are meant for one core
+
 import optuna
-import torch
-from scipy.stats import wilcoxon
 
 MASK = (1 << 64) - 1
 SPACE = {
@@ -29,6 +29,11 @@ SPACE = {
     "hidden_norm": ["none", "max-min", "standardize"],
     "layers": ["none", "last", "last-middle"],
     "kd_type": ["kl", "dual-scaling"],
+}
+SAMPLERS = {
+    "optuna-tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "optuna-tpe-univariate": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),
+    "optuna-gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
 }
 
 
@@ -62,102 +67,62 @@ def suggest(trial):
     return index
 
 
-def sampler(name, run):
-    if name == "optuna-tpe":
-        return optuna.samplers.TPESampler(seed=run)
-    if name == "optuna-tpe-multivariate":
-        return optuna.samplers.TPESampler(seed=run, multivariate=True)
-    return optuna.samplers.GPSampler(seed=run)
-
-
 def regrets(table, number, name, run, trials):
-    study = optuna.create_study(sampler=sampler(name, run))
-    best, curve = (math.inf, math.inf), []
+    """Simple regret after each trial, and the seconds of the suggestions."""
+    study = optuna.create_study(sampler=SAMPLERS[name](run))
+    best, curve, seconds = (math.inf, math.inf), [], 0.0
     for t in range(trials):
+        begun = time.perf_counter()
         trial = study.ask()
         index = suggest(trial)
+        seconds += time.perf_counter() - begun
         clean, sigma = table["clean"][index], table["sigma"][index]
         value = clean + sigma * znorm(run * 10000 + t, number, index)
         study.tell(trial, value)
         if value < best[0]:
             best = (value, clean - table["least"])
-        curve.append(best[1])
-    return curve
-
-
-def holm(p_values):
-    order = np.argsort(p_values)
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, (len(p_values) - rank) * p_values[i])
-        adjusted[i] = min(1.0, running)
-    return adjusted
+        curve.append(round(best[1], 6))
+    return curve, seconds / trials
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", help="output of the example with --table 1: run the rivals on it")
-    parser.add_argument("--rivals", required=True, help="the rivals' results, written with --tables, read without")
-    parser.add_argument("--ours", help="output of the example: compare")
-    parser.add_argument("--out", help="write all numbers of the comparison here")
-    parser.add_argument("--names", default="optuna-tpe,optuna-gp")
+    parser.add_argument("--tables", required=True, help="output of the example with --table 1")
+    parser.add_argument("--out", required=True, help="JSON lines; what is there is kept")
+    parser.add_argument("--names", default=",".join(SAMPLERS))
+    parser.add_argument("--first-run", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=50)
     args = parser.parse_args()
-    if args.tables:
-        run_rivals(args)
-    if args.ours:
-        results = json.load(open(args.ours))["results"] + json.load(open(args.rivals))["results"]
-        report({(r["surface"], r["sampler"]): r for r in results}, args)
-
-
-def run_rivals(args):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    results = []
-    for name in args.names.split(","):
-        for number, table in enumerate(json.load(open(args.tables))["tables"], 1):
-            begun = time.time()
-            runs = [regrets(table, number, name, run, args.trials) for run in range(args.seeds)]
-            seconds = (time.time() - begun) / (args.seeds * args.trials)
-            results.append(
-                {"surface": table["surface"], "sampler": name, "regret": runs, "seconds_per_trial": seconds}
-            )
-            mean = np.mean(runs, axis=0)
-            print(
-                f"{table['surface']:12} {name:12} {mean[29]:.2f} {mean[-1]:.2f} {seconds:.3f} s per trial",
-                file=sys.stderr,
-                flush=True,
-            )
-            json.dump({"results": results}, open(args.rivals, "w"))
+    if "optuna-gp" in args.names:
+        import torch
 
-
-def report(results, args):
-    surfaces = list(dict.fromkeys(s for s, _ in results))
-    names = list(dict.fromkeys(n for _, n in results))
-    rivals = [n for n in names if n.startswith("optuna")]
-    print("| surface | trials | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 2) + "|")
-    tests = []
-    for surface in surfaces:
-        for t in (30, 50):
-            curves = {n: np.array([run[t - 1] for run in results[(surface, n)]["regret"]]) for n in names}
-            print(f"| {surface} | {t} | " + " | ".join(f"{curves[n].mean():.2f}" for n in names) + " |")
-            best_rival = min(rivals, key=lambda n: curves[n].mean())
-            for mine in (n for n in ("gp", "sabo") if n in curves):
-                difference = curves[mine] - curves[best_rival]
-                p = 1.0 if not difference.any() else wilcoxon(difference, alternative="less").pvalue
-                tests.append([surface, t, mine, best_rival, curves[mine].mean(), curves[best_rival].mean(), p])
-    for mine in ("gp", "sabo"):
-        rows = [row for row in tests if row[2] == mine]
-        for row, p in zip(rows, holm([row[-1] for row in rows])):
-            row.append(p)
-    print("\n| surface | trials | ours | best rival | regret | rival's | p | p (Holm) |\n|---|---|---|---|---|---|---|---|")
-    for surface, t, mine, rival, a, b, p, q in tests:
-        print(f"| {surface} | {t} | {mine} | {rival} | {a:.2f} | {b:.2f} | {p:.4f} | {q:.4f} |")
-    if args.out:
-        json.dump({"results": list(results.values()), "tests": tests}, open(args.out, "w"))
+        torch.set_num_threads(1)
+    with open(args.tables) as file:
+        tables = json.load(file)["tables"]
+    done = set()
+    if os.path.exists(args.out):
+        with open(args.out) as file:
+            done = {(r["sampler"], r["surface"], r["run"]) for r in map(json.loads, file) if len(r["regret"]) >= args.trials}
+    with open(args.out, "a") as out:
+        for name in args.names.split(","):
+            for run in range(args.first_run, args.first_run + args.seeds):
+                for number, table in enumerate(tables, 1):
+                    if (name, table["surface"], run) in done:
+                        continue
+                    curve, seconds = regrets(table, number, name, run, args.trials)
+                    row = {
+                        "surface": table["surface"],
+                        "sampler": name,
+                        "run": run,
+                        "regret": curve,
+                        "seconds_per_suggestion": round(seconds, 5),
+                        "version": optuna.__version__,
+                    }
+                    print(json.dumps(row), file=out, flush=True)
+                print(f"{name} run {run} done", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

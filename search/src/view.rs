@@ -47,7 +47,8 @@ impl TrialState {
 pub struct Why {
     /// What chose it: a sampler's name, `startup`, or `replicate`.
     pub by: String,
-    /// Expected improvement. On the surrogate's unit scale, except in LAEI's exact mode, where it is in units of the metric.
+    /// Expected improvement times the weight of the density of good configurations, on the surrogate's unit scale;
+    /// in LAEI's exact mode the bare expected improvement in units of the metric.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_improvement: Option<f64>,
     /// S(x) of Eq. 12 as it was weighed (standardised or raw).

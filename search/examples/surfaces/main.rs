@@ -1,6 +1,7 @@
 //! Simple regret of the samplers on synthetic response surfaces.
 //!
-//! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--first-run N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo]`
+//! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--first-run N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo+helpful]
+//! [--timing 100,500]`
 //! prints one JSON object. Simple regret after t trials is the clean value of the configuration with the lowest
 //! noisy observation among the first t, less the least clean value of the surface.
 
@@ -24,27 +25,81 @@ use caskd_search::{
 };
 use response::{Fidelity, Levels, SURFACES, clean, minimum, observe, sigma};
 
-/// A discrepancy that a surface does not have: what a probe of a student with slightly narrower logits than its
-/// teacher would give. It favours large scaling values and hidden states that are not normalised, half right and
-/// half wrong on S1 to S4.
-struct Synthetic;
+/// Where S(x) comes from. The surfaces have none, so it is made up; a sampler's name may carry one of the suffixes.
+enum Source {
+    /// No suffix: what a probe of a student with slightly narrower logits than its teacher would give. It favours
+    /// large scaling values and hidden states that are not normalised, half right and half wrong on S1 to S4.
+    Probe,
+    /// `+helpful` and, with the sign turned, `+misleading`: large where the surface is low on average over all
+    /// parameters that the part does not depend on.
+    Marginal {
+        logits: BTreeMap<[usize; 3], f64>,
+        hidden: BTreeMap<[usize; 2], f64>,
+        sign: f64,
+    },
+}
 
-impl Objective for Synthetic {
+impl Source {
+    fn new(surface: usize, suffix: Option<&str>) -> Self {
+        let sign = match suffix {
+            None => return Self::Probe,
+            Some("helpful") => -1.0,
+            Some("misleading") => 1.0,
+            Some(other) => panic!("no source of S(x) is called {other}"),
+        };
+        let (mut logits, mut hidden) = (BTreeMap::new(), BTreeMap::new());
+        for c in (0..25_920).map(Levels::from_index) {
+            // Diverged configurations would drown all others.
+            let value = clean(surface, c, Fidelity::Full).min(60.0);
+            *logits.entry(logits_key(c)).or_insert(0.0) += value;
+            *hidden.entry(hidden_key(c)).or_insert(0.0) += value;
+        }
+        Self::Marginal {
+            logits,
+            hidden,
+            sign,
+        }
+    }
+}
+
+fn logits_key(c: Levels) -> [usize; 3] {
+    [c.scaling, c.logits_norm, c.kd_type]
+}
+
+fn hidden_key(c: Levels) -> [usize; 2] {
+    [c.layers, if c.layers > 0 { c.hidden_norm } else { 0 }]
+}
+
+impl Objective for Source {
     fn evaluate(&mut self, _: &Trial<'_>) -> Result<Outcome, BoxError> {
         Err("the benchmark evaluates by itself".into())
     }
 
     fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
         let c = Levels::of(params);
-        let (teacher, student) = [(2.6, 2.2), (0.11, 0.10), (1.0, 1.0)][c.logits_norm];
-        let scaling = (c.scaling + 1) as f64;
-        let logits = if c.kd_type == 1 {
-            0.02 * scaling
-        } else {
-            scaling * (1.0f64 / teacher - 1.0 / student).abs()
-        };
-        let hidden = [0.0, 1.0, 1.8][c.layers] * [900.0, 0.4, 35.0][c.hidden_norm];
-        Ok(Discrepancy { logits, hidden })
+        Ok(match self {
+            Self::Probe => {
+                let (teacher, student) = [(2.6, 2.2), (0.11, 0.10), (1.0, 1.0)][c.logits_norm];
+                let scaling = (c.scaling + 1) as f64;
+                let logits = if c.kd_type == 1 {
+                    0.02 * scaling
+                } else {
+                    scaling * (1.0f64 / teacher - 1.0 / student).abs()
+                };
+                let hidden = [0.0, 1.0, 1.8][c.layers] * [900.0, 0.4, 35.0][c.hidden_norm];
+                Discrepancy { logits, hidden }
+            }
+            // Means, in units of the metric.
+            Self::Marginal {
+                logits,
+                hidden,
+                sign,
+            } => Discrepancy {
+                logits: *sign * logits[&logits_key(c)] / (25_920.0 / 120.0),
+                hidden: *sign * hidden[&hidden_key(c)] / (25_920.0 / 9.0)
+                    * if c.layers > 0 { 1.0 } else { 1.0 / 3.0 },
+            },
+        })
     }
 }
 
@@ -81,7 +136,7 @@ fn main() {
             let mean =
                 |t: usize| runs.iter().filter_map(|r| r.get(t - 1)).sum::<f64>() / seeds as f64;
             eprintln!(
-                "{:12} {:9} regret@30 {:6.3}  @50 {:6.3}  {:.1} ms per trial",
+                "{:12} {:15} regret@30 {:6.3}  @50 {:6.3}  {:.1} ms per trial",
                 SURFACES[surface - 1],
                 sampler,
                 mean(30.min(trials as usize)),
@@ -91,6 +146,7 @@ fn main() {
             results.push(serde_json::json!({
                 "surface": SURFACES[surface - 1],
                 "sampler": sampler,
+                "first_run": first,
                 "regret": runs,
                 "seconds_per_trial": seconds / (seeds * trials) as f64,
             }));
@@ -144,12 +200,16 @@ fn config(sampler: &str, seed: u64) -> StudyConfig {
 
 /// Simple regret after each trial of one run.
 fn regrets(surface: usize, least: f64, sampler: &str, run: u64, trials: u64) -> Vec<f64> {
+    let (sampler, suffix) = sampler
+        .split_once('+')
+        .map_or((sampler, None), |(name, suffix)| (name, Some(suffix)));
+    let mut source = Source::new(surface, suffix);
     let mut study = Study::in_memory(&Space::table2(), &config(sampler, run)).unwrap();
     let mut best = (f64::INFINITY, f64::INFINITY);
     (0..trials)
         .map(|number| {
             let asked = study
-                .ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic)
+                .ask_measured(Holder::External { seconds: 1e9 }, &mut source)
                 .unwrap();
             let c = Levels::of(&asked.params);
             let value = observe(surface, c, run * 10_000 + number);
@@ -164,8 +224,18 @@ fn regrets(surface: usize, least: f64, sampler: &str, run: u64, trials: u64) -> 
         .collect()
 }
 
+/// Seconds that this thread has computed, which other work on the machine does not lengthen; where the system does not
+/// tell, the time since `begun`.
+fn busy_seconds(begun: Instant) -> f64 {
+    std::fs::read_to_string("/proc/thread-self/schedstat")
+        .ok()
+        .and_then(|text| text.split(' ').next()?.parse::<f64>().ok())
+        .map_or_else(|| begun.elapsed().as_secs_f64(), |ns| ns * 1e-9)
+}
+
 /// Seconds per suggestion of each sampler after `n` observations.
 fn suggestion_seconds(n: u64) -> serde_json::Value {
+    let begun = Instant::now();
     let mut row = serde_json::Map::new();
     row.insert("observations".to_owned(), n.into());
     for sampler in SamplerKind::ALL {
@@ -178,7 +248,7 @@ fn suggestion_seconds(n: u64) -> serde_json::Value {
         )
         .unwrap();
         for number in 0..n {
-            let asked = study.ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic);
+            let asked = study.ask_measured(Holder::External { seconds: 1e9 }, &mut Source::Probe);
             let c = Levels::of(&asked.unwrap().params);
             study
                 .tell(number, None, &Outcome::Value(observe(1, c, number)), 0.0)
@@ -186,11 +256,11 @@ fn suggestion_seconds(n: u64) -> serde_json::Value {
         }
         let mut seconds = Vec::new();
         for number in n..n + 5 {
-            let begun = Instant::now();
+            let before = busy_seconds(begun);
             let asked = study
-                .ask_measured(Holder::External { seconds: 1e9 }, &mut Synthetic)
+                .ask_measured(Holder::External { seconds: 1e9 }, &mut Source::Probe)
                 .unwrap();
-            seconds.push(begun.elapsed().as_secs_f64());
+            seconds.push(busy_seconds(begun) - before);
             let value = observe(1, Levels::of(&asked.params), number);
             study
                 .tell(number, None, &Outcome::Value(value), 0.0)

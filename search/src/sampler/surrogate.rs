@@ -1,6 +1,8 @@
-//! Gaussian-process search: expected improvement (`gp`) and logits-aware expected improvement (`sabo`).
+//! Gaussian-process search: expected improvement (`gp`) and logits-aware expected improvement (`sabo`), both weighed
+//! by a density of good configurations. LAEI's exact mode goes without that weight.
 
 use super::sobol::scrambled;
+use super::tpe::log_ratio;
 use super::{Discrepancies, History, Sampler, Suggestion, Tried};
 use crate::acquisition::{
     alpha, discrepancy, expected_improvement, moments, standardised_discrepancies,
@@ -19,6 +21,8 @@ use crate::view::Why;
 const FIT_OBSERVATIONS: usize = 160;
 /// Evaluations of the likelihood per fit.
 const FIT_EVALUATIONS: usize = 40;
+/// γ: how much the Parzen estimator's ratio of densities weighs beside expected improvement.
+const DENSITY_EXPONENT: f64 = 0.5;
 /// Quasi-random candidates in a space that is not enumerated.
 const CANDIDATES: u64 = 2048;
 /// Rounds of local refinement around the best candidates, and new candidates per round.
@@ -53,7 +57,7 @@ struct Scores {
 }
 
 impl Sampler {
-    /// Maximises EI, or EI + α·S where `discrepancies` are given.
+    /// Maximises weighed EI, or weighed EI + α·S where `discrepancies` are given.
     pub(super) fn surrogate(
         &mut self,
         config: &StudyConfig,
@@ -81,7 +85,9 @@ impl Sampler {
             };
             (&drawn, &drawn_columns, parts, vec![false; drawn.len()])
         };
-        let scores = surrogate.score(&config.sabo, columns, parts.as_deref(), finished)?;
+        let weights = density_weights(&self.space, history, columns);
+        let scores =
+            surrogate.score(&config.sabo, columns, &weights, parts.as_deref(), finished)?;
         let chosen = (0..candidates.len())
             .filter(|&i| !tried_flags[i])
             .max_by(|&a, &b| scores.total[a].total_cmp(&scores.total[b]).then(b.cmp(&a)));
@@ -160,6 +166,7 @@ impl<'a> Surrogate<'a> {
         &self,
         options: &SaboOptions,
         candidates: &Columns,
+        weights: &[f64],
         parts: Option<&[crate::objective::Discrepancy]>,
         finished: usize,
     ) -> Result<Scores> {
@@ -183,7 +190,11 @@ impl<'a> Surrogate<'a> {
             .mean
             .iter()
             .zip(&prediction.variance)
-            .map(|(mean, variance)| unit * expected_improvement(*mean, variance.sqrt(), best, xi))
+            .zip(weights)
+            .map(|((mean, variance), weight)| {
+                let improvement = unit * expected_improvement(*mean, variance.sqrt(), best, xi);
+                improvement * if exact { 1.0 } else { *weight }
+            })
             .collect();
         let alpha = alpha(options, finished);
         let weighed = parts.map(|parts| {
@@ -262,12 +273,9 @@ impl<'a> Surrogate<'a> {
                     admit(self.neighbour(seed, radius, &mut rng), &mut candidates);
                 }
             }
-            let scores = self.score(
-                &config.sabo,
-                &Columns::new(self.space, &candidates),
-                None,
-                0,
-            )?;
+            let columns = Columns::new(self.space, &candidates);
+            let weights = density_weights(self.space, history, &columns);
+            let scores = self.score(&config.sabo, &columns, &weights, None, 0)?;
             let mut order: Vec<usize> = (0..candidates.len()).collect();
             order.sort_by(|&a, &b| scores.total[b].total_cmp(&scores.total[a]).then(a.cmp(&b)));
             seeds = order
@@ -309,6 +317,17 @@ impl<'a> Surrogate<'a> {
         self.space.canonicalise(&mut next);
         next
     }
+}
+
+/// (l/g)^γ of the Parzen estimator, by which expected improvement is multiplied.
+///
+/// The densities look at ranks only: they see which levels the good configurations share, whatever steps or cliffs the
+/// metric has elsewhere. With γ < 1 the Gaussian process has the last word.
+fn density_weights(space: &Space, history: &History, candidates: &Columns) -> Vec<f64> {
+    log_ratio(space, history, candidates)
+        .into_iter()
+        .map(|ratio| (DENSITY_EXPONENT * ratio).exp())
+        .collect()
 }
 
 /// Fits hyper-parameters. Of many observations a subset decides them: the best half, and of the rest an even sample

@@ -23,20 +23,7 @@ impl Sampler {
         history: &History,
         tried: &Tried,
     ) -> Result<Suggestion> {
-        let mut order: Vec<(f64, &Point)> = history
-            .observations
-            .iter()
-            .map(|o| (o.value.unwrap_or(f64::INFINITY), &o.point))
-            .collect();
-        order.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let good = order.len().div_ceil(7).clamp(2, MAX_GOOD);
-        let points: Vec<&Point> = order.iter().map(|(_, point)| *point).collect();
-        let (better, worse) = points.split_at(good.min(points.len()));
-        let mut worse = worse.to_vec();
-        worse.extend(&history.pending);
-        let better = Parzen::new(&self.space, better);
-        let worse = Parzen::new(&self.space, &worse);
-
+        let (better, worse) = densities(&self.space, history);
         let drawn;
         let drawn_columns;
         let (candidates, columns, tried) = if let Some(finite) = &self.finite {
@@ -90,6 +77,34 @@ impl Sampler {
             })
             .collect()
     }
+}
+
+/// ln(l/g) at some points: by how much configurations like the good ones are denser there than the others.
+pub(super) fn log_ratio(space: &Space, history: &History, points: &Columns) -> Vec<f64> {
+    let (better, worse) = densities(space, history);
+    let worse = worse.log_densities(points);
+    better
+        .log_densities(points)
+        .into_iter()
+        .zip(worse)
+        .map(|(b, w)| b - w)
+        .collect()
+}
+
+/// The density l of the good configurations and g of the others, pending ones included.
+fn densities<'a>(space: &'a Space, history: &'a History) -> (Parzen<'a>, Parzen<'a>) {
+    let mut order: Vec<(f64, &Point)> = history
+        .observations
+        .iter()
+        .map(|o| (o.value.unwrap_or(f64::INFINITY), &o.point))
+        .collect();
+    order.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let good = order.len().div_ceil(7).clamp(2, MAX_GOOD);
+    let points: Vec<&Point> = order.iter().map(|(_, point)| *point).collect();
+    let (better, worse) = points.split_at(good.min(points.len()));
+    let mut worse = worse.to_vec();
+    worse.extend(&history.pending);
+    (Parzen::new(space, better), Parzen::new(space, &worse))
 }
 
 /// A mixture with one kernel per configuration and a uniform one as prior.

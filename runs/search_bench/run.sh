@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The benchmark of the samplers: six response surfaces and the table of trained configurations, ours next to Optuna's.
+#
+#     CASKD_PYTHON=…/bin/python runs/search_bench/run.sh [OUT]
+#
+# Needs a Python with optuna, scipy and torch. What is already in OUT (default target/search_bench) is kept: a stopped
+# run goes on where it was; Optuna's GPSampler alone takes hours on one busy core. The numbers end in
+# runs/search_bench/results.json and results.md.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python="${CASKD_PYTHON:?set CASKD_PYTHON to a Python with optuna, scipy and torch}"
+target="${CARGO_TARGET_DIR:-target}"
+out="${1:-$target/search_bench}"
+here=runs/search_bench
+mkdir -p "$out"
+cargo build --release --locked -p caskd-search --example surfaces --example tabular
+
+"$target/release/examples/surfaces" --table 1 > "$out/tables.json"
+"$python" $here/rivals.py --tables "$out/tables.json" --out "$out/rivals.jsonl" &
+rivals=$!
+"$target/release/examples/surfaces" --samplers sabo,gp,tpe,random --timing 100,500 > "$out/ours.json"
+wait $rivals
+"$python" $here/compare.py --ours "$out/ours.json" --rivals "$out/rivals.jsonl" \
+    --json $here/results.json --markdown $here/results.md
+
+if [ -f $here/table.json ]; then
+    "$target/release/examples/tabular" $here/table.json > "$out/tabular.json"
+    "$python" $here/tabular.py --table $here/table.json --ours "$out/tabular.json" --markdown $here/tabular.md
+fi
