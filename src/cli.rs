@@ -280,7 +280,7 @@ pub(crate) struct LossArgs {
         required_unless_present = "list"
     )]
     pub(crate) input: Option<PathBuf>,
-    /// The file to write; it must not exist
+    /// The file to write; an earlier result there is replaced
     #[arg(
         long,
         value_name = "FILE.safetensors",

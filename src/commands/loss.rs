@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use super::{print_json, print_text, refuse_existing, write_file};
+use super::{print_json, print_text, write_file};
 use crate::cli::LossArgs;
 use crate::exit::{Exit, Failure, Outcome};
 
@@ -45,7 +45,6 @@ pub(crate) fn run(args: &LossArgs) -> Outcome {
         ));
     };
     let term = read_term(kind, &args.settings)?;
-    refuse_existing(out)?;
     let tensors = read_tensors(input)?;
     let values = loss_values(&term, &tensors)?;
     write_values(out, &term, &values)?;
