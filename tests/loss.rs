@@ -48,7 +48,7 @@ fn values_and_gradient_are_written_whole() {
         "--json",
     ]);
     assert_eq!(told["kind"], "kl");
-    assert_eq!(told["settings"]["temperature"], 2);
+    assert_eq!(told["settings"]["temperature"], 2.0);
     assert_eq!(
         (&told["positions"], &told["counted"]),
         (&6.into(), &6.into())
