@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::head::Head;
@@ -11,6 +11,7 @@ use crate::sequence::{HiddenState, Sequence, TokenDigest};
 use crate::shard::Shard;
 use crate::spec::CacheSpec;
 use crate::store::Store;
+use crate::transform::Basis;
 
 /// How files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -32,6 +33,8 @@ pub struct Columns {
     pub top_k: bool,
     /// Hidden states by layer number.
     pub layers: Vec<u32>,
+    /// The coefficients of the compact tier.
+    pub coefficients: bool,
 }
 
 impl Columns {
@@ -41,6 +44,7 @@ impl Columns {
             statistics: true,
             top_k: manifest.top_k > 0,
             layers: manifest.layers.iter().map(|spec| spec.layer).collect(),
+            coefficients: manifest.code.is_some(),
         }
     }
 }
@@ -71,6 +75,8 @@ pub struct Cache {
     spec: CacheSpec,
     /// Each opened and its footer parsed at the first use.
     shards: Vec<OnceLock<Shard>>,
+    /// Read with the first shard of a compact cache.
+    basis: OnceLock<Arc<Basis>>,
 }
 
 impl Cache {
@@ -111,6 +117,7 @@ impl Cache {
             spec: manifest.spec(),
             manifest,
             shards,
+            basis: OnceLock::new(),
         }
     }
 
@@ -191,6 +198,19 @@ impl Cache {
         crate::logits::rebuild(head, hidden)
     }
 
+    /// The basis of a compact cache, its digest checked; `None` in the other tiers.
+    pub fn basis(&self) -> Result<Option<Arc<Basis>>> {
+        let Some(code) = &self.manifest.code else {
+            return Ok(None);
+        };
+        if let Some(basis) = self.basis.get() {
+            return Ok(Some(basis.clone()));
+        }
+        let basis =
+            crate::transform::basis::load(&self.store, &code.basis, self.io, &self.spec)?;
+        Ok(Some(self.basis.get_or_init(|| Arc::new(basis)).clone()))
+    }
+
     /// Bytes on disk per column over all shards, and `footer` for what is no column; together the shards' lengths.
     pub fn bytes_by_column(&self) -> Result<BTreeMap<String, u64>> {
         let mut totals = BTreeMap::new();
@@ -214,7 +234,7 @@ impl Cache {
         }
         // Two threads may both open it; one result is dropped, which costs less than a lock around every read.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
-        let shard = Shard::open(&self.spec, index, info, &source)?;
+        let shard = Shard::open(&self.spec, index, info, &source, self.basis()?)?;
         Ok(cell.get_or_init(|| shard))
     }
 }
@@ -225,10 +245,13 @@ pub(crate) fn files(manifest: &Manifest) -> impl Iterator<Item = (&str, u64)> {
         .shards
         .iter()
         .map(|info| (info.file.as_str(), info.bytes));
-    shards.chain(
-        manifest
-            .head
-            .iter()
-            .map(|info| (info.file.as_str(), info.bytes)),
-    )
+    let head = manifest
+        .head
+        .iter()
+        .map(|info| (info.file.as_str(), info.bytes));
+    let basis = manifest
+        .code
+        .iter()
+        .map(|code| (code.basis.file.as_str(), code.basis.bytes));
+    shards.chain(head).chain(basis)
 }
