@@ -7,9 +7,9 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result};
 use crate::head::Head;
 use crate::manifest::Manifest;
-use crate::sequence::{HiddenState, Sequence, TokenDigest};
+use crate::sequence::{Sequence, TokenDigest};
 use crate::shard::Shard;
-use crate::spec::CacheSpec;
+use crate::spec::{CacheSpec, Tier};
 use crate::store::Store;
 use crate::transform::Basis;
 
@@ -38,6 +38,23 @@ pub struct Columns {
 }
 
 impl Columns {
+    /// What logits of the whole vocabulary are rebuilt from; `None` where the tier cannot.
+    pub fn for_logits(manifest: &Manifest) -> Option<Columns> {
+        match manifest.tier {
+            Tier::Sparse => None,
+            Tier::Compact => Some(Columns {
+                statistics: true,
+                top_k: true,
+                coefficients: true,
+                layers: Vec::new(),
+            }),
+            Tier::Exact => Some(Columns {
+                layers: vec![manifest.teacher.num_layers],
+                ..Columns::default()
+            }),
+        }
+    }
+
     /// Everything that the cache holds.
     pub fn all(manifest: &Manifest) -> Columns {
         Columns {
@@ -187,15 +204,22 @@ impl Cache {
         crate::head::parse(info, &bytes).map(Some)
     }
 
-    /// Logits \[T·V\] = hidden · headᵀ in f32, of the last hidden state. For export and witnesses; allocates them all.
-    pub fn rebuild_logits(&self, head: &Head, hidden: &HiddenState) -> Result<Vec<f32>> {
-        if hidden.layer != self.manifest.teacher.num_layers {
-            return Err(Error::InvalidRequest(format!(
-                "logits come from layer {}, not from layer {}",
-                self.manifest.teacher.num_layers, hidden.layer
-            )));
+    /// Logits \[T·V\] in f32 of a sequence that was read with [`Columns::for_logits`]. For export and witnesses;
+    /// allocates them all.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] where the sequence lacks a column, as those of a sparse cache do.
+    pub fn rebuild_logits(&self, head: &Head, sequence: &Sequence) -> Result<Vec<f32>> {
+        if let Some(basis) = self.basis()? {
+            return crate::logits::rebuild_compact(head, &basis, sequence);
         }
-        crate::logits::rebuild(head, hidden)
+        let last = self.manifest.teacher.num_layers;
+        match sequence.hidden.iter().find(|state| state.layer == last) {
+            Some(state) => crate::logits::rebuild(head, &state.values, state.width),
+            None => Err(Error::InvalidRequest(format!(
+                "logits come from layer {last}, which the sequence does not have"
+            ))),
+        }
     }
 
     /// The basis of a compact cache, its digest checked; `None` in the other tiers.

@@ -50,7 +50,7 @@ pub use spec::{
 };
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 pub use verify::{Problem, VerifyReport, verify};
-pub use writer::{CacheWriter, stored_code};
+pub use writer::{CacheWriter, stored_code, trial_bytes_per_position};
 
 /// Version of the folder, the manifest and the shard schema. A reader refuses every other number.
 pub const FORMAT_VERSION: u32 = 1;

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::FORMAT_VERSION;
-use crate::cache::Io;
+use crate::cache::{Columns, Io};
 use crate::error::{Error, Result};
 use crate::head::{self, HeadWeights};
 use crate::manifest::{HeadInfo, Manifest, ShardInfo};
 use crate::sequence::Sequence;
-use crate::shard::{self, encode_shard};
+use crate::shard::{self, Shard, encode_shard};
 use crate::spec::{CacheSpec, CodeSpec, Tier};
 use crate::fidelity::Fidelity;
 use crate::store::{LOCK, MANIFEST, PLAN, SHARDS, Store, is_temporary};
@@ -25,7 +26,7 @@ pub struct CacheWriter {
     spec: CacheSpec,
     shards: BTreeMap<usize, ShardInfo>,
     head: Option<HeadInfo>,
-    basis: Option<Basis>,
+    basis: Option<Arc<Basis>>,
     fidelity: Option<Fidelity>,
     /// The manifest, where the folder holds a finished cache.
     published: Option<Manifest>,
@@ -42,6 +43,23 @@ impl CacheWriter {
     /// folder holds something else, [`Error::PlanDiffers`] where the build in it had another spec.
     pub fn open(dir: &Path, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
         CacheWriter::open_in(Store::new(dir), spec, resume)
+    }
+
+    /// Refuses early what [`CacheWriter::open`] would refuse later: a folder that holds something else.
+    ///
+    /// # Errors
+    /// [`Error::CacheExists`].
+    pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
+        let what = match contents(&Store::new(dir))? {
+            Contents::Foreign => "other files",
+            Contents::Finished if !resume => "a finished cache",
+            Contents::Unfinished if !resume => "an unfinished build",
+            _ => return Ok(()),
+        };
+        Err(Error::CacheExists {
+            dir: dir.to_owned(),
+            what,
+        })
     }
 
     fn open_in(store: Store, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
@@ -140,7 +158,7 @@ impl CacheWriter {
             let message = "the basis must be written before the shards".to_owned();
             return Err(Error::InvalidRequest(message));
         }
-        let encoded = encode_shard(&self.spec, self.basis.as_ref(), shard, sequences)?;
+        let encoded = encode_shard(&self.spec, self.basis.as_deref(), shard, sequences)?;
         let digest = blake3::hash(&encoded.bytes).to_hex().to_string();
         let info = ShardInfo {
             file: shard::file_name(shard, &digest),
@@ -223,8 +241,24 @@ impl CacheWriter {
             self.refuse_published(&info.file)?;
             self.store.publish(&info.file, &[&bytes])?;
         }
-        self.basis = Some(basis);
+        self.basis = Some(Arc::new(basis));
         Ok(())
+    }
+
+    /// Decodes a row of a shard that is on disk.
+    ///
+    /// # Errors
+    /// As [`crate::Cache::read`]; [`Error::InvalidRequest`] for a shard that is not done.
+    pub fn read_back(&self, shard: usize, row: u32, columns: &Columns) -> Result<Sequence> {
+        let Some(info) = self.shards.get(&shard) else {
+            let message = format!("shard {shard} is not written yet");
+            return Err(Error::InvalidRequest(message));
+        };
+        let source = self.store.open(&info.file, info.bytes, Io::Read)?;
+        let shard = Shard::open(&self.spec, shard, info, &source, self.basis.clone())?;
+        let mut read = shard.read(&[row], columns)?;
+        read.pop()
+            .ok_or_else(|| Error::damaged(&info.file, "a row is missing"))
     }
 
     /// The report that the manifest will carry; a finished cache keeps its own.
@@ -341,6 +375,16 @@ impl CacheWriter {
             None => Ok(()),
         }
     }
+}
+
+/// Bytes a position of sequences in a shard of this spec, without the footer: what a fit tries out.
+///
+/// # Errors
+/// As [`CacheWriter::write_shard`].
+pub fn trial_bytes_per_position(spec: &CacheSpec, basis: &Basis, sequences: &[Sequence]) -> Result<f64> {
+    let encoded = encode_shard(spec, Some(basis), 0, sequences)?;
+    let bytes = encoded.bytes.len() as u64 - encoded.footer.bytes;
+    Ok(bytes as f64 / encoded.positions.max(1) as f64)
 }
 
 /// The transform code of the cache in `dir`, finished or not, with its basis: a build that goes on need not fit again.

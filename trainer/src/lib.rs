@@ -42,7 +42,7 @@ mod train;
 pub use config::{CacheIo, Dtype, TrainConfig};
 pub use error::{Error, Result};
 pub use eval::{CacheScore, TextScore, evaluate_cache, evaluate_text, teacher_perplexity};
-pub use objective::check_fit;
+pub use objective::{check_fidelity, check_fit};
 pub use probe::{Pair, Probe, probe};
 pub use recipe::{
     AlignmentTerm, CrossEntropyTerm, DualScalingTerm, KdType, KlTerm, LayerPair, Layers, LossTerm,

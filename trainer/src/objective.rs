@@ -4,9 +4,11 @@
 use caskd_formats::{Cache, Columns, Manifest, Tier};
 use caskd_models::LoadedModel;
 
-use crate::losses::{HiddenPositions, KnowledgeAlignment, LogitLoss, LogitReduction, Requirement};
+use crate::losses::{
+    HiddenPositions, KnowledgeAlignment, LogitLoss, LogitReduction, Normalization, Requirement, Tail,
+};
 use crate::recipe::{LayerPair, LossTerm};
-use crate::{Error, Result};
+use crate::{Error, Result, TrainConfig};
 
 /// A sum of loss terms that the cache can answer.
 pub(crate) struct Objective {
@@ -91,6 +93,59 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
+/// Gradient error above which a run warns.
+const DOUBTFUL: f64 = 0.03;
+
+/// Gradient error above which a run is refused unless it is allowed.
+const TOO_FAR: f64 = 0.10;
+
+/// Compares the loss terms with the cache's fidelity report; what is not measured passes.
+///
+/// Returns warnings about losses whose gradient is off by more than 3%.
+///
+/// # Errors
+/// [`Error::LowFidelity`] above 10%, unless the configuration says `allow_low_fidelity`.
+pub fn check_fidelity(config: &TrainConfig, cache: &Cache) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    let Some(report) = &cache.manifest().fidelity else {
+        return Ok(warnings);
+    };
+    for term in config.terms() {
+        let (what, error) = match &term {
+            LossTerm::Kl(term) if term.logits_norm == Normalization::None => {
+                // The report of a sparse cache is that of the uniform tail.
+                let measured = match (&report.tail, term.tail) {
+                    (None, Tail::Refuse) => true,
+                    (Some(tail), Tail::Uniform) => tail == "uniform",
+                    _ => false,
+                };
+                let what = format!("KL at temperature {}", term.temperature);
+                (what, measured.then(|| report.gradient_error_at(term.temperature)).flatten())
+            }
+            LossTerm::DualScaling(_) if report.tail.is_none() => {
+                ("dual-scaling".to_owned(), report.gradient_error_of_dual_scaling())
+            }
+            _ => continue,
+        };
+        let Some(error) = error.filter(|error| *error > DOUBTFUL) else {
+            continue;
+        };
+        if error > TOO_FAR && !config.allow_low_fidelity {
+            return Err(Error::LowFidelity {
+                term: what,
+                percent: 100.0 * error,
+                limit: 100.0 * TOO_FAR,
+            });
+        }
+        warnings.push(format!(
+            "the cache's gradient of {what} is off by {:.1}% (measured against {})",
+            100.0 * error,
+            report.student
+        ));
+    }
+    Ok(warnings)
+}
+
 impl Objective {
     /// Resolves terms for a student and a cache that fit each other.
     pub(crate) fn resolve(
@@ -166,6 +221,7 @@ impl Objective {
                 term: term.kind().to_owned(),
                 tier: match manifest.tier {
                     Tier::Sparse => "sparse".to_owned(),
+                    Tier::Compact => "compact".to_owned(),
                     Tier::Exact => "exact".to_owned(),
                 },
                 reason: reason.to_owned(),
@@ -183,14 +239,18 @@ impl Objective {
                 self.columns.statistics = true;
                 Ok(())
             }
-            Requirement::FullLogits if manifest.tier == Tier::Exact => {
+            Requirement::FullLogits if manifest.tier != Tier::Sparse => {
                 self.full_logits = true;
-                self.columns.layers.push(manifest.teacher.num_layers);
+                let needed = Columns::for_logits(manifest).unwrap_or_default();
+                self.columns.statistics |= needed.statistics;
+                self.columns.top_k |= needed.top_k;
+                self.columns.coefficients |= needed.coefficients;
+                self.columns.layers.extend(needed.layers);
                 Ok(())
             }
             Requirement::FullLogits => refuse(
                 "it asks for the logits of the whole vocabulary, and a top-k target without its tail harms the student",
-                "build the cache with `--tier exact`; KL at temperature 1 also runs on this one with `tail` set to \
+                "build the cache with `--tier compact` or `--tier exact`; KL at temperature 1 also runs on this one with `tail` set to \
                  \"uniform\" or \"ghost\"",
             ),
         }

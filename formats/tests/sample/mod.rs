@@ -94,6 +94,7 @@ pub fn sample(shape: &Shape) -> Sample {
                 codec: *codec,
             })
             .collect(),
+        code: None,
         sequences_per_shard: shape.per_shard,
         max_len: 1 << 16,
         teacher: TeacherInfo {
@@ -179,6 +180,7 @@ fn sequence(shape: &Shape, index: usize, length: usize, noise: &mut Noise) -> Se
         statistics: Some(statistics),
         top_k: (k > 0).then_some(top_k),
         hidden: hidden.collect(),
+        coefficients: None,
     }
 }
 

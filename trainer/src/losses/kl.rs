@@ -21,6 +21,10 @@ impl LogitLoss for Kl {
         Requirement::FullLogits
     }
 
+    fn is_at_temperature_one(&self) -> bool {
+        self.temperature == 1.0 && self.logits_norm == Normalization::None
+    }
+
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         let teacher = divided(
             self.logits_norm.apply(rows.full_teacher()),

@@ -104,6 +104,11 @@ pub trait LogitLoss: Send {
     fn sample_sigma(&self) -> Option<Normalization> {
         None
     }
+
+    /// Whether it sees the teacher through the softmax of its logits as they are, for which a cache may know more.
+    fn is_at_temperature_one(&self) -> bool {
+        false
+    }
 }
 
 /// How the values of the target positions of one optimizer step become one number.
