@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use caskd_formats::{Cache, Columns, HiddenCodec, Io, Sequence, Tier, split_hash};
-use sample::{Sample, Shape, sample, small};
+use sample::{Sample, Shape, compact, sample, small};
 use serde_json::{Value, json};
 
 /// A Python with pyarrow and numpy: `CASKD_PYTHON`, else `python3`.
@@ -91,6 +91,8 @@ fn pyarrow_duckdb_and_the_python_reader_agree() {
     large.sequences[1].statistics.as_mut().unwrap().min[0] = f32::NEG_INFINITY;
     large.sequences[1].hidden[0].values[5] = 900.0;
     check(&python, &large);
+    check(&python, &compact(50, 3, vec![1, 7, 300, 64, 33]));
+    check(&python, &compact(70_001, 1, vec![40, 20, 5]));
     // More than one blob in a row.
     let shape = Shape {
         tier: Tier::Sparse,

@@ -12,3 +12,6 @@ pub(crate) mod ranked;
 pub(crate) mod rans;
 
 pub use basis::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
+
+#[cfg(test)]
+mod tests;
