@@ -4,7 +4,7 @@
     cache = Cache("CACHE")
     for sequence in cache.sequences():
         sequence["token_ids"], sequence["top_k"]["logits"], sequence["hidden"][30]
-    logits = cache.rebuild_logits(sequence)          # exact tier: float32 [T, V]
+    logits = cache.rebuild_logits(sequence)          # exact and compact tier: float32 [T, V]
 
     python caskd_reader.py CACHE [--limit N]         # one JSON line per sequence
 
@@ -33,9 +33,19 @@ except ImportError:
 
 FORMAT_VERSION = 1
 STATISTICS = ("mean", "std", "min", "max", "log_sum_exp")
-CODECS = {("topk-f16-steps", 1): 1, ("int8-channel", 1): 2, ("f16-planes", 1): 3}
+CODECS = {
+    ("topk-f16-steps", 1): 1,
+    ("int8-channel", 1): 2,
+    ("f16-planes", 1): 3,
+    ("transform-rans", 1): 4,
+    ("topk-ranked", 1): 5,
+}
 HEADER = struct.Struct("<QBBHIII")
 RAW = 1 << 31
+FREQUENCY_BITS = 12
+LOWEST_STATE = 1 << 16
+LONG_GAP = 255
+TOP_K_STEPS = np.float32(32)
 ZSTD = pa.Codec("zstd")
 
 
@@ -65,9 +75,105 @@ class Payload:
             raise CacheError("a section has the wrong length")
         return np.frombuffer(data, np.uint8)
 
+    def word(self):
+        return struct.unpack("<I", self.take(4))[0]
+
+    def coded(self):
+        """One stream of coded symbols: its length, then its bytes."""
+        return self.take(self.word())
+
+    def bits(self, counts):
+        """Values of the given numbers of bits, one after the other, lowest bit first."""
+        counts = np.asarray(counts, np.int64).reshape(-1)
+        data = self.take(-(-int(counts.sum()) // 8))
+        ends = np.cumsum(counts)
+        # Eight bytes from the one where a value begins: at most 7 + 32 bits of them matter.
+        padded = np.concatenate([np.frombuffer(data, np.uint8), np.zeros(8, np.uint8)]).astype(np.uint64)
+        start = ends - counts
+        window = np.zeros(len(counts), np.uint64)
+        for byte in range(5):
+            window |= padded[np.minimum((start >> 3) + byte, len(padded) - 1)] << np.uint64(8 * byte)
+        mask = (np.uint64(1) << counts.astype(np.uint64)) - np.uint64(1)
+        return (window >> (start & 7).astype(np.uint64)) & mask
+
+    def exceptions(self, kind):
+        """(index, value) pairs that replace what the stream says."""
+        count = self.word()
+        return np.frombuffer(self.take(8 * count), [("index", "<u4"), ("value", kind)])
+
     def planes(self, count):
         low = self.section(count).astype(np.uint16)
         return low | self.section(count).astype(np.uint16) << 8
+
+
+class Tables:
+    """Frequency tables of a basis, one for each column of a matrix of symbols."""
+
+    def __init__(self, sizes, frequencies):
+        self.columns = []
+        for size, end in zip(sizes, np.cumsum(sizes)):
+            own = frequencies[end - size : end].astype(np.uint32)
+            if own.sum() != 1 << FREQUENCY_BITS:
+                raise CacheError("a frequency table does not add up to 4096")
+            symbols = np.repeat(np.arange(size), own)
+            starts = np.cumsum(own) - own
+            self.columns.append((symbols, own[symbols], np.arange(1 << FREQUENCY_BITS, dtype=np.uint32) - starts[symbols].astype(np.uint32)))
+
+    def decode(self, data, positions):
+        """Symbols [positions, columns] of an interleaved rANS stream; all lanes at once."""
+        lanes = 1 << (min(max(positions // 16, 1), 32).bit_length() - 1)
+        state = np.frombuffer(data[: 4 * lanes], "<u4").astype(np.uint32)
+        words = np.frombuffer(data[4 * lanes :], "<u2").astype(np.uint32)
+        out = np.empty((positions, len(self.columns)), np.int32)
+        at = 0
+        for first in range(0, positions, lanes):
+            here = min(lanes, positions - first)
+            live = state[:here]
+            for column, (symbols, frequency, place) in enumerate(self.columns):
+                slot = live & np.uint32((1 << FREQUENCY_BITS) - 1)
+                out[first : first + here, column] = symbols[slot]
+                live = frequency[slot] * (live >> np.uint32(FREQUENCY_BITS)) + place[slot]
+                short = np.flatnonzero(live < LOWEST_STATE)
+                if len(short):
+                    more = words[at : at + len(short)]
+                    if len(more) < len(short):
+                        raise CacheError("the coded symbols end early")
+                    live[short] = live[short] << np.uint32(16) | more
+                    at += len(short)
+            state[:here] = live
+        if at != len(words) or (state != LOWEST_STATE).any():
+            raise CacheError("the coded symbols do not end where they should")
+        return out
+
+
+class Basis:
+    """`basis-<16 hex>.safetensors` of a compact cache."""
+
+    def __init__(self, path):
+        tensors = read_safetensors(path)
+        self.mean, self.synthesis = tensors["mean"], tensors["synthesis"]
+        self.shift = tensors["levels.shift"].astype(np.int64)
+        self.lowest = tensors["levels.lowest"].astype(np.int64)
+        self.levels = Tables(tensors["levels.symbols"], tensors["levels.frequencies"])
+        self.id_order = tensors["top_k.id_order"]
+        self.top_k = Tables(tensors["top_k.symbols"], tensors["top_k.frequencies"])
+
+
+def read_safetensors(path):
+    """{name: array} of a safetensors file; BF16 becomes float32."""
+    kinds = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U16": "<u2", "I16": "<i2", "U8": "u1"}
+    data = pathlib.Path(path).read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    tensors = {}
+    for name, about in json.loads(data[8 : 8 + length]).items():
+        if name == "__metadata__":
+            continue
+        start, end = about["data_offsets"]
+        values = np.frombuffer(data[8 + length + start : 8 + length + end], kinds[about["dtype"]])
+        if about["dtype"] == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = values.reshape(about["shape"])
+    return tensors
 
 
 def blobs(row, column, layer, width, positions):
@@ -107,6 +213,38 @@ def decode_top_k(row, column, maximum):
     return {"ids": np.concatenate(ids), "logits": np.concatenate(logits)}
 
 
+def decode_ranked_top_k(row, column, maximum, basis):
+    """{ids [T, K] uint32, logits [T, K] float32} of codec `topk-ranked`."""
+    k = column["parameters"]["k"]
+    ids, logits = [], []
+    for first, count, payload in blobs(row, column, 0, k, len(maximum)):
+        symbols = basis.top_k.decode(payload.coded(), count)
+        buckets, gaps = symbols[:, :k], symbols[:, k:].astype(np.int64).reshape(-1)
+        low = payload.bits(np.maximum(buckets - 1, 0)).astype(np.int64).reshape(count, k)
+        ranks = np.where(buckets > 0, (1 << np.maximum(buckets - 1, 0)) | low, 0)
+        ids.append(basis.id_order[ranks])
+        pairs = payload.exceptions("<u4")
+        gaps[pairs["index"]] = pairs["value"]
+        steps = np.zeros((count, k), np.int64)
+        steps[:, 1:] = np.cumsum(gaps.reshape(count, k - 1), axis=1)
+        logits.append(maximum[first : first + count, None] - steps.astype(np.float32) / TOP_K_STEPS)
+    return {"ids": np.concatenate(ids), "logits": np.concatenate(logits)}
+
+
+def decode_coefficients(row, column, positions, basis):
+    """int16 [T, r]: the levels of codec `transform-rans`."""
+    rank = column["parameters"]["rank"]
+    out = []
+    for first, count, payload in blobs(row, column, 0, rank, positions):
+        upper = basis.levels.decode(payload.coded(), count) + basis.lowest
+        low = payload.bits(np.broadcast_to(basis.shift, (count, rank))).astype(np.int64).reshape(count, rank)
+        levels = ((upper << basis.shift) | low).reshape(-1)
+        pairs = payload.exceptions("<i4")
+        levels[pairs["index"]] = pairs["value"]
+        out.append(levels.astype(np.int16).reshape(count, rank))
+    return np.concatenate(out)
+
+
 def decode_hidden(row, column, layer, positions, scales):
     """float32 [T, D] from a row's blobs."""
     width = column["parameters"]["width"]
@@ -124,8 +262,8 @@ def decode_hidden(row, column, layer, positions, scales):
     return out
 
 
-def read_shard(path):
-    """Yields every sequence of one shard; needs nothing but the file."""
+def read_shard(path, basis=None):
+    """Yields every sequence of one shard; needs nothing but the file, and in the compact tier its basis."""
     file = pq.ParquetFile(path)
     metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()} \
         if file.schema_arrow.metadata else {}
@@ -136,12 +274,14 @@ def read_shard(path):
     for column in about["columns"]:
         if (column["codec"], column["version"]) not in CODECS:
             raise CacheError(f"{path}, column {column['name']}: codec {column['codec']} version {column['version']} is unknown")
+    if "basis" in about and basis is None:
+        basis = Basis(pathlib.Path(path).parent.parent / about["basis"])
     for batch in file.iter_batches(batch_size=16):
         for index in range(batch.num_rows):
-            yield decode_row(batch, index, about["columns"], metadata)
+            yield decode_row(batch, index, about["columns"], metadata, basis)
 
 
-def decode_row(batch, index, columns, metadata):
+def decode_row(batch, index, columns, metadata, basis):
     cell = lambda name: batch.column(name)[index]
     values = lambda name, kind: cell(name).values.to_numpy(zero_copy_only=False).astype(kind, copy=False)
     sequence = {
@@ -158,7 +298,11 @@ def decode_row(batch, index, columns, metadata):
     check_row(cell, sequence)
     for column in columns:
         row = [blob.as_py() for blob in cell(column["name"])]
-        if column["name"] == "top_k":
+        if column["codec"] == "topk-ranked":
+            sequence["top_k"] = decode_ranked_top_k(row, column, sequence["statistics"]["max"], basis)
+        elif column["codec"] == "transform-rans":
+            sequence["coefficients"] = decode_coefficients(row, column, positions, basis)
+        elif column["name"] == "top_k":
             sequence["top_k"] = decode_top_k(row, column, sequence["statistics"]["max"])
         else:
             layer = int(column["name"].removeprefix("hidden."))
@@ -197,27 +341,20 @@ class Cache:
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise CacheError(f"format version {self.manifest['format_version']} is unknown")
         self._head = None
+        code = self.manifest.get("code")
+        self.basis = None if code is None else Basis(self.folder / code["basis"]["file"])
 
     def sequences(self):
         """Every sequence in cache order."""
         for shard in self.manifest["shards"]:
-            yield from read_shard(self.folder / shard["file"])
+            yield from read_shard(self.folder / shard["file"], self.basis)
 
     def head(self):
         """The LM head, float32 [V, D]; None where the cache has none."""
         about = self.manifest["head"]
         if about is None or self._head is not None:
             return self._head
-        data = (self.folder / about["file"]).read_bytes()
-        (length,) = struct.unpack_from("<Q", data)
-        tensor = json.loads(data[8 : 8 + length])["lm_head.weight"]
-        start, end = tensor["data_offsets"]
-        body = data[8 + length + start : 8 + length + end]
-        if tensor["dtype"] == "BF16":
-            weights = (np.frombuffer(body, "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            weights = np.frombuffer(body, {"F32": "<f4", "F16": "<f2"}[tensor["dtype"]]).astype(np.float32)
-        self._head = weights.reshape(tensor["shape"])
+        self._head = read_safetensors(self.folder / about["file"])["lm_head.weight"].astype(np.float32)
         return self._head
 
     def rebuild_logits(self, sequence):
@@ -225,7 +362,14 @@ class Cache:
         head = self.head()
         if head is None:
             raise CacheError("a sparse cache has no head")
-        return sequence["hidden"][self.manifest["teacher"]["num_layers"]] @ head.T
+        if self.basis is None:
+            return sequence["hidden"][self.manifest["teacher"]["num_layers"]] @ head.T
+        hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
+        logits = hidden @ head.T
+        shift = sequence["statistics"]["mean"] - logits.mean(axis=1, dtype=np.float64)
+        logits += shift.astype(np.float32)[:, None]
+        np.put_along_axis(logits, sequence["top_k"]["ids"].astype(np.int64), sequence["top_k"]["logits"], axis=1)
+        return logits
 
 
 def main():

@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Check every file, blob and row of a cache
     Verify(VerifyArgs),
+    /// Measure how near a cache's logits are to its teacher's
+    Fidelity(FidelityArgs),
     /// Remove attention groups and FFN channels from a dense model
     Prune(PruneArgs),
     /// Train a student from a cache (LoRA)
@@ -48,6 +50,7 @@ pub(crate) enum Command {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TierArg {
     Sparse,
+    Compact,
     Exact,
 }
 
@@ -80,6 +83,7 @@ pub(crate) enum SamplerArg {
 #[command(after_help = "\
 Examples:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
+  caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
 
 A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
@@ -93,15 +97,25 @@ pub(crate) struct BuildArgs {
     /// The cache's folder; it must not exist, or hold an interrupted build
     #[arg(long, value_name = "CACHE")]
     pub(crate) out: PathBuf,
-    /// sparse: top-k and statistics, for losses at temperature 1. exact: the last hidden state too, for any loss
+    /// sparse: top-k and statistics, for losses at temperature 1. compact: a transform code of the last hidden state, for
+    /// any loss at a chosen rate. exact: the last hidden state in 8 bits, for any loss
     #[arg(long, value_enum, default_value = "exact")]
     pub(crate) tier: TierArg,
-    /// Kept entries of the sorted logits at each position
-    #[arg(long, default_value_t = 64, value_name = "K")]
-    pub(crate) top_k: usize,
-    /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none
-    #[arg(long, default_value = "last,middle", value_name = "LIST")]
-    pub(crate) layers: String,
+    /// Kept entries of the sorted logits at each position [default: 64; compact: what serves the rate best]
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// compact: bytes a position that a logit loss may read [default: 130]
+    #[arg(long, value_name = "BYTES", conflicts_with = "distortion")]
+    pub(crate) rate: Option<u32>,
+    /// compact: instead of a rate, the KL to the teacher at temperature 1 in nats a position, for instance 0.05
+    #[arg(long, value_name = "KL")]
+    pub(crate) distortion: Option<f64>,
+    /// Do not compare the cache with the teacher when it is written
+    #[arg(long)]
+    pub(crate) no_fidelity: bool,
+    /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none [default: last,middle; compact: none]
+    #[arg(long, value_name = "LIST")]
+    pub(crate) layers: Option<String>,
     /// How hidden states are stored
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) hidden: HiddenArg,
@@ -145,6 +159,35 @@ pub(crate) struct VerifyArgs {
     #[arg(long)]
     pub(crate) deep: bool,
     /// Print the findings as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  caskd fidelity cache
+  caskd fidelity cache --teacher SmolLM2.gguf --positions 4096 --json
+
+Without --teacher the report that the build left in the cache is shown. KL(teacher || rebuilt) is in nats a position; the \
+gradient error is that of a batch's gradient at the student's LM head.")]
+pub(crate) struct FidelityArgs {
+    /// The cache's folder
+    #[arg(value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+    /// The cache's teacher, to measure again
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Whose gradient [default: the teacher without a quarter of its FFN channels]
+    #[arg(long, value_name = "DIR|FILE.gguf", requires = "teacher")]
+    pub(crate) student: Option<PathBuf>,
+    /// Positions to measure on
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    pub(crate) positions: usize,
+    /// cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Print the report as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -202,6 +245,9 @@ pub(crate) struct TrainArgs {
     /// Go on with an interrupted run
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Train even where the cache's gradient of a loss is off by more than 10%
+    #[arg(long)]
+    pub(crate) allow_low_fidelity: bool,
     /// Print the default configuration and exit
     #[arg(long)]
     pub(crate) print_config: bool,
@@ -370,6 +416,9 @@ pub(crate) struct SearchArgs {
     /// Go on with an interrupted study, or add trials to a finished one
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Train even where the cache's gradient of a loss is off by more than 10%
+    #[arg(long)]
+    pub(crate) allow_low_fidelity: bool,
     /// Print the summary as one JSON object
     #[arg(long)]
     pub(crate) json: bool,

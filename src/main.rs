@@ -26,6 +26,7 @@ fn run(command: &Command) -> Outcome {
         Command::Build(args) => commands::build::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Verify(args) => commands::verify::run(args),
+        Command::Fidelity(args) => commands::fidelity::run(args),
         Command::Prune(args) => commands::prune::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Eval(args) => commands::eval::run(args),

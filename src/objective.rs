@@ -75,6 +75,9 @@ impl Objective for DistillationObjective {
             &mut control,
         ) {
             Ok(summary) => summary,
+            Err(error @ caskd_trainer::Error::LowFidelity { .. }) => {
+                return Ok(Outcome::Failed(error.to_string()));
+            }
             Err(error) if error.is_divergence() => return Ok(Outcome::Failed(error.to_string())),
             Err(error) => return Err(error.into()),
         };

@@ -5,16 +5,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{
-    CacheSpec, CacheWriter, HeadDtype, HeadWeights, HiddenState, LayerSpec, Manifest, Sequence,
-    Statistics, TeacherInfo, TokenizerInfo, TopK,
+    Basis, CacheSpec, CacheWriter, Coefficients, Columns, Fidelity, HeadDtype, HeadWeights,
+    HiddenState, LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+    split_hash, stored_code,
 };
 use caskd_models::{LoadOptions, LoadedModel};
 use crossbeam_channel::bounded;
 use tch::{Device, Kind, Tensor};
 
-use crate::options::BuildOptions;
-use crate::statistics::summarize_logits;
+use crate::fidelity;
+use crate::options::{BuildOptions, USUAL_TOP_K};
+use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
 use crate::tokenize::{TokenizedSequence, tokenize};
+use crate::transform_fit::{self, Coder, FIT_POSITIONS, HELD_OUT_POSITIONS, MOST_K, Sample};
 use crate::{Error, Result};
 
 /// Positions whose logits exist at one time: V of them take 50 MB at V = 49,152.
@@ -26,9 +29,26 @@ const SHARD_BYTES: usize = 256 << 20;
 /// Sequences in a shard at most.
 const SHARD_SEQUENCES: usize = 256;
 
+/// Positions that a build measures its fidelity on.
+const FIDELITY_POSITIONS: usize = 1024;
+
+/// What the build is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// The teacher reads the sample that the compact tier's basis is fitted on.
+    Fitting,
+    /// The teacher reads the data.
+    Building,
+    /// What is in the cache is compared with the teacher.
+    Measuring,
+}
+
 /// How far the build is.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 pub struct Progress {
+    /// What it is at; the counts are those of this stage.
+    pub stage: Stage,
     /// Positions whose teacher values are known, those of finished shards included.
     pub positions_done: u64,
     /// All positions.
@@ -62,6 +82,14 @@ pub struct BuildReport {
     pub teacher_seconds: f64,
     /// Of these, seconds in statistics and top-k.
     pub statistics_seconds: f64,
+    /// Seconds in encoding shards, beside the teacher's.
+    pub encoding_seconds: f64,
+    /// Seconds in the fit of the compact tier, its teacher pass over the sample included.
+    pub fit_seconds: f64,
+    /// The compact tier's K, and coefficients of a position.
+    pub code: Option<(usize, usize)>,
+    /// How near the cache is to the teacher, where it was measured.
+    pub fidelity: Option<Fidelity>,
     /// Seconds from start to end, loading and writing included.
     pub seconds: f64,
     /// Positions a second of teacher time.
@@ -91,9 +119,30 @@ pub fn build(
         },
     )?;
     let data = tokenize(&teacher, &options.data, options.max_len)?;
-    let spec = cache_spec(options, &teacher, data.info)?;
+    let mut spec = cache_spec(options, &teacher, data.info)?;
+    let fit_started = Instant::now();
+    let mut basis = None;
+    if options.tier == Tier::Compact {
+        CacheWriter::check_folder(&options.out, options.resume)?;
+        let fitted = fit_code(
+            options,
+            &teacher,
+            &mut spec,
+            &data.sequences,
+            stop,
+            progress,
+        )?;
+        let Some(fitted) = fitted else {
+            return Ok(stopped_before_writing(&spec, started));
+        };
+        basis = Some(fitted);
+    }
+    let fit_seconds = fit_started.elapsed().as_secs_f64();
     let mut writer = CacheWriter::open(&options.out, &spec, options.resume)?;
     write_head(&mut writer, &teacher)?;
+    if let Some(basis) = &basis {
+        writer.write_basis(basis.clone())?;
+    }
 
     let shards: Vec<Range<usize>> = shard_ranges(data.sequences.len(), spec.sequences_per_shard);
     let pending: Vec<usize> = (0..shards.len())
@@ -109,9 +158,11 @@ pub fn build(
         })
         .sum();
     let mut pass = TeacherPass::new(&teacher, &spec, options.batch_tokens, stop);
+    pass.coder = basis.as_ref().map(Coder::new);
     let positions_total = spec.data.positions;
     let mut on_batch = |pass: &PassTotals| {
         progress(&Progress {
+            stage: Stage::Building,
             positions_done: reused + pass.positions,
             positions_total,
             tokens_per_second: pass.positions as f64 / pass.teacher_seconds.max(1e-9),
@@ -119,13 +170,16 @@ pub fn build(
     };
 
     // Writing a shard overlaps the teacher's work on the next one.
-    let (writer, completed) = std::thread::scope(|scope| {
+    let (mut writer, completed, encoding_seconds) = std::thread::scope(|scope| {
         let (sender, receiver) = bounded::<(usize, Vec<Sequence>)>(1);
-        let writing = scope.spawn(move || -> Result<CacheWriter> {
+        let writing = scope.spawn(move || -> Result<(CacheWriter, f64)> {
+            let mut seconds = 0.0;
             for (shard, sequences) in receiver {
+                let started = Instant::now();
                 writer.write_shard(shard, &sequences)?;
+                seconds += started.elapsed().as_secs_f64();
             }
-            Ok(writer)
+            Ok((writer, seconds))
         });
         let computed: Result<bool> = (|| {
             for &shard in &pending {
@@ -141,12 +195,28 @@ pub fn build(
             Ok(true)
         })();
         drop(sender);
-        let writer = writing
+        let (writer, seconds) = writing
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok::<_, Error>((writer, computed?))
+        Ok::<_, Error>((writer, computed?, seconds))
     })?;
 
+    if completed && options.fidelity && !writer.is_finished() {
+        progress(&Progress {
+            stage: Stage::Measuring,
+            positions_done: 0,
+            positions_total: FIDELITY_POSITIONS as u64,
+            tokens_per_second: 0.0,
+        });
+        let sample = read_back(&writer, &spec, &data.sequences, &shards)?;
+        let load = caskd_models::LoadOptions {
+            device: options.device,
+            kind: options.kind,
+        };
+        let student = fidelity::pruned_teacher(&options.teacher, &load)?;
+        let report = fidelity::measure(&teacher, &student, &spec, basis.as_ref(), &sample)?;
+        writer.set_fidelity(report);
+    }
     let manifest = if completed {
         Some(writer.finish()?)
     } else {
@@ -165,6 +235,12 @@ pub fn build(
         teacher_positions: totals.positions,
         teacher_seconds: totals.teacher_seconds,
         statistics_seconds: totals.statistics_seconds,
+        encoding_seconds,
+        fit_seconds,
+        code: spec.code.as_ref().map(|code| (spec.top_k, code.basis.rank)),
+        fidelity: manifest
+            .as_ref()
+            .and_then(|manifest| manifest.fidelity.clone()),
         seconds: started.elapsed().as_secs_f64(),
         tokens_per_second: totals.positions as f64 / totals.teacher_seconds.max(1e-9),
         cache_bytes: manifest.as_ref().map_or(0, cache_bytes),
@@ -174,6 +250,144 @@ pub fn build(
 fn cache_bytes(manifest: &Manifest) -> u64 {
     manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>()
         + manifest.head.as_ref().map_or(0, |head| head.bytes)
+        + manifest.code.as_ref().map_or(0, |code| code.basis.bytes)
+}
+
+/// The report of a build that was stopped while it fitted.
+fn stopped_before_writing(spec: &CacheSpec, started: Instant) -> BuildReport {
+    BuildReport {
+        completed: false,
+        sequences: spec.data.sequences,
+        positions: spec.data.positions,
+        targets: spec.data.targets,
+        truncated: spec.data.truncated,
+        skipped: spec.data.skipped,
+        shards: 0,
+        shards_reused: 0,
+        teacher_positions: 0,
+        teacher_seconds: 0.0,
+        statistics_seconds: 0.0,
+        encoding_seconds: 0.0,
+        fit_seconds: started.elapsed().as_secs_f64(),
+        code: None,
+        fidelity: None,
+        seconds: started.elapsed().as_secs_f64(),
+        tokens_per_second: 0.0,
+        cache_bytes: 0,
+    }
+}
+
+/// Completes the spec of a compact cache by its code: the one that an interrupted build left, or a new fit. `None` when
+/// stopped.
+fn fit_code(
+    options: &BuildOptions,
+    teacher: &LoadedModel,
+    spec: &mut CacheSpec,
+    sequences: &[TokenizedSequence],
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&Progress),
+) -> Result<Option<Basis>> {
+    let wanted = options.top_k;
+    if let Some((code, basis)) = stored_code(&options.out)?
+        && code.target == options.code_target
+        && wanted.is_none_or(|k| k == basis.k())
+        && basis.vocab_size() == spec.vocab_size
+        && basis.width() == spec.teacher.hidden_size
+    {
+        // Whether everything else of the plan is the same, the writer will see.
+        spec.top_k = basis.k();
+        spec.code = Some(code);
+        return Ok(Some(basis));
+    }
+    let (chosen, fitted, held_out) = choose_sample(sequences);
+    let positions_total = chosen
+        .iter()
+        .map(|sequence| sequence.token_ids.len() as u64)
+        .sum();
+    let mut pass = TeacherPass::new(teacher, spec, options.batch_tokens, stop);
+    pass.top_k = wanted.unwrap_or(0).max(MOST_K).min(spec.vocab_size);
+    pass.layers = vec![spec.teacher.num_layers];
+    let read = pass.run(&chosen, &mut |pass| {
+        progress(&Progress {
+            stage: Stage::Fitting,
+            positions_done: pass.positions,
+            positions_total,
+            tokens_per_second: pass.positions as f64 / pass.teacher_seconds.max(1e-9),
+        });
+    })?;
+    let Some(sequences) = read else {
+        return Ok(None);
+    };
+    let sample = Sample {
+        sequences,
+        fitted,
+        held_out,
+    };
+    let head = teacher.network.head().detach().to_kind(Kind::Float);
+    let (code, basis) = transform_fit::fit(&sample, spec, &head, options.code_target, wanted)?;
+    spec.top_k = basis.k();
+    spec.code = Some(code);
+    Ok(Some(basis))
+}
+
+/// Sequences of the lowest split hash: those to fit on, then those to choose step and K on. Where the data hold no more
+/// than that, all of them are fitted on, and the last quarter serves twice.
+fn choose_sample(sequences: &[TokenizedSequence]) -> (Vec<TokenizedSequence>, usize, usize) {
+    let mut order: Vec<(u64, usize)> = sequences
+        .iter()
+        .enumerate()
+        .map(|(index, sequence)| (split_hash(&sequence.token_ids), index))
+        .collect();
+    order.sort_unstable();
+    let mut chosen = Vec::new();
+    let (mut positions, mut fitted) = (0, None);
+    for (_, index) in order {
+        if positions >= FIT_POSITIONS && fitted.is_none() {
+            fitted = Some(chosen.len());
+        }
+        if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS {
+            break;
+        }
+        positions += sequences[index].token_ids.len();
+        chosen.push(sequences[index].clone());
+    }
+    match fitted {
+        Some(fitted) if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS / 2 => {
+            (chosen, fitted, fitted)
+        }
+        _ => {
+            let (all, last) = (chosen.len(), chosen.len() / 4 * 3);
+            (chosen, all, last.min(all.saturating_sub(1)))
+        }
+    }
+}
+
+/// The sequences of the highest split hash as the cache has them.
+fn read_back(
+    writer: &CacheWriter,
+    spec: &CacheSpec,
+    sequences: &[TokenizedSequence],
+    shards: &[Range<usize>],
+) -> Result<Vec<Sequence>> {
+    let columns: Columns = fidelity::columns(spec);
+    let mut places = Vec::new();
+    for (shard, range) in shards.iter().enumerate() {
+        for (row, sequence) in sequences[range.clone()].iter().enumerate() {
+            places.push((split_hash(&sequence.token_ids), shard, row as u32));
+        }
+    }
+    places.sort_by_key(|(hash, shard, row)| (std::cmp::Reverse(*hash), *shard, *row));
+    let mut sample = Vec::new();
+    let mut positions = 0;
+    for (_, shard, row) in places {
+        if positions >= FIDELITY_POSITIONS {
+            break;
+        }
+        let read = writer.read_back(shard, row, &columns)?;
+        positions += read.token_ids.len();
+        sample.push(read);
+    }
+    Ok(sample)
 }
 
 fn check_options(options: &BuildOptions) -> Result<()> {
@@ -183,7 +397,7 @@ fn check_options(options: &BuildOptions) -> Result<()> {
             hint: hint.into(),
         })
     };
-    if options.top_k == 0 {
+    if options.top_k == Some(0) {
         return refuse("--top-k 0 keeps nothing", "give at least 1");
     }
     if options.max_len < 2 {
@@ -207,11 +421,11 @@ fn cache_spec(
     data: caskd_formats::DataInfo,
 ) -> Result<CacheSpec> {
     let (vocab_size, width) = head_shape(teacher);
-    if options.top_k > vocab_size {
+    let top_k = options.top_k.unwrap_or(USUAL_TOP_K.min(vocab_size));
+    if top_k > vocab_size {
         return Err(Error::Option {
             problem: format!(
-                "--top-k {} is larger than the teacher's vocabulary of {vocab_size}",
-                options.top_k
+                "--top-k {top_k} is larger than the teacher's vocabulary of {vocab_size}"
             ),
             hint: "64 is a good choice; statistics and the exact tier cover the rest".into(),
         });
@@ -222,8 +436,9 @@ fn cache_spec(
         .resolve(num_layers, width, options.tier, options.hidden_codec)?;
     Ok(CacheSpec {
         tier: options.tier,
-        top_k: options.top_k,
+        top_k,
         vocab_size,
+        code: None,
         sequences_per_shard: sequences_per_shard(options.max_len, &layers),
         layers,
         teacher: TeacherInfo {
@@ -324,6 +539,8 @@ struct TeacherPass<'a> {
     vocab_size: usize,
     top_k: usize,
     layers: Vec<u32>,
+    /// Of the compact tier.
+    coder: Option<Coder>,
     batch_tokens: usize,
     stop: &'a AtomicBool,
     logits: Vec<f32>,
@@ -348,6 +565,7 @@ impl<'a> TeacherPass<'a> {
             vocab_size: spec.vocab_size,
             top_k: spec.top_k,
             layers: spec.layers.iter().map(|layer| layer.layer).collect(),
+            coder: None,
             batch_tokens,
             stop,
             logits: Vec::new(),
@@ -414,9 +632,18 @@ impl<'a> TeacherPass<'a> {
                 states.size()[2] as usize,
             ));
         }
-        let (statistics, top_k) = self
-            .summarize(&gather(&forward.last_hidden))
+        let last_hidden = gather(&forward.last_hidden);
+        let (mut statistics, mut top_k) = self
+            .summarize(&last_hidden)
             .map_err(|position| not_finite("logits", members, position))?;
+        let coefficients = self.coder.as_ref().map(|coder| {
+            let started = Instant::now();
+            round_statistics(&mut statistics);
+            snap_top_k(&mut top_k, &statistics.max);
+            let coefficients = coder.code(&last_hidden);
+            self.totals.statistics_seconds += started.elapsed().as_secs_f64();
+            coefficients
+        });
 
         let mut results = Vec::with_capacity(members.len());
         let mut first = 0;
@@ -441,6 +668,10 @@ impl<'a> TeacherPass<'a> {
                         values: values[rows.start * width..rows.end * width].to_vec(),
                     })
                     .collect(),
+                coefficients: coefficients.as_ref().map(|all| Coefficients {
+                    rank: all.rank,
+                    levels: all.levels[rows.start * all.rank..rows.end * all.rank].to_vec(),
+                }),
             });
         }
         for (layer, values, width) in &kept {

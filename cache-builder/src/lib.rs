@@ -6,13 +6,17 @@
 
 mod build;
 mod error;
+mod fidelity;
 mod options;
+mod rebuild;
 mod records;
 mod statistics;
 mod tokenize;
+mod transform_fit;
 
-pub use build::{BuildReport, Progress, build};
+pub use build::{BuildReport, Progress, Stage, build};
 pub use error::{Error, Result};
+pub use fidelity::{measure_cache, pruned_teacher};
 pub use options::{BuildOptions, LayerChoice};
 pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};

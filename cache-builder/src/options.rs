@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use caskd_formats::{HiddenCodec, LayerSpec, Tier};
+use caskd_formats::{CodeTarget, HiddenCodec, LayerSpec, Tier};
 use tch::{Device, Kind};
 
 use crate::{Error, Result};
@@ -17,8 +17,10 @@ pub struct BuildOptions {
     pub data: Vec<PathBuf>,
     /// How much of the teacher's logits the cache can give back.
     pub tier: Tier,
-    /// Kept entries K of the sorted logits.
-    pub top_k: usize,
+    /// Kept entries K of the sorted logits; `None`: 64, or in the compact tier what serves the rate best.
+    pub top_k: Option<usize>,
+    /// What the compact tier's transform code is fitted to.
+    pub code_target: CodeTarget,
     /// Hidden states to keep for alignment losses.
     pub layers: LayerChoice,
     /// How hidden states are stored.
@@ -36,7 +38,12 @@ pub struct BuildOptions {
     pub device: Device,
     /// Go on with an interrupted build.
     pub resume: bool,
+    /// Measure the cache on a sample before it is finished.
+    pub fidelity: bool,
 }
+
+/// K where the user names none, in the sparse and the exact tier.
+pub(crate) const USUAL_TOP_K: usize = 64;
 
 /// `--layers`: which hidden states are kept beside what the tier needs itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

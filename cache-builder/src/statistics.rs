@@ -4,7 +4,7 @@
 //! library calls would read it from memory each time. Sums run in sixteen fixed lanes, in the same
 //! order on every processor, so the instruction set does not change a bit of the result.
 
-use caskd_formats::{Statistics, TopK};
+use caskd_formats::{Statistics, TOP_K_STEPS, TopK};
 
 /// The statistics of one row of logits, over the whole vocabulary at temperature 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,6 +75,45 @@ pub fn summarize_logits(
     top_k.ids.extend(entries.iter().map(|entry| entry.1));
     top_k.logits.extend(entries.iter().map(|entry| entry.0));
     Ok(())
+}
+
+/// Rounds statistics to what the compact tier keeps of them: `max` and `log_sum_exp` to 2⁻⁹, `mean` and `std` to 2⁻⁶,
+/// `min` down to 2⁻⁴. `log_sum_exp` is off by less than 10⁻³, and no order among them is turned round.
+pub(crate) fn round_statistics(statistics: &mut Statistics) {
+    let round = |values: &mut Vec<f32>, steps: f32| {
+        for value in values {
+            *value = (*value * steps).round() / steps;
+        }
+    };
+    round(&mut statistics.max, 512.0);
+    round(&mut statistics.log_sum_exp, 512.0);
+    round(&mut statistics.mean, 64.0);
+    round(&mut statistics.std, 64.0);
+    for value in &mut statistics.min {
+        *value = (*value * 16.0).floor() / 16.0;
+    }
+    for ((mean, min), max) in statistics
+        .mean
+        .iter_mut()
+        .zip(&statistics.min)
+        .zip(&statistics.max)
+    {
+        *mean = mean.min(*max).max(*min);
+    }
+}
+
+/// Moves top-k logits to the grid of 1/32 below the rounded maximum `max` \[N\], where the compact tier keeps them.
+pub(crate) fn snap_top_k(top_k: &mut TopK, max: &[f32]) {
+    for (row, max) in top_k.logits.chunks_exact_mut(top_k.k).zip(max) {
+        for (rank, logit) in row.iter_mut().enumerate() {
+            let steps = ((max - *logit) * TOP_K_STEPS).round().max(0.0);
+            *logit = if rank == 0 {
+                *max
+            } else {
+                max - steps / TOP_K_STEPS
+            };
+        }
+    }
 }
 
 /// The K largest entries seen so far, kept in a buffer that is cut back to K when it is full.

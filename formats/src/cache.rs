@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::head::Head;
 use crate::manifest::Manifest;
-use crate::sequence::{HiddenState, Sequence, TokenDigest};
+use crate::sequence::{Sequence, TokenDigest};
 use crate::shard::Shard;
-use crate::spec::CacheSpec;
+use crate::spec::{CacheSpec, Tier};
 use crate::store::Store;
+use crate::transform::Basis;
 
 /// How files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -32,15 +33,35 @@ pub struct Columns {
     pub top_k: bool,
     /// Hidden states by layer number.
     pub layers: Vec<u32>,
+    /// The coefficients of the compact tier.
+    pub coefficients: bool,
 }
 
 impl Columns {
+    /// What logits of the whole vocabulary are rebuilt from; `None` where the tier cannot.
+    pub fn for_logits(manifest: &Manifest) -> Option<Columns> {
+        match manifest.tier {
+            Tier::Sparse => None,
+            Tier::Compact => Some(Columns {
+                statistics: true,
+                top_k: true,
+                coefficients: true,
+                layers: Vec::new(),
+            }),
+            Tier::Exact => Some(Columns {
+                layers: vec![manifest.teacher.num_layers],
+                ..Columns::default()
+            }),
+        }
+    }
+
     /// Everything that the cache holds.
     pub fn all(manifest: &Manifest) -> Columns {
         Columns {
             statistics: true,
             top_k: manifest.top_k > 0,
             layers: manifest.layers.iter().map(|spec| spec.layer).collect(),
+            coefficients: manifest.code.is_some(),
         }
     }
 }
@@ -71,6 +92,8 @@ pub struct Cache {
     spec: CacheSpec,
     /// Each opened and its footer parsed at the first use.
     shards: Vec<OnceLock<Shard>>,
+    /// Read with the first shard of a compact cache.
+    basis: OnceLock<Arc<Basis>>,
 }
 
 impl Cache {
@@ -111,6 +134,7 @@ impl Cache {
             spec: manifest.spec(),
             manifest,
             shards,
+            basis: OnceLock::new(),
         }
     }
 
@@ -180,15 +204,34 @@ impl Cache {
         crate::head::parse(info, &bytes).map(Some)
     }
 
-    /// Logits \[T·V\] = hidden · headᵀ in f32, of the last hidden state. For export and witnesses; allocates them all.
-    pub fn rebuild_logits(&self, head: &Head, hidden: &HiddenState) -> Result<Vec<f32>> {
-        if hidden.layer != self.manifest.teacher.num_layers {
-            return Err(Error::InvalidRequest(format!(
-                "logits come from layer {}, not from layer {}",
-                self.manifest.teacher.num_layers, hidden.layer
-            )));
+    /// Logits \[T·V\] in f32 of a sequence that was read with [`Columns::for_logits`]. For export and witnesses;
+    /// allocates them all.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] where the sequence lacks a column, as those of a sparse cache do.
+    pub fn rebuild_logits(&self, head: &Head, sequence: &Sequence) -> Result<Vec<f32>> {
+        if let Some(basis) = self.basis()? {
+            return crate::logits::rebuild_compact(head, &basis, sequence);
         }
-        crate::logits::rebuild(head, hidden)
+        let last = self.manifest.teacher.num_layers;
+        match sequence.hidden.iter().find(|state| state.layer == last) {
+            Some(state) => crate::logits::rebuild(head, &state.values, state.width),
+            None => Err(Error::InvalidRequest(format!(
+                "logits come from layer {last}, which the sequence does not have"
+            ))),
+        }
+    }
+
+    /// The basis of a compact cache, its digest checked; `None` in the other tiers.
+    pub fn basis(&self) -> Result<Option<Arc<Basis>>> {
+        let Some(code) = &self.manifest.code else {
+            return Ok(None);
+        };
+        if let Some(basis) = self.basis.get() {
+            return Ok(Some(basis.clone()));
+        }
+        let basis = crate::transform::basis::load(&self.store, &code.basis, self.io, &self.spec)?;
+        Ok(Some(self.basis.get_or_init(|| Arc::new(basis)).clone()))
     }
 
     /// Bytes on disk per column over all shards, and `footer` for what is no column; together the shards' lengths.
@@ -214,7 +257,7 @@ impl Cache {
         }
         // Two threads may both open it; one result is dropped, which costs less than a lock around every read.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
-        let shard = Shard::open(&self.spec, index, info, &source)?;
+        let shard = Shard::open(&self.spec, index, info, &source, self.basis()?)?;
         Ok(cell.get_or_init(|| shard))
     }
 }
@@ -225,10 +268,13 @@ pub(crate) fn files(manifest: &Manifest) -> impl Iterator<Item = (&str, u64)> {
         .shards
         .iter()
         .map(|info| (info.file.as_str(), info.bytes));
-    shards.chain(
-        manifest
-            .head
-            .iter()
-            .map(|info| (info.file.as_str(), info.bytes)),
-    )
+    let head = manifest
+        .head
+        .iter()
+        .map(|info| (info.file.as_str(), info.bytes));
+    let basis = manifest
+        .code
+        .iter()
+        .map(|code| (code.basis.file.as_str(), code.basis.bytes));
+    shards.chain(head).chain(basis)
 }

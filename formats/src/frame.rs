@@ -36,7 +36,23 @@ pub(crate) const F16_PLANES: Codec = Codec {
     version: 1,
     name: "f16-planes",
 };
-pub(crate) const CODECS: [Codec; 3] = [TOP_K_F16_STEPS, INT8_CHANNEL, F16_PLANES];
+pub(crate) const TRANSFORM_RANS: Codec = Codec {
+    id: 4,
+    version: 1,
+    name: "transform-rans",
+};
+pub(crate) const TOP_K_RANKED: Codec = Codec {
+    id: 5,
+    version: 1,
+    name: "topk-ranked",
+};
+pub(crate) const CODECS: [Codec; 5] = [
+    TOP_K_F16_STEPS,
+    INT8_CHANNEL,
+    F16_PLANES,
+    TRANSFORM_RANS,
+    TOP_K_RANKED,
+];
 
 /// What is wrong with a blob; the caller adds file, column and row.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //! without the teacher.
 //!
 //! A cache is a folder: `manifest.json`, immutable Parquet shards named by their digest with a row per sequence,
-//! and (exact tier) the teacher's LM head as safetensors. `docs/FORMAT.md` is the byte layout; this crate follows
+//! and (exact and compact tier) the teacher's LM head as safetensors. `docs/FORMAT.md` is the byte layout; this crate follows
 //! its order. [`CacheWriter`] builds a cache, [`Cache`] reads one, [`verify`] proves that not one bit has changed.
 //!
 //! Letters used in shapes: T positions (tokens of one sequence), V vocabulary (rows of the LM head), K kept entries
@@ -19,6 +19,7 @@ extern crate self as caskd_formats;
 
 mod cache;
 mod error;
+mod fidelity;
 mod frame;
 mod head;
 mod hidden;
@@ -30,23 +31,26 @@ mod source;
 mod spec;
 mod store;
 mod topk;
+mod transform;
 mod unchecked;
 mod verify;
 mod writer;
 
 pub use cache::{Cache, Columns, Io, RowInfo};
 pub use error::{Error, Result};
+pub use fidelity::{Fidelity, TEMPERATURES};
 pub use head::{Head, HeadWeights};
 pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};
 pub use sequence::{
-    HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
+    Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
 };
 pub use spec::{
-    CacheSpec, DataFile, DataInfo, HeadDtype, HiddenCodec, LayerSpec, TeacherInfo, Tier,
-    TokenizerInfo,
+    BasisInfo, CacheSpec, CodeSpec, CodeTarget, DataFile, DataInfo, HeadDtype, HiddenCodec,
+    LayerSpec, TeacherInfo, Tier, TokenizerInfo,
 };
+pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 pub use verify::{Problem, VerifyReport, verify};
-pub use writer::CacheWriter;
+pub use writer::{CacheWriter, stored_code, trial_bytes_per_position};
 
 /// Version of the folder, the manifest and the shard schema. A reader refuses every other number.
 pub const FORMAT_VERSION: u32 = 1;

@@ -6,9 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::FORMAT_VERSION;
 use crate::error::{Error, Result};
+use crate::fidelity::Fidelity;
 use crate::frame::CODECS;
 use crate::shard;
-use crate::spec::{CacheSpec, DataInfo, HeadDtype, LayerSpec, TeacherInfo, Tier, TokenizerInfo};
+use crate::spec::{
+    CacheSpec, CodeSpec, DataInfo, HeadDtype, LayerSpec, TeacherInfo, Tier, TokenizerInfo,
+};
 use crate::store::{MANIFEST, Store};
 
 /// Codec of one bulk column; stands in the manifest, in every shard's metadata and in the Arrow field.
@@ -72,7 +75,7 @@ pub struct HeadInfo {
 }
 
 /// `manifest.json`: the fields of the [`CacheSpec`], the codecs, the files, and a checksum of itself.
-#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// See [`crate::FORMAT_VERSION`].
@@ -87,6 +90,9 @@ pub struct Manifest {
     pub vocab_size: usize,
     /// See [`CacheSpec::layers`].
     pub layers: Vec<LayerSpec>,
+    /// See [`CacheSpec::code`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<CodeSpec>,
     /// See [`CacheSpec::sequences_per_shard`].
     pub sequences_per_shard: usize,
     /// See [`CacheSpec::max_len`].
@@ -103,6 +109,9 @@ pub struct Manifest {
     pub shards: Vec<ShardInfo>,
     /// The LM head, where there is one.
     pub head: Option<HeadInfo>,
+    /// How near the cache is to its teacher, where that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fidelity: Option<Fidelity>,
     /// blake3 of the manifest's bytes without these 64 hexadecimal digits.
     pub checksum: String,
 }
@@ -115,6 +124,7 @@ impl Manifest {
             top_k: self.top_k,
             vocab_size: self.vocab_size,
             layers: self.layers.clone(),
+            code: self.code.clone(),
             sequences_per_shard: self.sequences_per_shard,
             max_len: self.max_len,
             teacher: self.teacher.clone(),
@@ -236,18 +246,26 @@ impl Manifest {
                 self.data.positions
             ));
         }
-        let last = self.layers.last().filter(|_| self.tier == Tier::Exact);
-        match (&self.head, last) {
-            (None, Some(_)) => wrong("the exact tier has no head".to_owned()),
+        if let Some(code) = &self.code {
+            let expected = crate::transform::basis::file_name(&code.basis.digest);
+            check_name(&code.basis.file, &code.basis.digest, &expected)?;
+        }
+        let width = match self.tier {
+            Tier::Sparse => None,
+            Tier::Compact => Some(self.teacher.hidden_size),
+            Tier::Exact => self.layers.last().map(|last| last.width),
+        };
+        match (&self.head, width) {
+            (None, Some(_)) => wrong("the exact and the compact tier need the LM head".to_owned()),
             (None, None) => Ok(()),
-            (Some(head), last) => {
+            (Some(head), width) => {
                 check_name(
                     &head.file,
                     &head.digest,
                     &crate::head::file_name(&head.digest),
                 )?;
                 if head.vocab_size != self.vocab_size
-                    || last.is_some_and(|last| last.width != head.width)
+                    || width.is_some_and(|width| width != head.width)
                 {
                     return wrong(format!(
                         "a head of {} x {} does not fit",

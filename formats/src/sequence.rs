@@ -18,6 +18,8 @@ pub struct Sequence {
     pub top_k: Option<TopK>,
     /// Hidden states, ascending by layer.
     pub hidden: Vec<HiddenState>,
+    /// The quantised transform of the last hidden state, in the compact tier.
+    pub coefficients: Option<Coefficients>,
 }
 
 /// Per position over the whole vocabulary's raw logits at temperature 1; every field is \[T\].
@@ -55,6 +57,15 @@ pub struct HiddenState {
     pub width: usize,
     /// \[T·D\], row-major.
     pub values: Vec<f32>,
+}
+
+/// The last hidden state as integers; see [`crate::Basis`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coefficients {
+    /// Coefficients r of a position.
+    pub rank: usize,
+    /// \[T·r\], row-major.
+    pub levels: Vec<i16>,
 }
 
 /// blake3 over the token ids as little-endian u32: the identity of a sequence.

@@ -15,6 +15,9 @@ pub(crate) const MAX_DIMENSION: usize = 1 << 24;
 pub enum Tier {
     /// Top-k logits and statistics of the whole vocabulary: exact on the kept entries at T = 1 only.
     Sparse,
+    /// The last hidden state by a transform code, top-k logits over it, and the LM head: logits of the whole vocabulary
+    /// at every temperature, as near as the chosen rate allows.
+    Compact,
     /// The last hidden state and the LM head: logits of the whole vocabulary at every temperature.
     Exact,
 }
@@ -59,6 +62,42 @@ impl HeadDtype {
             HeadDtype::F16 | HeadDtype::Bf16 => 2,
         }
     }
+}
+
+/// What the fit of a transform code aimed at.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum CodeTarget {
+    /// Bytes a position, of everything that a logit loss reads.
+    Rate(u32),
+    /// KL(teacher ‖ rebuilt) at temperature 1, in millionths of a nat.
+    DistortionMicronats(u32),
+}
+
+/// The basis file of a compact cache.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct BasisInfo {
+    /// Path in the cache, `basis-<16 hex>.safetensors`.
+    pub file: String,
+    /// blake3, 64 hexadecimal digits; the first 16 stand in the name.
+    pub digest: String,
+    /// Length of the file.
+    pub bytes: u64,
+    /// Coefficients r of a position.
+    pub rank: usize,
+}
+
+/// The transform code of a compact cache.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct CodeSpec {
+    /// What the fit aimed at.
+    pub target: CodeTarget,
+    /// Positions that basis and tables were fitted on.
+    pub fitted_positions: u64,
+    /// What the fit gave.
+    pub basis: BasisInfo,
 }
 
 /// One hidden state to keep.
@@ -150,6 +189,9 @@ pub struct CacheSpec {
     pub vocab_size: usize,
     /// Hidden states, ascending by layer.
     pub layers: Vec<LayerSpec>,
+    /// The transform code, in the compact tier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<CodeSpec>,
     /// Rows of every shard but the last.
     pub sequences_per_shard: usize,
     /// Longest sequence in positions.
@@ -202,12 +244,13 @@ impl CacheSpec {
                 ),
             );
         }
-        if self.top_k == 0 && self.tier == Tier::Sparse {
+        if self.top_k == 0 && self.tier != Tier::Exact {
             return wrong(
                 "top_k",
-                "the sparse tier keeps at least one entry".to_owned(),
+                "the sparse and the compact tier keep at least one entry".to_owned(),
             );
         }
+        self.check_code()?;
         if self.max_len == 0 || self.max_len > MAX_DIMENSION {
             return wrong(
                 "max_len",
@@ -259,6 +302,31 @@ impl CacheSpec {
                     self.teacher.num_layers
                 ),
             );
+        }
+        Ok(())
+    }
+
+    fn check_code(&self) -> Result<()> {
+        let wrong = |message: String| {
+            Err(Error::InvalidSpec {
+                field: "code".to_owned(),
+                message,
+            })
+        };
+        let Some(code) = &self.code else {
+            return match self.tier {
+                Tier::Compact => wrong("the compact tier needs its basis".to_owned()),
+                Tier::Sparse | Tier::Exact => Ok(()),
+            };
+        };
+        if self.tier != Tier::Compact {
+            return wrong("only the compact tier has one".to_owned());
+        }
+        if code.basis.rank == 0 || code.basis.rank > self.teacher.hidden_size {
+            return wrong(format!(
+                "rank {} is not in 1..={}",
+                code.basis.rank, self.teacher.hidden_size
+            ));
         }
         Ok(())
     }

@@ -78,6 +78,10 @@ pub fn verify(dir: &Path, deep: bool) -> Result<VerifyReport> {
         head_is_whole =
             check_file(&store, &mut report, &info.file, info.bytes, &info.digest)? == State::Whole;
     }
+    if let Some(code) = &manifest.code {
+        let info = &code.basis;
+        check_file(&store, &mut report, &info.file, info.bytes, &info.digest)?;
+    }
     // Read, not mapped: what changes files once may do it again meanwhile.
     let cache = Cache::new(store, Io::Read, manifest.clone());
     for (info, (index, state)) in manifest.shards.iter().zip(states.into_iter().enumerate()) {
@@ -219,6 +223,13 @@ fn look(cache: &Cache, index: usize, depth: Depth, problems: &mut Vec<Problem>, 
                 ..Columns::default()
             },
         ));
+    }
+    if manifest.code.is_some() {
+        let columns = Columns {
+            coefficients: true,
+            ..Columns::default()
+        };
+        selections.push(("coefficients".to_owned(), columns));
     }
     for layer in &manifest.layers {
         let columns = Columns {

@@ -3,17 +3,21 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::FORMAT_VERSION;
+use crate::cache::{Columns, Io};
 use crate::error::{Error, Result};
+use crate::fidelity::Fidelity;
 use crate::head::{self, HeadWeights};
 use crate::manifest::{HeadInfo, Manifest, ShardInfo};
 use crate::sequence::Sequence;
-use crate::shard::{self, encode_shard};
-use crate::spec::{CacheSpec, Tier};
+use crate::shard::{self, Shard, encode_shard};
+use crate::spec::{CacheSpec, CodeSpec, Tier};
 use crate::store::{LOCK, MANIFEST, PLAN, SHARDS, Store, is_temporary};
+use crate::transform::{self, Basis};
 
 /// A build under way; holds an exclusive lock on the folder that dies with the process.
 #[derive(Debug)]
@@ -22,6 +26,8 @@ pub struct CacheWriter {
     spec: CacheSpec,
     shards: BTreeMap<usize, ShardInfo>,
     head: Option<HeadInfo>,
+    basis: Option<Arc<Basis>>,
+    fidelity: Option<Fidelity>,
     /// The manifest, where the folder holds a finished cache.
     published: Option<Manifest>,
     /// Dropped last, after everything that it protects.
@@ -37,6 +43,23 @@ impl CacheWriter {
     /// folder holds something else, [`Error::PlanDiffers`] where the build in it had another spec.
     pub fn open(dir: &Path, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
         CacheWriter::open_in(Store::new(dir), spec, resume)
+    }
+
+    /// Refuses early what [`CacheWriter::open`] would refuse later: a folder that holds something else.
+    ///
+    /// # Errors
+    /// [`Error::CacheExists`].
+    pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
+        let what = match contents(&Store::new(dir))? {
+            Contents::Foreign => "other files",
+            Contents::Finished if !resume => "a finished cache",
+            Contents::Unfinished if !resume => "an unfinished build",
+            _ => return Ok(()),
+        };
+        Err(Error::CacheExists {
+            dir: dir.to_owned(),
+            what,
+        })
     }
 
     fn open_in(store: Store, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
@@ -93,6 +116,8 @@ impl CacheWriter {
                     spec: spec.clone(),
                     shards,
                     head,
+                    basis: None,
+                    fidelity: None,
                     published: Some(manifest),
                     lock,
                 });
@@ -105,6 +130,8 @@ impl CacheWriter {
             spec: spec.clone(),
             shards,
             head: None,
+            basis: None,
+            fidelity: None,
             published: None,
             lock,
         })
@@ -127,7 +154,11 @@ impl CacheWriter {
                 sequences.len()
             )));
         }
-        let encoded = encode_shard(&self.spec, shard, sequences)?;
+        if self.spec.code.is_some() && self.basis.is_none() {
+            let message = "the basis must be written before the shards".to_owned();
+            return Err(Error::InvalidRequest(message));
+        }
+        let encoded = encode_shard(&self.spec, self.basis.as_deref(), shard, sequences)?;
         let digest = blake3::hash(&encoded.bytes).to_hex().to_string();
         let info = ShardInfo {
             file: shard::file_name(shard, &digest),
@@ -197,6 +228,49 @@ impl CacheWriter {
         Ok(())
     }
 
+    /// Writes the basis of a compact cache, the one that the spec names. In a finished cache it only compares.
+    pub fn write_basis(&mut self, basis: Basis) -> Result<()> {
+        let (bytes, info) = basis.to_file();
+        if self.spec.code.as_ref().map(|code| &code.basis) != Some(&info) {
+            let message = format!("`{}` is not the basis of the plan", info.file);
+            return Err(Error::InvalidRequest(message));
+        }
+        let there = self.store.length(&info.file)? == Some(info.bytes)
+            && self.store.digest(&info.file)? == info.digest;
+        if !there {
+            self.refuse_published(&info.file)?;
+            self.store.publish(&info.file, &[&bytes])?;
+        }
+        self.basis = Some(Arc::new(basis));
+        Ok(())
+    }
+
+    /// Decodes a row of a shard that is on disk.
+    ///
+    /// # Errors
+    /// As [`crate::Cache::read`]; [`Error::InvalidRequest`] for a shard that is not done.
+    pub fn read_back(&self, shard: usize, row: u32, columns: &Columns) -> Result<Sequence> {
+        let Some(info) = self.shards.get(&shard) else {
+            let message = format!("shard {shard} is not written yet");
+            return Err(Error::InvalidRequest(message));
+        };
+        let source = self.store.open(&info.file, info.bytes, Io::Read)?;
+        let shard = Shard::open(&self.spec, shard, info, &source, self.basis.clone())?;
+        let mut read = shard.read(&[row], columns)?;
+        read.pop()
+            .ok_or_else(|| Error::damaged(&info.file, "a row is missing"))
+    }
+
+    /// The report that the manifest will carry; a finished cache keeps its own.
+    pub fn set_fidelity(&mut self, fidelity: Fidelity) {
+        self.fidelity = Some(fidelity);
+    }
+
+    /// Whether the folder holds the finished cache already.
+    pub fn is_finished(&self) -> bool {
+        self.published.is_some()
+    }
+
     /// Publishes the cache: everything else is on disk before the manifest is.
     ///
     /// # Errors
@@ -228,8 +302,11 @@ impl CacheWriter {
         if !missing.is_empty() {
             return incomplete(format!("shards {} are missing", missing.join(", ")));
         }
-        if self.spec.tier == Tier::Exact && self.head.is_none() {
-            return incomplete("the exact tier needs the LM head".to_owned());
+        if self.spec.tier != Tier::Sparse && self.head.is_none() {
+            return incomplete("the exact and the compact tier need the LM head".to_owned());
+        }
+        if self.spec.code.is_some() && self.basis.is_none() {
+            return incomplete("the compact tier needs its basis".to_owned());
         }
         let positions: u64 = self.shards.values().map(|info| info.positions).sum();
         if positions != self.spec.data.positions {
@@ -249,6 +326,7 @@ impl CacheWriter {
             top_k: spec.top_k,
             vocab_size: spec.vocab_size,
             layers: spec.layers,
+            code: spec.code,
             sequences_per_shard: spec.sequences_per_shard,
             max_len: spec.max_len,
             teacher: spec.teacher,
@@ -256,6 +334,7 @@ impl CacheWriter {
             data: spec.data,
             shards: self.shards.values().cloned().collect(),
             head: self.head.clone(),
+            fidelity: self.fidelity.clone(),
             checksum: String::new(),
         };
         let bytes = manifest.to_bytes()?;
@@ -274,9 +353,13 @@ impl CacheWriter {
             }
         }
         for name in self.store.list("")? {
-            let is_head = name.starts_with("head-") && name.ends_with(".safetensors");
-            let is_ours = is_temporary(&name) || is_head;
-            if is_ours && self.head.as_ref().is_none_or(|head| head.file != name) {
+            let is_tensors = (name.starts_with("head-") || name.starts_with("basis-"))
+                && name.ends_with(".safetensors");
+            let is_ours = is_temporary(&name) || is_tensors;
+            let is_head = self.head.as_ref().is_some_and(|head| head.file == name);
+            let code = self.spec.code.as_ref();
+            let is_basis = code.is_some_and(|code| code.basis.file == name);
+            if is_ours && !is_head && !is_basis {
                 self.store.remove(&name)?;
             }
         }
@@ -292,6 +375,52 @@ impl CacheWriter {
             None => Ok(()),
         }
     }
+}
+
+/// Bytes a position of sequences in a shard of this spec, without the footer: what a fit tries out.
+///
+/// # Errors
+/// As [`CacheWriter::write_shard`].
+pub fn trial_bytes_per_position(
+    spec: &CacheSpec,
+    basis: &Basis,
+    sequences: &[Sequence],
+) -> Result<f64> {
+    let encoded = encode_shard(spec, Some(basis), 0, sequences)?;
+    let bytes = encoded.bytes.len() as u64 - encoded.footer.bytes;
+    Ok(bytes as f64 / encoded.positions.max(1) as f64)
+}
+
+/// The transform code of the cache in `dir`, finished or not, with its basis: a build that goes on need not fit again.
+/// `None` where there is none, or where it is not whole.
+///
+/// # Errors
+/// Only where the disk refuses.
+pub fn stored_code(dir: &Path) -> Result<Option<(CodeSpec, Basis)>> {
+    let store = Store::new(dir);
+    let spec = match Manifest::load(&store) {
+        Ok(manifest) => Some(manifest.spec()),
+        Err(Error::Unfinished { .. }) => {
+            let plan: Option<Value> = store
+                .read_small(PLAN, 64 << 20)?
+                .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            plan.and_then(|mut plan| serde_json::from_value(plan["spec"].take()).ok())
+        }
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(_) => None,
+    };
+    let Some(spec) = spec.filter(|spec: &CacheSpec| spec.check().is_ok()) else {
+        return Ok(None);
+    };
+    let Some(code) = spec.code.clone() else {
+        return Ok(None);
+    };
+    let named = code.basis.file == transform::basis::file_name(&code.basis.digest);
+    if !named || store.length(&code.basis.file)? != Some(code.basis.bytes) {
+        return Ok(None);
+    }
+    let basis = transform::basis::load(&store, &code.basis, Io::Read, &spec);
+    Ok(basis.ok().map(|basis| (code, basis)))
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 
 mod sample;
 
-use caskd_formats::{Cache, Columns, HiddenCodec, Io, Tier, verify};
+use caskd_formats::{Cache, Columns, HiddenCodec, Io, Sequence, Tier, verify};
 use proptest::prelude::*;
 use sample::{NUM_LAYERS, Sample, Shape, sample, small};
 
@@ -290,7 +290,7 @@ fn logits_are_rebuilt() {
         .unwrap()
         .remove(0);
     let state = &sequence.hidden[1];
-    let logits = cache.rebuild_logits(&head, state).unwrap();
+    let logits = cache.rebuild_logits(&head, &sequence).unwrap();
     for (t, row) in state.values.chunks(state.width).enumerate() {
         for (v, weights) in weights.chunks(head.width).enumerate() {
             let expected: f64 = row
@@ -301,7 +301,11 @@ fn logits_are_rebuilt() {
             assert!((f64::from(logits[t * head.vocab_size + v]) - expected).abs() < 1e-4);
         }
     }
-    assert!(cache.rebuild_logits(&head, &sequence.hidden[0]).is_err());
+    let without = Sequence {
+        hidden: vec![sequence.hidden[0].clone()],
+        ..sequence.clone()
+    };
+    assert!(cache.rebuild_logits(&head, &without).is_err());
 }
 
 proptest! {

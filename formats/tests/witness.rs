@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use caskd_formats::{Cache, Columns, HiddenCodec, Io, Sequence, Tier, split_hash};
-use sample::{NUM_LAYERS, Sample, Shape, sample, small};
+use sample::{Sample, Shape, compact, sample, small};
 use serde_json::{Value, json};
 
 /// A Python with pyarrow and numpy: `CASKD_PYTHON`, else `python3`.
@@ -23,14 +23,8 @@ fn python() -> Option<String> {
 
 fn describe(cache: &Cache, sequence: &Sequence) -> Value {
     let statistics = sequence.statistics.as_ref().unwrap();
-    let last = sequence
-        .hidden
-        .iter()
-        .find(|state| state.layer == NUM_LAYERS);
     let head = cache.head().unwrap();
-    let logits = head
-        .zip(last)
-        .map(|(head, last)| cache.rebuild_logits(&head, last).unwrap());
+    let logits = head.map(|head| cache.rebuild_logits(&head, sequence).unwrap());
     json!({
         "source": sequence.source,
         "split_hash": split_hash(&sequence.token_ids),
@@ -41,6 +35,7 @@ fn describe(cache: &Cache, sequence: &Sequence) -> Value {
             "log_sum_exp": statistics.log_sum_exp,
         },
         "top_k": sequence.top_k.as_ref().map(|top_k| json!({ "ids": top_k.ids, "logits": top_k.logits })),
+        "coefficients": sequence.coefficients.as_ref().map(|found| &found.levels),
         "hidden": sequence.hidden.iter().map(|state| json!({ "layer": state.layer, "values": state.values })).collect::<Vec<_>>(),
         "logits": logits,
     })
@@ -96,6 +91,8 @@ fn pyarrow_duckdb_and_the_python_reader_agree() {
     large.sequences[1].statistics.as_mut().unwrap().min[0] = f32::NEG_INFINITY;
     large.sequences[1].hidden[0].values[5] = 900.0;
     check(&python, &large);
+    check(&python, &compact(50, 3, vec![1, 7, 300, 64, 33]));
+    check(&python, &compact(70_001, 1, vec![40, 20, 5]));
     // More than one blob in a row.
     let shape = Shape {
         tier: Tier::Sparse,

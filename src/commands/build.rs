@@ -1,7 +1,7 @@
 //! `caskd build`
 
-use caskd_cache_builder::{BuildOptions, BuildReport, build};
-use caskd_formats::{HiddenCodec, Tier};
+use caskd_cache_builder::{BuildOptions, BuildReport, Stage, build};
+use caskd_formats::{CodeTarget, HiddenCodec, Tier};
 
 use super::{kind_of, parse_device, print_json};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
@@ -11,16 +11,27 @@ use crate::terminal::{self, Progress, bytes, duration, say};
 /// Padded tokens of a teacher batch. Fixed, because another batch shape rounds differently.
 pub(crate) const BATCH_TOKENS: usize = 2048;
 
+/// Bytes a position of the compact tier where nothing else is asked for.
+pub(crate) const DEFAULT_RATE: u32 = 130;
+
 pub(crate) fn run(args: &BuildArgs) -> Outcome {
+    let layers = match (&args.layers, args.tier) {
+        (Some(layers), _) => layers.as_str(),
+        // A hidden state in 8 bits would cost several times the code.
+        (None, TierArg::Compact) => "none",
+        (None, _) => "last,middle",
+    };
     let options = BuildOptions {
         teacher: args.teacher.clone(),
         data: args.data.clone(),
         tier: match args.tier {
             TierArg::Sparse => Tier::Sparse,
+            TierArg::Compact => Tier::Compact,
             TierArg::Exact => Tier::Exact,
         },
         top_k: args.top_k,
-        layers: args.layers.parse().map_err(|problem| {
+        code_target: code_target(args)?,
+        layers: layers.parse().map_err(|problem| {
             Failure::user(
                 format!("--layers: {problem}"),
                 "for instance: --layers last,middle",
@@ -36,6 +47,7 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
         out: args.out.clone(),
         device: parse_device(&args.device)?,
         resume: args.resume,
+        fidelity: !args.no_fidelity,
     };
     let report = build_with_progress(&options, "building")?;
     if args.json {
@@ -48,6 +60,25 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
     })
 }
 
+fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
+    if args.tier != TierArg::Compact && (args.rate.is_some() || args.distortion.is_some()) {
+        return Err(Failure::user(
+            "--rate and --distortion are for the compact tier",
+            "add --tier compact, or leave them out",
+        ));
+    }
+    match args.distortion {
+        None => Ok(CodeTarget::Rate(args.rate.unwrap_or(DEFAULT_RATE))),
+        Some(nats) if nats >= 1e-4 && nats <= 10.0 => {
+            Ok(CodeTarget::DistortionMicronats((nats * 1e6).round() as u32))
+        }
+        Some(nats) => Err(Failure::user(
+            format!("--distortion {nats} is not between 0.0001 and 10 nats"),
+            "0.03 is close to the teacher, 0.3 is far",
+        )),
+    }
+}
+
 /// Builds, shows how far it is, and says what was done.
 pub(crate) fn build_with_progress(
     options: &BuildOptions,
@@ -55,11 +86,13 @@ pub(crate) fn build_with_progress(
 ) -> Result<BuildReport, Failure> {
     let mut bar = Progress::new(label);
     let report = build(options, &terminal::STOP, &mut |progress| {
-        bar.update(
-            progress.positions_done,
-            progress.positions_total,
-            &format!("{:.0} tokens/s", progress.tokens_per_second),
-        );
+        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
+        let note = match progress.stage {
+            Stage::Fitting => format!("fitting the code, {rate}"),
+            Stage::Building => rate,
+            Stage::Measuring => "measuring the fidelity".to_owned(),
+        };
+        bar.update(progress.positions_done, progress.positions_total, &note);
     })?;
     bar.finish();
     if !report.completed {
@@ -96,12 +129,31 @@ pub(crate) fn build_with_progress(
             report.shards_reused, report.shards
         ));
     }
+    if let Some((k, rank)) = report.code {
+        say(format!(
+            "code: {rank} coefficients and top-{k}, fitted in {}",
+            duration(report.fit_seconds)
+        ));
+    }
+    if let Some(fidelity) = &report.fidelity {
+        let worst = fidelity
+            .gradient_error
+            .values()
+            .copied()
+            .fold(0.0, f64::max);
+        say(format!(
+            "fidelity: KL {:.4} at temperature 1, gradient error at most {:.1}% over all temperatures",
+            fidelity.kl.get("1").copied().unwrap_or(f64::NAN),
+            100.0 * worst,
+        ));
+    }
     say(format!(
-        "teacher: {} for {} positions ({:.0} tokens/s); statistics and top-k took {:.1}% of it",
+        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it",
         duration(report.teacher_seconds),
         report.teacher_positions,
         report.tokens_per_second,
-        100.0 * report.statistics_seconds / report.teacher_seconds.max(1e-9),
+        100.0 * (report.statistics_seconds + report.encoding_seconds)
+            / report.teacher_seconds.max(1e-9),
     ));
     Ok(report)
 }

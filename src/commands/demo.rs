@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use caskd_cache_builder::{BuildOptions, LayerChoice};
-use caskd_formats::{Cache, HiddenCodec, Io, Tier};
+use caskd_formats::{Cache, CodeTarget, HiddenCodec, Io, Tier};
 use caskd_models::{LoadOptions, load};
 use caskd_search::{SamplerKind, Space, StudyConfig};
 use caskd_trainer::{TrainConfig, load_run, teacher_perplexity};
@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::build::{BATCH_TOKENS, build_with_progress};
+use super::build::{BATCH_TOKENS, DEFAULT_RATE, build_with_progress};
 use super::eval::score_cache;
 use super::prune::prune_to;
 use super::search::{SearchPlan, search_with_progress};
@@ -403,13 +403,15 @@ fn build_caches(args: &DemoArgs, places: &Places) -> Result<TeacherAccount, Halt
                     teacher: teacher.clone(),
                     data: vec![places.data(data)],
                     tier: Tier::Exact,
-                    top_k: 64,
+                    top_k: Some(64),
+                    code_target: CodeTarget::Rate(DEFAULT_RATE),
                     layers: layers.parse::<LayerChoice>().map_err(Failure::ours)?,
                     hidden_codec: HiddenCodec::Int8,
                     max_len: MAX_LEN,
                     kind: Kind::Float,
                     batch_tokens: BATCH_TOKENS,
                     resume: out.exists(),
+                    fidelity: false,
                     out,
                     device: Device::Cpu,
                 };

@@ -81,14 +81,14 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome {
 }
 
 fn head_for_logits(cache: &Cache) -> Result<Head, Failure> {
-    if cache.manifest().tier == Tier::Exact
+    if cache.manifest().tier != Tier::Sparse
         && let Some(head) = cache.head()?
     {
         return Ok(head);
     }
     Err(Failure::user(
         "a sparse cache can't give the logits of the whole vocabulary",
-        "build it with --tier exact, or export without --logits",
+        "build it with --tier exact or compact, or export without --logits",
     ))
 }
 
@@ -130,13 +130,9 @@ impl Source<'_> {
 
     /// Logits `[T·V]` of a sequence that was read with its last layer; none where they were not asked for.
     fn logits(&self, sequence: &Sequence) -> Result<Option<Vec<f32>>, ExportError> {
-        let last = self.cache.manifest().teacher.num_layers;
-        match (
-            &self.head,
-            sequence.hidden.iter().find(|state| state.layer == last),
-        ) {
-            (Some(head), Some(state)) => Ok(Some(self.cache.rebuild_logits(head, state)?)),
-            _ => Ok(None),
+        match &self.head {
+            Some(head) => Ok(Some(self.cache.rebuild_logits(head, sequence)?)),
+            None => Ok(None),
         }
     }
 }
@@ -230,6 +226,7 @@ fn plan_tensors(source: &Source<'_>) -> Vec<Plan> {
         statistics,
         top_k,
         layers: layers.to_vec(),
+        coefficients: false,
     };
     let none = only(false, false, &[]);
     let plan = |name: &str, dtype, element, inner, columns: &Columns, fill| Plan {
@@ -286,8 +283,7 @@ fn plan_tensors(source: &Source<'_>) -> Vec<Plan> {
             Fill::Hidden(layer.layer),
         ));
     }
-    if source.head.is_some() {
-        let columns = only(false, false, &[manifest.teacher.num_layers]);
+    if let (true, Some(columns)) = (source.head.is_some(), Columns::for_logits(manifest)) {
         plans.push(plan(
             "logits",
             "F32",

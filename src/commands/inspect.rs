@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use caskd_formats::{Cache, Io, Manifest, Tier};
+use caskd_formats::{Cache, CodeTarget, Io, Manifest, Tier};
 use serde::Serialize;
 
 use super::{print_json, print_text};
@@ -37,7 +37,8 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
     let by_column = cache.bytes_by_column()?;
     let positions = manifest.data.positions.max(1) as f64;
     let total_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>()
-        + manifest.head.as_ref().map_or(0, |head| head.bytes);
+        + manifest.head.as_ref().map_or(0, |head| head.bytes)
+        + manifest.code.as_ref().map_or(0, |code| code.basis.bytes);
     let card = Card {
         manifest,
         bytes_by_column: &by_column,
@@ -57,7 +58,7 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
 }
 
 fn losses_served(manifest: &Manifest) -> Vec<Served> {
-    let exact = manifest.tier == Tier::Exact;
+    let exact = manifest.tier != Tier::Sparse;
     let layers: Vec<String> = manifest
         .layers
         .iter()
@@ -66,7 +67,7 @@ fn losses_served(manifest: &Manifest) -> Vec<Served> {
     let needs_exact = if exact {
         String::new()
     } else {
-        "needs the exact tier".to_string()
+        "needs the compact or the exact tier".to_string()
     };
     let hidden_note = if layers.is_empty() {
         "no hidden states are kept".to_string()
@@ -176,6 +177,21 @@ fn as_text(card: &Card<'_>) -> String {
             ),
         );
     }
+    if let Some(code) = &manifest.code {
+        let target = match code.target {
+            CodeTarget::Rate(bytes) => format!("{bytes} bytes a position"),
+            CodeTarget::DistortionMicronats(nats) => {
+                format!("KL {} at temperature 1", f64::from(nats) * 1e-6)
+            }
+        };
+        line(
+            "code",
+            format!(
+                "{} coefficients of {}, fitted to {target} on {} positions",
+                code.basis.rank, manifest.teacher.hidden_size, code.fitted_positions
+            ),
+        );
+    }
     line(
         "files",
         format!(
@@ -207,6 +223,21 @@ fn as_text(card: &Card<'_>) -> String {
             "{:<24} {:>14} {:>12}",
             "LM head (once)", head.bytes, ""
         );
+    }
+    if let Some(code) = &manifest.code {
+        let _ = writeln!(
+            text,
+            "{:<24} {:>14} {:>12}",
+            "basis (once)", code.basis.bytes, ""
+        );
+    }
+    if let Some(fidelity) = &manifest.fidelity {
+        let _ = writeln!(
+            text,
+            "\nfidelity on {} positions (student: {})",
+            fidelity.positions, fidelity.student
+        );
+        text.push_str(super::fidelity::table(fidelity).trim_start());
     }
     let _ = writeln!(text, "\nlosses");
     for served in &card.losses {

@@ -4,6 +4,7 @@ pub(crate) mod build;
 pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod export;
+pub(crate) mod fidelity;
 pub(crate) mod inspect;
 pub(crate) mod loss;
 pub(crate) mod prune;

@@ -54,6 +54,8 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
         SamplerArg::Gp => SamplerKind::Gp,
         SamplerArg::Random => SamplerKind::Random,
     };
+    let mut base = read_config(args.config.as_deref(), &args.settings)?;
+    base.allow_low_fidelity |= args.allow_low_fidelity;
     let plan = SearchPlan {
         cache: args.cache.clone(),
         student: args.student.clone(),
@@ -67,7 +69,7 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
             ..StudyConfig::default()
         },
         validation: args.validation,
-        base: read_config(args.config.as_deref(), &args.settings)?,
+        base,
         resume: args.resume,
     };
     let summary = search_with_progress(&plan)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use caskd_formats::Cache;
 use caskd_models::{LoadOptions, load};
-use caskd_trainer::{Control, TrainConfig, TrainSummary, train};
+use caskd_trainer::{Control, TrainConfig, TrainSummary, check_fidelity, train};
 
 use super::{parse_device, print_json, print_text};
 use crate::cli::TrainArgs;
@@ -13,7 +13,8 @@ use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{self, Progress, duration, say};
 
 pub(crate) fn run(args: &TrainArgs) -> Outcome {
-    let config = read_config(args.config.as_deref(), &args.settings)?;
+    let mut config = read_config(args.config.as_deref(), &args.settings)?;
+    config.allow_low_fidelity |= args.allow_low_fidelity;
     if args.print_config {
         print_text(config.to_toml()?);
         return Ok(Exit::Done);
@@ -74,6 +75,9 @@ pub(crate) fn train_with_progress(
         device: parse_device(&config.device)?,
         kind: config.kind(),
     };
+    for warning in check_fidelity(config, &cache)? {
+        say(format!("warning: {warning}"));
+    }
     let student_model = load(student, &options)?;
     let mut bar = Progress::new(label);
     let mut control = Control {

@@ -149,6 +149,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
                     width,
                     values,
                 }],
+                coefficients: None,
             }
         })
         .collect();
@@ -157,6 +158,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
         tier: Tier::Exact,
         top_k: 1,
         vocab_size,
+        code: None,
         layers: vec![LayerSpec {
             layer: last,
             width,

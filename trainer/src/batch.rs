@@ -1,6 +1,6 @@
 //! One batch: the decoded sequences of a forward pass as tensors.
 
-use caskd_formats::{Columns, Sequence};
+use caskd_formats::{Columns, Sequence, Statistics};
 use tch::{Device, Tensor};
 
 use crate::losses::TopKRows;
@@ -30,6 +30,10 @@ pub(crate) struct Batch {
     pub(crate) keys: Tensor,
     /// The teacher's hidden states by layer, each [P, D] f32.
     pub(crate) hidden: Vec<(u32, Tensor)>,
+    /// The levels of the compact tier's code [P, R] f32.
+    pub(crate) coefficients: Option<Tensor>,
+    /// Mean of the teacher's logits over the vocabulary, at the target positions \[N\].
+    pub(crate) mean: Option<Tensor>,
     /// log Σ exp of the teacher's logits at the target positions \[N\].
     pub(crate) log_sum_exp: Option<Tensor>,
     /// The teacher's largest logits at the target positions.
@@ -79,7 +83,11 @@ impl Batch {
         }
         let log_sum_exp = columns
             .statistics
-            .then(|| log_sum_exp_rows(sequences))
+            .then(|| statistic_rows(sequences, |statistics| &statistics.log_sum_exp))
+            .flatten();
+        let mean = columns
+            .coefficients
+            .then(|| statistic_rows(sequences, |statistics| &statistics.mean))
             .flatten();
         Ok(Batch {
             top_k: log_sum_exp
@@ -87,6 +95,11 @@ impl Batch {
                 .filter(|_| columns.top_k)
                 .and_then(|rows| top_k_rows(sequences, rows)),
             log_sum_exp,
+            mean,
+            coefficients: columns
+                .coefficients
+                .then(|| coefficient_rows(sequences))
+                .flatten(),
             sources: sequences
                 .iter()
                 .map(|sequence| sequence.source.clone())
@@ -124,6 +137,8 @@ impl Batch {
                 .iter()
                 .map(|(layer, rows)| (*layer, to(rows)))
                 .collect(),
+            coefficients: self.coefficients.as_ref().map(to),
+            mean: self.mean.as_ref().map(to),
             log_sum_exp: self.log_sum_exp.as_ref().map(to),
             top_k: self.top_k.as_ref().map(|top_k| TopKRows {
                 ids: to(&top_k.ids),
@@ -191,13 +206,27 @@ fn target_positions(sequence: &Sequence) -> impl Iterator<Item = usize> + '_ {
     (0..sequence.token_ids.len()).filter(|t| sequence.loss_mask.get(t + 1) == Some(&true))
 }
 
-fn log_sum_exp_rows(sequences: &[Sequence]) -> Option<Tensor> {
+fn statistic_rows(
+    sequences: &[Sequence],
+    column: impl Fn(&Statistics) -> &Vec<f32>,
+) -> Option<Tensor> {
     let mut values = Vec::new();
     for sequence in sequences {
-        let statistics = sequence.statistics.as_ref()?;
-        values.extend(target_positions(sequence).map(|t| statistics.log_sum_exp[t]));
+        let of_all = column(sequence.statistics.as_ref()?);
+        values.extend(target_positions(sequence).map(|t| of_all[t]));
     }
     Some(Tensor::from_slice(&values))
+}
+
+fn coefficient_rows(sequences: &[Sequence]) -> Option<Tensor> {
+    let mut values: Vec<f32> = Vec::new();
+    let mut rank = 1;
+    for sequence in sequences {
+        let found = sequence.coefficients.as_ref()?;
+        rank = found.rank;
+        values.extend(found.levels.iter().map(|level| f32::from(*level)));
+    }
+    Some(Tensor::from_slice(&values).view([-1, rank as i64]))
 }
 
 fn top_k_rows(sequences: &[Sequence], log_sum_exp: &Tensor) -> Option<TopKRows> {

@@ -37,6 +37,8 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Share of the sequences to train on, chosen by a stable hash of their tokens.
     pub fraction: f64,
+    /// Train even where the cache's fidelity report says that the gradient of a loss is off by more than 10%.
+    pub allow_low_fidelity: bool,
     /// Steps between checkpoints; 0 writes one only when stopped.
     pub checkpoint_every: u64,
     /// Kind of the frozen weights. Adapters, losses and the optimizer are f32 in any case.
@@ -115,6 +117,7 @@ impl Default for TrainConfig {
     fn default() -> Self {
         TrainConfig {
             seed: 0,
+            allow_low_fidelity: false,
             epochs: 1,
             max_steps: None,
             batch_size: 8,

@@ -158,6 +158,16 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
+    /// What the cache gives back is too far from its teacher for a loss.
+    #[error("the cache's gradient of {term} is off by {percent:.1}%, more than {limit:.0}%")]
+    LowFidelity {
+        /// The loss and its temperature.
+        term: String,
+        /// Gradient error of the cache's report.
+        percent: f64,
+        /// The limit.
+        limit: f64,
+    },
     /// Hidden layers that the cache does not hold.
     #[error("the cache holds no teacher layer {missing}; it has {present}")]
     MissingLayers {
@@ -323,6 +333,11 @@ impl Error {
                     .to_owned(),
             ),
             Error::TierCannotAnswer { remedy, .. } | Error::LossTensor { remedy, .. } => Some(remedy.clone()),
+            Error::LowFidelity { .. } => Some(
+                "build the cache with a higher --rate or `--tier exact`, choose another loss or temperature, or pass \
+                 --allow-low-fidelity"
+                    .to_owned(),
+            ),
             Error::MissingLayers { missing, .. } => {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }

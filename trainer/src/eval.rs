@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use caskd_formats::{Cache, Columns, RowInfo, Tier};
+use caskd_formats::{Cache, Columns, RowInfo};
 use caskd_models::{Llama, LoadedModel};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
@@ -161,7 +161,7 @@ pub fn evaluate_cache(
         .vocab_size
         .min(cache.manifest().vocab_size);
     let device = model.network.device();
-    let code = exact_code(cache, vocabulary, model.network.kind(), device)?;
+    let code = LinearCode::of(cache, vocabulary, model.network.kind(), device)?;
     let columns = columns_of(cache);
     let head = model.network.head().narrow(0, 0, vocabulary as i64);
     let batches = length_batches(cache, rows, batch_tokens)?;
@@ -196,7 +196,7 @@ pub fn evaluate_cache(
 pub fn teacher_perplexity(cache: &Cache) -> Result<f64> {
     const BATCH_TOKENS: usize = 8192;
     let vocabulary = cache.manifest().vocab_size;
-    let code = exact_code(cache, vocabulary, Kind::Float, Device::Cpu)?;
+    let code = LinearCode::of(cache, vocabulary, Kind::Float, Device::Cpu)?;
     let columns = columns_of(cache);
     let (mut nats, mut targets) = (0.0, 0);
     for rows in length_batches(cache, None, BATCH_TOKENS)? {
@@ -220,20 +220,16 @@ struct Sums {
 impl Sums {
     /// Adds what follows from the logits of a batch's target positions, chunk by chunk.
     fn add(&mut self, hidden: &Tensor, batch: &Batch, head: &Tensor, code: Option<&LinearCode>) {
-        let coefficients = code.map(|code| {
-            batch
-                .teacher_hidden(code.layer)
-                .index_select(0, &batch.targets_in_positions)
-        });
+        let of_teacher = code.map(|code| (code, code.rows(batch)));
         for (first, rows) in chunks(hidden.size()[0], rows_per_chunk(head.size()[0])) {
             let student = logits(&hidden.narrow(0, first, rows), head);
             let labels = batch.labels.narrow(0, first, rows);
             self.nats += student
                 .cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0)
                 .double_value(&[]);
-            let teacher = code
-                .zip(coefficients.as_ref())
-                .map(|(code, coefficients)| code.logits(&coefficients.narrow(0, first, rows)));
+            let teacher = of_teacher
+                .as_ref()
+                .map(|(code, all)| code.logits_at_one(&all.narrow(first, rows)));
             let teacher_first = match (&batch.top_k, &teacher) {
                 (Some(top_k), _) => top_k.ids.narrow(0, first, rows).select(1, 0),
                 (None, Some(teacher)) => teacher.argmax(-1, false),
@@ -339,25 +335,12 @@ fn teacher_nats(batch: &Batch, code: Option<&LinearCode>, vocabulary: usize) -> 
         .double_value(&[]))
 }
 
-fn exact_code(
-    cache: &Cache,
-    vocabulary: usize,
-    kind: Kind,
-    device: Device,
-) -> Result<Option<LinearCode>> {
-    match cache.manifest().tier {
-        Tier::Exact => LinearCode::of_exact(cache, vocabulary, kind, device).map(Some),
-        Tier::Sparse => Ok(None),
-    }
-}
-
 fn columns_of(cache: &Cache) -> Columns {
     let manifest = cache.manifest();
-    let last = (manifest.tier == Tier::Exact).then_some(manifest.teacher.num_layers);
     Columns {
         statistics: true,
         top_k: manifest.top_k > 0,
-        layers: last.into_iter().collect(),
+        ..Columns::for_logits(manifest).unwrap_or_default()
     }
 }
 

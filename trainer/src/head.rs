@@ -9,10 +9,10 @@ use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::losses::{
-    LogitLoss, LogitRows, Lookups, MissingLogits, Normalization, SampleSigma, TopKRows,
+    LogitLoss, LogitRows, Lookups, MissingLogits, Normalization, SampleSigma, Scaling, TopKRows,
 };
 use crate::matmul::{times, times_transposed};
-use crate::teacher_logits::LinearCode;
+use crate::teacher_logits::{LinearCode, TeacherRows};
 
 /// Logits that one chunk holds. In f32 they stay below the 32 MiB above which glibc's allocator gives
 /// every tensor fresh pages: there an element-wise pass costs four times as much (28 against 112 µs
@@ -30,6 +30,13 @@ pub(crate) struct ScaledLoss<'a> {
     pub(crate) norm: Normalization,
     /// Weight over the denominator of the reduction.
     pub(crate) scale: f64,
+}
+
+impl ScaledLoss<'_> {
+    /// Does it see the teacher through the softmax of its logits as they are?
+    fn is_at_temperature_one(&self) -> bool {
+        self.norm == Normalization::None && self.loss.scaling() == Some(Scaling::Temperature(1.0))
+    }
 }
 
 /// The two heads.
@@ -73,19 +80,21 @@ pub(crate) fn fused_head(
     losses: &[ScaledLoss<'_>],
     chunk: i64,
 ) -> Result<HeadGradient, NotFiniteRow> {
-    let coefficients = heads.teacher.map(|code| {
-        batch
-            .teacher_hidden(code.layer)
-            .index_select(0, &batch.targets_in_positions)
-    });
-    let sigmas = sample_sigmas(hidden, coefficients.as_ref(), batch, heads, losses, chunk);
+    let of_teacher = heads.teacher.map(|code| code.rows(batch));
+    let sigmas = sample_sigmas(hidden, of_teacher.as_ref(), batch, heads, losses, chunk);
     let norms = norms_of(losses.iter());
     let lookups = Lookups::default();
+    // In the compact tier the logits that hold at temperature 1 are not those of the others.
+    let at_one = heads.teacher.is_some_and(LinearCode::differs_at_one)
+        && losses.iter().any(ScaledLoss::is_at_temperature_one);
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
-        let teacher = teacher_chunk(heads.teacher, coefficients.as_ref(), first, rows);
+        let teacher = teacher_chunk(heads.teacher, of_teacher.as_ref(), first, rows);
+        let teacher_at_one = heads.teacher.zip(of_teacher.as_ref()).filter(|_| at_one);
+        let teacher_at_one = teacher_at_one
+            .map(|(code, all)| tch::no_grad(|| code.logits_at_one(&all.narrow(first, rows))));
         let top_k = batch.top_k.as_ref().map(|top_k| TopKRows {
             ids: top_k.ids.narrow(0, first, rows),
             logits: top_k.logits.narrow(0, first, rows),
@@ -113,9 +122,16 @@ pub(crate) fn fused_head(
                 lookups: &lookups,
             };
             let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
-            for (index, ScaledLoss { loss, scale, .. }) in losses.iter().enumerate().filter(of_norm)
-            {
-                let values = loss.value(&rows);
+            for (index, scaled) in losses.iter().enumerate().filter(of_norm) {
+                let values = match &teacher_at_one {
+                    Some(teacher) if scaled.is_at_temperature_one() => {
+                        scaled.loss.value(&LogitRows {
+                            teacher: Some(teacher),
+                            ..rows
+                        })
+                    }
+                    _ => scaled.loss.value(&rows),
+                };
                 let sum = values.sum(Kind::Double).double_value(&[]);
                 if !sum.is_finite() {
                     return Err(NotFiniteRow {
@@ -124,8 +140,8 @@ pub(crate) fn fused_head(
                     });
                 }
                 sums[index] += sum;
-                let scaled = values.sum(None::<Kind>) * *scale;
-                total = Some(total.map_or_else(|| scaled.shallow_clone(), |total| total + &scaled));
+                let value = values.sum(None::<Kind>) * scaled.scale;
+                total = Some(total.map_or_else(|| value.shallow_clone(), |total| total + &value));
             }
         }
         if let Some(total) = total {
@@ -163,13 +179,13 @@ pub(crate) fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> 
 
 fn teacher_chunk(
     code: Option<&LinearCode>,
-    coefficients: Option<&Tensor>,
+    of_teacher: Option<&TeacherRows>,
     first: i64,
     rows: i64,
 ) -> Option<Tensor> {
-    let (code, coefficients) = (code?, coefficients?);
+    let (code, of_teacher) = (code?, of_teacher?);
     Some(tch::no_grad(|| {
-        code.logits(&coefficients.narrow(0, first, rows))
+        code.logits(&of_teacher.narrow(first, rows))
     }))
 }
 
@@ -177,7 +193,7 @@ fn teacher_chunk(
 /// pass of its own, since σ needs all positions of a sample before the first of them has a loss.
 fn sample_sigmas(
     hidden: &Tensor,
-    coefficients: Option<&Tensor>,
+    of_teacher: Option<&TeacherRows>,
     batch: &Batch,
     heads: &Heads<'_>,
     losses: &[ScaledLoss<'_>],
@@ -194,7 +210,7 @@ fn sample_sigmas(
                 student.push(moments(
                     &norm.apply(&logits(&hidden.narrow(0, first, rows), heads.student)),
                 ));
-                if let Some(logits) = teacher_chunk(heads.teacher, coefficients, first, rows) {
+                if let Some(logits) = teacher_chunk(heads.teacher, of_teacher, first, rows) {
                     teacher.push(moments(&norm.apply(&logits)));
                 }
             }
@@ -291,6 +307,7 @@ mod tests {
                 width: WIDTH,
                 values: values(rng, positions * WIDTH),
             }],
+            coefficients: None,
         }
     }
 
@@ -306,6 +323,7 @@ mod tests {
             statistics: true,
             top_k: true,
             layers: vec![2],
+            coefficients: false,
         };
         let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
         let rows = batch.num_targets() as i64;

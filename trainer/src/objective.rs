@@ -6,10 +6,11 @@ use caskd_models::LoadedModel;
 
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement,
+    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement, Scaling,
+    Tail,
 };
 use crate::recipe::LayerPair;
-use crate::{Error, Result};
+use crate::{Error, Result, TrainConfig};
 
 /// A sum of loss terms that the cache can answer.
 pub(crate) struct Objective {
@@ -94,6 +95,74 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Gradient error above which a run warns.
+const DOUBTFUL: f64 = 0.03;
+
+/// Gradient error above which a run is refused unless it is allowed.
+const TOO_FAR: f64 = 0.10;
+
+/// Compares the loss terms with the cache's fidelity report; what is not measured passes.
+///
+/// Returns warnings about losses whose gradient is off by more than 3%.
+///
+/// # Errors
+/// [`Error::LowFidelity`] above 10%, unless the configuration says `allow_low_fidelity`.
+pub fn check_fidelity(config: &TrainConfig, cache: &Cache) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    let Some(report) = &cache.manifest().fidelity else {
+        return Ok(warnings);
+    };
+    for term in config.terms() {
+        let TermLoss::Logits {
+            loss,
+            logits_norm: Normalization::None,
+            ..
+        } = &term.loss
+        else {
+            continue;
+        };
+        // The report of a sparse cache is that of KL with one rule for its tail.
+        let rule = match loss {
+            LogitKind::Kl(kl) if kl.tail == Tail::Uniform => Some("uniform"),
+            LogitKind::UniformTailKl(_) => Some("uniform"),
+            LogitKind::Kl(kl) if kl.tail == Tail::Ghost => Some("ghost"),
+            LogitKind::GhostKl(_) => Some("ghost"),
+            loss if loss.loss().requirement() == Requirement::FullLogits => None,
+            _ => continue,
+        };
+        if report.tail.as_deref() != rule && report.tail.is_some() {
+            continue;
+        }
+        let (what, error) = match loss.loss().scaling() {
+            Some(Scaling::Temperature(temperature)) => (
+                format!("{} at temperature {temperature}", term.kind()),
+                report.gradient_error_at(temperature),
+            ),
+            Some(Scaling::Sigma(_)) => (
+                term.kind().to_owned(),
+                report.gradient_error_of_dual_scaling(),
+            ),
+            None => continue,
+        };
+        let Some(error) = error.filter(|error| *error > DOUBTFUL) else {
+            continue;
+        };
+        if error > TOO_FAR && !config.allow_low_fidelity {
+            return Err(Error::LowFidelity {
+                term: what,
+                percent: 100.0 * error,
+                limit: 100.0 * TOO_FAR,
+            });
+        }
+        warnings.push(format!(
+            "the cache's gradient of {what} is off by {:.1}% (measured against {})",
+            100.0 * error,
+            report.student
+        ));
+    }
+    Ok(warnings)
 }
 
 impl Objective {
@@ -182,13 +251,14 @@ impl Objective {
                 term: term.kind().to_owned(),
                 tier: match manifest.tier {
                     Tier::Sparse => "sparse".to_owned(),
+                    Tier::Compact => "compact".to_owned(),
                     Tier::Exact => "exact".to_owned(),
                 },
                 reason: reason.to_owned(),
                 remedy: remedy.to_owned(),
             })
         };
-        let whole_vocabulary = manifest.tier == Tier::Exact;
+        let whole_vocabulary = manifest.tier != Tier::Sparse;
         let fits = |k: usize| k.min(self.vocabulary) <= manifest.top_k;
         match requirement {
             Requirement::Nothing => Ok(()),
@@ -201,7 +271,11 @@ impl Objective {
                 if whole_vocabulary =>
             {
                 self.full_logits = true;
-                self.columns.layers.push(manifest.teacher.num_layers);
+                let needed = Columns::for_logits(manifest).unwrap_or_default();
+                self.columns.statistics |= needed.statistics;
+                self.columns.top_k |= needed.top_k;
+                self.columns.coefficients |= needed.coefficients;
+                self.columns.layers.extend(needed.layers);
                 Ok(())
             }
             Requirement::StudentsTopK(k) if fits(k) => {
@@ -221,8 +295,8 @@ impl Objective {
             ),
             Requirement::FullLogits => refuse(
                 "it asks for the logits of the whole vocabulary, and a top-k target without its tail harms the student",
-                "build the cache with `--tier exact`; KL at temperature 1 also runs on this one with `tail` set to \
-                 \"uniform\" or \"ghost\", and so do ghost-kl, top-k-kl and bild",
+                "build the cache with `--tier compact` or `--tier exact`; KL at temperature 1 also runs on this one with \
+                 `tail` set to \"uniform\" or \"ghost\", and so do ghost-kl, top-k-kl and bild",
             ),
         }
     }

@@ -73,6 +73,7 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
         statistics: true,
         top_k: false,
         layers: cached,
+        coefficients: false,
     };
     let vocabulary = network.config().vocab_size.min(manifest.vocab_size);
     let head = network.head().narrow(0, 0, vocabulary as i64);

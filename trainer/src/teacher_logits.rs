@@ -1,13 +1,21 @@
-//! Teacher logits from the cache: a linear code, coefficients × weightᵀ + bias.
+//! The teacher's logits from the cache, whatever its tier: a linear code, coefficients × weightᵀ + bias, with what
+//! is known exactly laid over it.
 //!
-//! For the exact tier the coefficients are the last hidden states and the weight is the LM head.
+//! For the exact tier the coefficients are the last hidden states and the weight is the LM head W. For the compact
+//! tier they are the levels of the transform code, the weight is Wc·S (Wc the head less the mean of its rows, S the
+//! synthesis of the basis), and the bias Wc·μ; the cached mean of the logits is added to each row, the top K replace
+//! what was rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds.
 
-use caskd_formats::{Cache, Head, HeadDtype};
+use caskd_formats::{Basis, Cache, Columns, Head, HeadDtype};
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
+use crate::head::{chunks, rows_per_chunk};
 use crate::matmul::times_transposed;
 use crate::{Error, Result};
+
+/// Mass outside the top K that a shift to the exact log-sum-exp does not go below.
+const SMALLEST_MASS: f64 = 1e-6;
 
 /// What turns cached coefficients into logits.
 #[derive(Debug)]
@@ -16,33 +24,76 @@ pub(crate) struct LinearCode {
     weight: Tensor,
     /// \[V\] f32.
     bias: Option<Tensor>,
-    /// The cached layer that holds the coefficients.
-    pub(crate) layer: u32,
+    source: Source,
+    /// Rows of the result: those that the student has too.
+    vocabulary: i64,
+}
+
+/// Where the coefficients are.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// A cached layer.
+    Hidden(u32),
+    /// The compact tier's column.
+    Levels,
+}
+
+/// What a batch holds for the code, at its N target positions.
+#[derive(Debug)]
+pub(crate) struct TeacherRows {
+    /// [N, R].
+    coefficients: Tensor,
+    exact: Option<ExactRows>,
+}
+
+/// What the compact tier knows exactly.
+#[derive(Debug)]
+struct ExactRows {
+    /// [N, 1].
+    mean: Tensor,
+    /// [N, 1].
+    log_sum_exp: Tensor,
+    /// [N, K] i64.
+    ids: Tensor,
+    /// [N, K].
+    logits: Tensor,
 }
 
 impl LinearCode {
-    /// The code of an exact cache, cut to the first `vocabulary` rows.
-    pub(crate) fn of_exact(
+    /// The code of a cache, for the first `vocabulary` rows; `None` in the sparse tier.
+    pub(crate) fn of(
         cache: &Cache,
         vocabulary: usize,
         kind: Kind,
         device: Device,
-    ) -> Result<LinearCode> {
+    ) -> Result<Option<LinearCode>> {
+        if Columns::for_logits(cache.manifest()).is_none() {
+            return Ok(None);
+        }
         let head = cache.head()?.ok_or_else(|| Error::TierCannotAnswer {
             term: "full-vocabulary logits".to_owned(),
             tier: "headless".to_owned(),
             reason: "it has no LM head".to_owned(),
-            remedy: "build the cache with `--tier exact`".to_owned(),
+            remedy: "build the cache with `--tier exact` or `--tier compact`".to_owned(),
         })?;
-        let weight = head_tensor(&head)?
-            .narrow(0, 0, vocabulary as i64)
-            .to_kind(kind)
-            .to_device(device);
-        Ok(LinearCode {
+        let head = head_tensor(&head)?.to_device(device);
+        let (weight, bias, source) = match cache.basis()? {
+            None => {
+                let weight = head.narrow(0, 0, vocabulary as i64).to_kind(kind);
+                let layer = cache.manifest().teacher.num_layers;
+                (weight, None, Source::Hidden(layer))
+            }
+            Some(basis) => {
+                let (weight, bias) = tch::no_grad(|| through_basis(&head, &basis));
+                (weight.to_kind(kind), Some(bias), Source::Levels)
+            }
+        };
+        Ok(Some(LinearCode {
             weight,
-            bias: None,
-            layer: cache.manifest().teacher.num_layers,
-        })
+            bias,
+            source,
+            vocabulary: vocabulary as i64,
+        }))
     }
 
     /// A code of given weights [V, R].
@@ -51,28 +102,130 @@ impl LinearCode {
         LinearCode {
             weight: weight.shallow_clone(),
             bias: None,
-            layer,
+            source: Source::Hidden(layer),
+            vocabulary: weight.size()[0],
         }
     }
 
-    /// Logits in f32: [N, R] → [N, V].
-    pub(crate) fn logits(&self, coefficients: &Tensor) -> Tensor {
-        let product = times_transposed(coefficients, &self.weight).to_kind(Kind::Float);
-        match &self.bias {
+    /// What the code reads of a batch.
+    ///
+    /// # Panics
+    /// When its columns were not read; the plan of a run reads [`Columns::for_logits`].
+    pub(crate) fn rows(&self, batch: &Batch) -> TeacherRows {
+        let at_targets = |rows: &Tensor| rows.index_select(0, &batch.targets_in_positions);
+        match self.source {
+            Source::Hidden(layer) => TeacherRows {
+                coefficients: at_targets(batch.teacher_hidden(layer)),
+                exact: None,
+            },
+            Source::Levels => {
+                let read = "the columns of the compact tier are read together";
+                let top_k = batch.top_k.as_ref().expect(read);
+                TeacherRows {
+                    coefficients: at_targets(batch.coefficients.as_ref().expect(read)),
+                    exact: Some(ExactRows {
+                        mean: batch.mean.as_ref().expect(read).unsqueeze(1),
+                        log_sum_exp: top_k.log_sum_exp.unsqueeze(1),
+                        ids: top_k.ids.shallow_clone(),
+                        logits: top_k.logits.shallow_clone(),
+                    }),
+                }
+            }
+        }
+    }
+
+    /// Logits in f32 [N, V]; those of the compact tier are right up to its rate at every temperature but 1.
+    pub(crate) fn logits(&self, rows: &TeacherRows) -> Tensor {
+        let all = self.all_logits(rows);
+        all.narrow(1, 0, self.vocabulary)
+    }
+
+    /// The logits that hold at temperature 1 [N, V].
+    pub(crate) fn logits_at_one(&self, rows: &TeacherRows) -> Tensor {
+        let logits = self.all_logits(rows);
+        let Some(exact) = &rows.exact else {
+            return logits.narrow(1, 0, self.vocabulary);
+        };
+        let kept = (&exact.logits - &exact.log_sum_exp).exp().sum_dim_intlist(
+            [-1].as_slice(),
+            true,
+            Kind::Float,
+        );
+        let rest = (1.0f64 - kept).clamp_min(SMALLEST_MASS).log() + &exact.log_sum_exp;
+        let others = logits
+            .scatter_value(-1, &exact.ids, f64::NEG_INFINITY)
+            .logsumexp([-1].as_slice(), true);
+        let shifted = logits + (rest - others);
+        shifted
+            .scatter(-1, &exact.ids, &exact.logits)
+            .narrow(1, 0, self.vocabulary)
+    }
+
+    /// Whether temperature 1 has logits of its own.
+    pub(crate) fn differs_at_one(&self) -> bool {
+        matches!(self.source, Source::Levels)
+    }
+
+    fn all_logits(&self, rows: &TeacherRows) -> Tensor {
+        let product = times_transposed(&rows.coefficients, &self.weight).to_kind(Kind::Float);
+        let product = match &self.bias {
             Some(bias) => product + bias,
             None => product,
-        }
-    }
-
-    /// One logit a row, of the given tokens: [N, R], \[N\] → \[N\] f32.
-    fn logits_of(&self, coefficients: &Tensor, tokens: &Tensor) -> Tensor {
-        let rows = self.weight.index_select(0, tokens).to_kind(Kind::Float);
-        let product = (rows * coefficients).sum_dim_intlist([-1].as_slice(), false, Kind::Float);
-        match &self.bias {
-            Some(bias) => product + bias.index_select(0, tokens),
+        };
+        match &rows.exact {
+            Some(exact) => (product + &exact.mean).scatter(-1, &exact.ids, &exact.logits),
             None => product,
         }
     }
+
+    /// One logit a row, of the given tokens, at temperature 1: \[N\] f32.
+    fn logits_of(&self, rows: &TeacherRows, tokens: &Tensor) -> Tensor {
+        if rows.exact.is_none() {
+            let weight = self.weight.index_select(0, tokens).to_kind(Kind::Float);
+            return (weight * &rows.coefficients).sum_dim_intlist(
+                [-1].as_slice(),
+                false,
+                Kind::Float,
+            );
+        }
+        // The shift to the exact log-sum-exp needs all logits of the row.
+        let tokens = tokens.unsqueeze(1);
+        let parts: Vec<Tensor> = chunks(tokens.size()[0], rows_per_chunk(self.weight.size()[0]))
+            .map(|(first, count)| {
+                let logits = self.logits_at_one(&rows.narrow(first, count));
+                logits
+                    .gather(1, &tokens.narrow(0, first, count), false)
+                    .squeeze_dim(1)
+            })
+            .collect();
+        Tensor::cat(&parts, 0)
+    }
+}
+
+impl TeacherRows {
+    /// Rows `first` to `first + count`.
+    pub(crate) fn narrow(&self, first: i64, count: i64) -> TeacherRows {
+        let narrow = |tensor: &Tensor| tensor.narrow(0, first, count);
+        TeacherRows {
+            coefficients: narrow(&self.coefficients),
+            exact: self.exact.as_ref().map(|exact| ExactRows {
+                mean: narrow(&exact.mean),
+                log_sum_exp: narrow(&exact.log_sum_exp),
+                ids: narrow(&exact.ids),
+                logits: narrow(&exact.logits),
+            }),
+        }
+    }
+}
+
+/// Wc·S [V, R] and Wc·μ \[V\] in f32, from the head [V, D].
+fn through_basis(head: &Tensor, basis: &Basis) -> (Tensor, Tensor) {
+    let head = head.to_kind(Kind::Float);
+    let centred = &head - head.mean_dim([0].as_slice(), true, Kind::Float);
+    let parts = basis.parts();
+    let to = |values: &[f32]| Tensor::from_slice(values).to_device(head.device());
+    let synthesis = to(&parts.synthesis).view([basis.width() as i64, basis.rank() as i64]);
+    (centred.matmul(&synthesis), centred.matmul(&to(&parts.mean)))
 }
 
 /// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary \[N\] f64: the
@@ -85,10 +238,8 @@ pub(crate) fn gold_log_probabilities(
 ) -> Option<Tensor> {
     let log_sum_exp = batch.log_sum_exp.as_ref()?;
     let rebuilt = code.map(|code| {
-        let hidden = batch
-            .teacher_hidden(code.layer)
-            .index_select(0, &batch.targets_in_positions);
-        code.logits_of(&hidden, &batch.labels) - log_sum_exp
+        let rows = code.rows(batch);
+        tch::no_grad(|| code.logits_of(&rows, &batch.labels)) - log_sum_exp
     });
     let log_p = match (rebuilt, &batch.top_k) {
         (Some(rebuilt), None) => rebuilt,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::batch::Batch;
 use crate::checkpoint::{self, Cursor};
 use crate::losses::MissingLogits;
-use crate::objective::{Objective, StepSize};
+use crate::objective::{Objective, StepSize, check_fidelity};
 use crate::optimizer::{AdamW, learning_rate};
 use crate::order::Order;
 use crate::reader::BatchReader;
@@ -114,13 +114,15 @@ pub fn train(
 ) -> Result<TrainSummary> {
     config.validate()?;
     let objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
+    check_fidelity(config, &cache)?;
     let order = Order::new(cache.rows()?, config)?;
     let device = student.network.device();
     let kind = student.network.kind();
     let teacher = objective
         .full_logits
-        .then(|| LinearCode::of_exact(&cache, objective.vocabulary, kind, device))
-        .transpose()?;
+        .then(|| LinearCode::of(&cache, objective.vocabulary, kind, device))
+        .transpose()?
+        .flatten();
     let record = RunRecord::new(&student, student_path, &cache);
     let mut student = student.network;
     student.attach_lora(&config.lora, config.seed)?;

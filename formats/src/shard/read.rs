@@ -18,9 +18,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::pages::{PAGES_KEY, PageFault, PageReader, Pages};
 use super::schema::{
-    KEYS_CHECKSUM, LOSS_MASK, METADATA_KEY, POSITIONS, SOURCE, SPLIT_HASH, STATISTICS,
-    STATISTICS_CHECKSUM, ShardMetadata, TARGETS, TOKEN_DIGEST, TOKEN_IDS, TOKENS_CHECKSUM, TOP_K,
-    arrow_schema, hidden_column, keys_checksum, scales_key, statistics_checksum, tokens_checksum,
+    COEFFICIENTS, KEYS_CHECKSUM, LOSS_MASK, METADATA_KEY, POSITIONS, SOURCE, SPLIT_HASH,
+    STATISTICS, STATISTICS_CHECKSUM, ShardMetadata, TARGETS, TOKEN_DIGEST, TOKEN_IDS,
+    TOKENS_CHECKSUM, TOP_K, arrow_schema, hidden_column, keys_checksum, scales_key,
+    statistics_checksum, tokens_checksum,
 };
 use super::write::data_end;
 use crate::cache::{Columns, Io};
@@ -31,6 +32,7 @@ use crate::sequence::{Sequence, Statistics, TokenDigest};
 use crate::source::Source;
 use crate::spec::{CacheSpec, HiddenCodec};
 use crate::store::Store;
+use crate::transform::{Basis, coefficients, ranked};
 use crate::{hidden, topk};
 
 /// Rows decoded together: enough to share the set-up, few enough to bound the memory of `Io::Read`.
@@ -56,6 +58,8 @@ pub(crate) struct Shard {
     spec: CacheSpec,
     /// Per layer of the spec; empty for f16.
     scales: Vec<Vec<f32>>,
+    /// In the compact tier.
+    basis: Option<Arc<Basis>>,
 }
 
 impl Shard {
@@ -65,6 +69,7 @@ impl Shard {
         index: usize,
         info: &ShardInfo,
         source: &Source,
+        basis: Option<Arc<Basis>>,
     ) -> Result<Shard> {
         let file = info.file.clone();
         let tail = usize::try_from(info.footer.bytes)
@@ -106,6 +111,7 @@ impl Shard {
                 pages: Arc::new(pages),
                 spec: spec.clone(),
                 scales,
+                basis,
             })
         })
     }
@@ -207,6 +213,9 @@ impl Shard {
         if columns.top_k {
             wanted.push(TOP_K);
         }
+        if columns.coefficients {
+            wanted.push(COEFFICIENTS);
+        }
         wanted.extend(names.iter().map(String::as_str));
 
         let mut decoder = Decoder::new().map_err(|error| self.damaged(&error.to_string()))?;
@@ -281,15 +290,20 @@ impl Shard {
         if let (true, Some(statistics)) = (columns.top_k, &sequence.statistics) {
             let blobs = self.list(row, TOP_K)?;
             let blobs = blobs.as_binary_view().iter().flatten();
-            let top_k = topk::decode(
-                decoder,
-                blobs,
-                &statistics.max,
-                self.spec.top_k,
-                self.spec.vocab_size,
-            )
+            let (k, vocab_size) = (self.spec.top_k, self.spec.vocab_size);
+            let top_k = match &self.basis {
+                Some(basis) => ranked::decode(blobs, basis, &statistics.max),
+                None => topk::decode(decoder, blobs, &statistics.max, k, vocab_size),
+            }
             .map_err(|fault| fault.at(&self.file, TOP_K, row.number))?;
             sequence.top_k = Some(top_k);
+        }
+        if let (true, Some(basis)) = (columns.coefficients, &self.basis) {
+            let blobs = self.list(row, COEFFICIENTS)?;
+            let blobs = blobs.as_binary_view().iter().flatten();
+            let found = coefficients::decode(blobs, basis, positions)
+                .map_err(|fault| fault.at(&self.file, COEFFICIENTS, row.number))?;
+            sequence.coefficients = Some(found);
         }
         if !columns.statistics {
             sequence.statistics = None;
@@ -379,6 +393,12 @@ impl Shard {
         if columns.top_k && self.spec.top_k == 0 {
             return Err(Error::NoColumn {
                 column: TOP_K.to_owned(),
+                available: available(),
+            });
+        }
+        if columns.coefficients && self.spec.code.is_none() {
+            return Err(Error::NoColumn {
+                column: COEFFICIENTS.to_owned(),
                 available: available(),
             });
         }

@@ -1,6 +1,6 @@
 //! Columns, encodings and metadata of a shard, and the checksums of its native columns.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::FORMAT_VERSION;
-use crate::frame::TOP_K_F16_STEPS;
+use crate::frame::{Codec, TOP_K_F16_STEPS, TOP_K_RANKED, TRANSFORM_RANS};
 use crate::hidden::codec_of;
 use crate::manifest::ColumnInfo;
 use crate::sequence::{Statistics, TokenDigest};
@@ -29,6 +29,7 @@ pub(super) const KEYS_CHECKSUM: &str = "keys_checksum";
 pub(super) const TOKENS_CHECKSUM: &str = "tokens_checksum";
 pub(super) const STATISTICS_CHECKSUM: &str = "statistics_checksum";
 pub(super) const TOP_K: &str = "top_k";
+pub(super) const COEFFICIENTS: &str = "coefficients";
 
 /// Key of our metadata in the file, and in the Arrow fields of bulk columns.
 pub(super) const METADATA_KEY: &str = "caskd";
@@ -63,6 +64,9 @@ pub(super) struct ShardMetadata {
     pub(super) sequences: u64,
     pub(super) positions: u64,
     pub(super) columns: Vec<ColumnInfo>,
+    /// Name of the basis file that `columns` are coded with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) basis: Option<String>,
 }
 
 impl ShardMetadata {
@@ -78,32 +82,43 @@ impl ShardMetadata {
             sequences,
             positions,
             columns: column_infos(spec),
+            basis: spec.code.as_ref().map(|code| code.basis.file.clone()),
         }
     }
 }
 
 /// The bulk columns in file order, with their codecs.
 pub(crate) fn column_infos(spec: &CacheSpec) -> Vec<ColumnInfo> {
+    let column = |name: &str, codec: Codec, parameters: &[(&str, u64)]| ColumnInfo {
+        name: name.to_owned(),
+        codec: codec.name.to_owned(),
+        version: u32::from(codec.version),
+        parameters: parameters
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), *value))
+            .collect(),
+    };
     let mut columns = Vec::new();
     if spec.top_k > 0 {
-        columns.push(ColumnInfo {
-            name: TOP_K.to_owned(),
-            codec: TOP_K_F16_STEPS.name.to_owned(),
-            version: u32::from(TOP_K_F16_STEPS.version),
-            parameters: BTreeMap::from([
-                ("k".to_owned(), spec.top_k as u64),
-                ("vocab_size".to_owned(), spec.vocab_size as u64),
-            ]),
-        });
+        let codec = match spec.code {
+            Some(_) => TOP_K_RANKED,
+            None => TOP_K_F16_STEPS,
+        };
+        let (k, vocab_size) = (spec.top_k as u64, spec.vocab_size as u64);
+        columns.push(column(
+            TOP_K,
+            codec,
+            &[("k", k), ("vocab_size", vocab_size)],
+        ));
+    }
+    if let Some(code) = &spec.code {
+        let rank = code.basis.rank as u64;
+        columns.push(column(COEFFICIENTS, TRANSFORM_RANS, &[("rank", rank)]));
     }
     for layer in &spec.layers {
-        let codec = codec_of(layer.codec);
-        columns.push(ColumnInfo {
-            name: hidden_column(layer.layer),
-            codec: codec.name.to_owned(),
-            version: u32::from(codec.version),
-            parameters: BTreeMap::from([("width".to_owned(), layer.width as u64)]),
-        });
+        let name = hidden_column(layer.layer);
+        let width = layer.width as u64;
+        columns.push(column(&name, codec_of(layer.codec), &[("width", width)]));
     }
     columns
 }

@@ -21,14 +21,15 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::pages::{self, PAGES_KEY};
 use super::schema::{
-    METADATA_KEY, ShardMetadata, TOP_K, arrow_schema, element, hidden_column, keys_checksum,
-    scales_key, statistics_checksum, tokens_checksum, writer_properties,
+    COEFFICIENTS, METADATA_KEY, ShardMetadata, TOP_K, arrow_schema, element, hidden_column,
+    keys_checksum, scales_key, statistics_checksum, tokens_checksum, writer_properties,
 };
 use crate::error::{Error, Result};
 use crate::frame::Encoder;
 use crate::manifest::FooterInfo;
 use crate::sequence::{Sequence, Statistics, count_targets, token_digest};
 use crate::spec::{CacheSpec, HiddenCodec};
+use crate::transform::{Basis, coefficients, ranked};
 use crate::{hidden, topk};
 
 /// A shard in memory, not yet named.
@@ -41,6 +42,7 @@ pub(crate) struct EncodedShard {
 /// Encodes shard number `shard`; every sequence is checked first.
 pub(crate) fn encode_shard(
     spec: &CacheSpec,
+    basis: Option<&Basis>,
     shard: usize,
     sequences: &[Sequence],
 ) -> Result<EncodedShard> {
@@ -67,10 +69,11 @@ pub(crate) fn encode_shard(
         })
         .collect();
 
-    let (data, metadata) = write_rows(spec, sequences, &scales).map_err(|error| Error::Encode {
-        shard,
-        message: error.to_string(),
-    })?;
+    let (data, metadata) =
+        write_rows(spec, basis, sequences, &scales).map_err(|error| Error::Encode {
+            shard,
+            message: error.to_string(),
+        })?;
     let own = ShardMetadata::new(spec, shard, sequences.len() as u64, positions);
     let (tail, bytes) =
         add_metadata(spec, data, &metadata, &own, &scales).map_err(|error| Error::Encode {
@@ -93,6 +96,7 @@ type Failure = Box<dyn std::error::Error>;
 /// A Parquet file without our metadata.
 fn write_rows(
     spec: &CacheSpec,
+    basis: Option<&Basis>,
     sequences: &[Sequence],
     scales: &[Vec<f32>],
 ) -> Result<(Vec<u8>, ParquetMetaData), Failure> {
@@ -102,7 +106,7 @@ fn write_rows(
         ArrowWriter::try_new(&mut bytes, schema.clone(), Some(writer_properties(spec)))?;
     let mut encoder = Encoder::new()?;
     for sequence in sequences {
-        let columns = columns(spec, sequence, scales, &mut encoder)?;
+        let columns = columns(spec, basis, sequence, scales, &mut encoder)?;
         writer.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
     }
     let metadata = writer.close()?;
@@ -216,6 +220,7 @@ fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
         Some(_) => return wrong(TOP_K, "present, but the plan keeps none".to_owned()),
         None => return wrong(TOP_K, "absent".to_owned()),
     }
+    check_coefficients(spec, sequence)?;
     let found: Vec<u32> = sequence.hidden.iter().map(|state| state.layer).collect();
     let planned: Vec<u32> = spec.layers.iter().map(|layer| layer.layer).collect();
     if found != planned {
@@ -230,6 +235,25 @@ fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+fn check_coefficients(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
+    let wrong =
+        |column: &str, message: String| Err(Error::invalid(&sequence.source, column, message));
+    match (&spec.code, &sequence.coefficients) {
+        (None, None) => Ok(()),
+        (None, Some(_)) => wrong(COEFFICIENTS, "present, but the plan keeps none".to_owned()),
+        (Some(_), None) => wrong(COEFFICIENTS, "absent".to_owned()),
+        (Some(code), Some(found)) => {
+            // The grid of this tier has no place for an infinity.
+            let logits = sequence.top_k.iter().flat_map(|top_k| &top_k.logits);
+            if logits.into_iter().any(|logit| !logit.is_finite()) {
+                return wrong(TOP_K, "a logit is not finite".to_owned());
+            }
+            coefficients::check(found, code.basis.rank, sequence.token_ids.len())
+                .or_else(|message| wrong(COEFFICIENTS, message))
+        }
+    }
 }
 
 fn check_statistics(sequence: &Sequence, statistics: &Statistics) -> Result<()> {
@@ -257,6 +281,7 @@ fn check_statistics(sequence: &Sequence, statistics: &Statistics) -> Result<()> 
 /// The arrays of one checked sequence, in the order of the schema.
 fn columns(
     spec: &CacheSpec,
+    basis: Option<&Basis>,
     sequence: &Sequence,
     scales: &[Vec<f32>],
     encoder: &mut Encoder,
@@ -290,7 +315,13 @@ fn columns(
         columns.push(Arc::new(UInt64Array::from(vec![checksum])));
     }
     if let Some(top_k) = &sequence.top_k {
-        columns.push(blobs(&topk::encode(encoder, top_k, spec.vocab_size)?)?);
+        columns.push(blobs(&match basis {
+            Some(basis) => ranked::encode(encoder, basis, top_k),
+            None => topk::encode(encoder, top_k, spec.vocab_size)?,
+        })?);
+    }
+    if let (Some(basis), Some(found)) = (basis, &sequence.coefficients) {
+        columns.push(blobs(&coefficients::encode(encoder, basis, found))?);
     }
     for ((state, layer), scales) in sequence.hidden.iter().zip(&spec.layers).zip(scales) {
         columns.push(blobs(&hidden::encode(encoder, state, layer, scales)?)?);

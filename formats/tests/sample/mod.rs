@@ -4,8 +4,9 @@
 use std::path::Path;
 
 use caskd_formats::{
-    CacheSpec, CacheWriter, DataFile, DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState,
-    LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+    Basis, BasisParts, CacheSpec, CacheWriter, CodeSpec, CodeTarget, Coefficients, DataFile,
+    DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState, LayerSpec, Manifest, Sequence,
+    Statistics, SymbolCounts, TeacherInfo, Tier, TokenizerInfo, TopK,
 };
 
 /// SplitMix64.
@@ -51,6 +52,85 @@ pub struct Sample {
     pub spec: CacheSpec,
     pub sequences: Vec<Sequence>,
     pub head: Option<Vec<u8>>,
+    pub basis: Option<Basis>,
+}
+
+/// A compact cache: levels small and large, gaps short and long, ids the tables know and others.
+pub fn compact(vocab_size: usize, top_k: usize, lengths: Vec<usize>) -> Sample {
+    let (width, rank) = (6, 4);
+    let mut sample = sample(&Shape {
+        tier: Tier::Sparse,
+        top_k,
+        vocab_size,
+        layers: vec![(1, width, HiddenCodec::Int8)],
+        lengths,
+        per_shard: 2,
+    });
+    let mut noise = Noise(11);
+    for sequence in &mut sample.sequences {
+        let positions = sequence.token_ids.len();
+        let levels = (0..positions * rank).map(|index| {
+            let spread = [3000.0, 40.0, 2.0, 0.3][index % rank];
+            (noise.normal() * spread).clamp(-32000.0, 32000.0) as i16
+        });
+        sequence.coefficients = Some(Coefficients {
+            rank,
+            levels: levels.collect(),
+        });
+        let (Some(statistics), Some(found)) = (&mut sequence.statistics, &mut sequence.top_k)
+        else {
+            continue;
+        };
+        for (row, max) in found.logits.chunks_mut(top_k).zip(&mut statistics.max) {
+            *max = (*max * 512.0).round() / 512.0;
+            let mut steps = 0.0;
+            for (place, logit) in row.iter_mut().enumerate() {
+                *logit = *max - steps / 32.0;
+                steps += (noise.unit() * if place == 1 { 400.0 } else { 20.0 }).floor();
+            }
+        }
+        for min in &mut statistics.min {
+            *min -= 100.0;
+        }
+    }
+    let fitted = &sample.sequences[..sample.sequences.len().div_ceil(2)];
+    let levels: Vec<i16> = fitted
+        .iter()
+        .flat_map(|sequence| sequence.coefficients.as_ref().unwrap().levels.clone())
+        .collect();
+    let mut joined = TopK {
+        k: top_k,
+        ..TopK::default()
+    };
+    for found in fitted.iter().filter_map(|sequence| sequence.top_k.as_ref()) {
+        joined.ids.extend(&found.ids);
+        joined.logits.extend(&found.logits);
+    }
+    let counts = SymbolCounts::of(&levels, rank, &joined, vocab_size);
+    let mut matrix = |size: usize| (0..size).map(|_| noise.normal()).collect::<Vec<f32>>();
+    let parts = BasisParts {
+        mean: matrix(width),
+        analysis: matrix(rank * width),
+        synthesis: matrix(rank * width)
+            .iter()
+            .map(|value| value * 0.001)
+            .collect(),
+    };
+    let basis = Basis::new(parts, &counts).unwrap();
+    sample.head = Some(
+        matrix(vocab_size * width)
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
+    );
+    sample.spec.tier = Tier::Compact;
+    sample.spec.code = Some(CodeSpec {
+        target: CodeTarget::Rate(130),
+        fitted_positions: 1,
+        basis: basis.to_file().1,
+    });
+    sample.basis = Some(basis);
+    sample
 }
 
 /// A cache of every column, three shards, a few kilobytes.
@@ -94,6 +174,7 @@ pub fn sample(shape: &Shape) -> Sample {
                 codec: *codec,
             })
             .collect(),
+        code: None,
         sequences_per_shard: shape.per_shard,
         max_len: 1 << 16,
         teacher: TeacherInfo {
@@ -134,6 +215,7 @@ pub fn sample(shape: &Shape) -> Sample {
         spec,
         sequences,
         head,
+        basis: None,
     }
 }
 
@@ -179,6 +261,7 @@ fn sequence(shape: &Shape, index: usize, length: usize, noise: &mut Noise) -> Se
         statistics: Some(statistics),
         top_k: (k > 0).then_some(top_k),
         hidden: hidden.collect(),
+        coefficients: None,
     }
 }
 
@@ -194,13 +277,16 @@ impl Sample {
 
     /// What a builder does, shards that are done left out.
     pub fn fill(&self, writer: &mut CacheWriter) -> caskd_formats::Result<()> {
+        if let Some(basis) = &self.basis {
+            writer.write_basis(basis.clone())?;
+        }
         for shard in 0..self.spec.num_shards() {
             if !writer.is_done(shard) {
                 writer.write_shard(shard, self.shard(shard))?;
             }
         }
         if let Some(bytes) = &self.head {
-            let width = self.spec.layers.last().unwrap().width;
+            let width = self.spec.teacher.hidden_size;
             let vocab_size = self.spec.vocab_size;
             writer.write_head(&HeadWeights {
                 vocab_size,

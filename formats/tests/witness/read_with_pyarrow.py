@@ -79,6 +79,10 @@ def reader_decodes_everything(folder, expected):
         else:
             same("top_k ids", found["top_k"]["ids"].reshape(-1), sequence["top_k"]["ids"])
             same("top_k logits", found["top_k"]["logits"].reshape(-1), floats(sequence["top_k"]["logits"]))
+        if sequence["coefficients"] is None:
+            same("coefficients", "coefficients" in found, False)
+        else:
+            same("coefficients", found["coefficients"].reshape(-1), sequence["coefficients"])
         same("layers", sorted(found["hidden"]), [state["layer"] for state in sequence["hidden"]])
         for state in sequence["hidden"]:
             same(f"hidden.{state['layer']}", found["hidden"][state["layer"]].reshape(-1), floats(state["values"]))

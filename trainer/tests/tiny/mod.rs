@@ -182,6 +182,7 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
                     }),
                     hidden: hidden.collect(),
                     token_ids,
+                    coefficients: None,
                 }
             })
         })

@@ -1,0 +1,315 @@
+//! How near the logits that a cache gives back are to its teacher's, and what a student's gradient makes of the rest.
+//!
+//! KL(teacher ‖ rebuilt) is a mean over positions. The gradient error is ‖g' − g‖ / ‖g‖, where g is the gradient of KL
+//! with respect to the student's LM head [V, D], added up over a batch, from the teacher's logits, and g' that from the
+//! rebuilt ones. Both products with the student's hidden states are taken after a random projection of these to 64
+//! dimensions, which keeps norms of matrices with so many rows (Johnson–Lindenstrauss) at a ninth of the cost or less.
+
+use std::collections::BTreeMap;
+
+use caskd_formats::{
+    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier,
+};
+use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, load, prune};
+use tch::{Device, Kind, Tensor};
+
+use crate::rebuild::{Rebuilt, kl_rows};
+use crate::{Error, Result};
+
+/// Positions whose gradients make one batch: eight sequences of 128 tokens.
+const BATCH: i64 = 1024;
+
+/// Positions whose logits exist at one time.
+const ROWS: i64 = 128;
+
+/// Dimensions that the student's hidden states are projected to.
+const PROJECTED: i64 = 64;
+
+/// b of Logits Dual-Scaling; σ is taken per position, the student's without gradient.
+const SCALING_VALUE: f64 = 4.0;
+
+/// Share of FFN channels that the default student lacks.
+const PRUNED: f64 = 0.25;
+
+/// The default student: the teacher without a quarter of its FFN channels (and KV groups, where it has four or more), by
+/// magnitude, in memory only.
+///
+/// # Errors
+/// A teacher that can't be loaded again or pruned.
+pub fn pruned_teacher(path: &std::path::Path, options: &LoadOptions) -> Result<LoadedModel> {
+    let mut student = load(path, options)?;
+    prune(
+        &mut student,
+        &PruneOptions {
+            ratio: PRUNED,
+            ..PruneOptions::default()
+        },
+    )?;
+    student.name = format!(
+        "{} without {:.0}% of its FFN channels",
+        student.name,
+        100.0 * PRUNED
+    );
+    Ok(student)
+}
+
+/// Measures a finished cache on about `positions` positions, those that a fit takes last.
+///
+/// # Errors
+/// A teacher that is not the cache's, a student with another tokenizer, a cache that can't be read.
+pub fn measure_cache(
+    cache: &Cache,
+    teacher: &LoadedModel,
+    student: &LoadedModel,
+    positions: usize,
+) -> Result<Fidelity> {
+    let manifest = cache.manifest();
+    if teacher.digest != manifest.teacher.digest {
+        return Err(Error::Option {
+            problem: format!("`{}` is not the teacher of the cache", teacher.name),
+            hint: format!(
+                "give the model that it was built from: {}",
+                manifest.teacher.name
+            ),
+        });
+    }
+    if student.fingerprint != manifest.tokenizer.fingerprint {
+        return Err(Error::Option {
+            problem: format!(
+                "the student `{}` has another tokenizer than the cache",
+                student.name
+            ),
+            hint: "give a student of the same model family".into(),
+        });
+    }
+    let spec = manifest.spec();
+    let columns = columns(&spec);
+    let mut sequences = Vec::new();
+    for row in last_rows(cache.rows()?, positions) {
+        sequences.extend(cache.read(row.shard, &[row.row], &columns)?);
+    }
+    measure(
+        teacher,
+        student,
+        &spec,
+        cache.basis()?.as_deref(),
+        &sequences,
+    )
+}
+
+/// The columns that a measurement reads.
+pub(crate) fn columns(spec: &CacheSpec) -> Columns {
+    Columns {
+        statistics: true,
+        top_k: spec.tier != Tier::Exact,
+        coefficients: spec.tier == Tier::Compact,
+        layers: match spec.tier {
+            Tier::Exact => vec![spec.teacher.num_layers],
+            Tier::Sparse | Tier::Compact => Vec::new(),
+        },
+    }
+}
+
+/// Rows of the highest split hash that hold so many positions: a fit takes those of the lowest.
+fn last_rows(mut rows: Vec<RowInfo>, positions: usize) -> Vec<RowInfo> {
+    rows.sort_by_key(|row| (std::cmp::Reverse(row.split_hash), row.shard, row.row));
+    let mut held = 0;
+    rows.into_iter()
+        .take_while(|row| {
+            let more = held < positions;
+            held += row.positions as usize;
+            more
+        })
+        .collect()
+}
+
+/// Measures decoded sequences, which were read with [`columns`].
+pub(crate) fn measure(
+    teacher: &LoadedModel,
+    student: &LoadedModel,
+    spec: &CacheSpec,
+    basis: Option<&Basis>,
+    sequences: &[Sequence],
+) -> Result<Fidelity> {
+    tch::no_grad(|| {
+        let head = |model: &LoadedModel| {
+            model
+                .network
+                .head()
+                .detach()
+                .to_kind(Kind::Float)
+                .to_device(Device::Cpu)
+        };
+        let (of_teacher, of_student) = (head(teacher), head(student));
+        let common = of_teacher.size()[0].min(of_student.size()[0]);
+        let rebuilt = Rebuilt::of(spec, basis, &of_teacher, sequences)?;
+        let hidden = |model: &LoadedModel| {
+            let states: Vec<Tensor> = sequences
+                .iter()
+                .map(|sequence| last_hidden(model, sequence))
+                .collect();
+            Tensor::cat(&states, 0)
+        };
+        let (teacher_hidden, student_hidden) = (hidden(teacher), hidden(student));
+        let projected = project(&student_hidden);
+        let rows = teacher_hidden.size()[0];
+        // A last batch that is not whole would weigh as much as a whole one.
+        let whole = if rows > BATCH {
+            rows / BATCH * BATCH
+        } else {
+            rows
+        };
+        let mut totals: BTreeMap<String, Figures> = Fidelity::keys()
+            .map(|key| (key, Figures::default()))
+            .collect();
+        for batch in (0..whole).step_by(BATCH as usize) {
+            let end = whole.min(batch + BATCH);
+            for first in (batch..end).step_by(ROWS as usize) {
+                let count = ROWS.min(end - first);
+                let logits = rebuilt.logits(first, count);
+                let chunk = Chunk {
+                    teacher: teacher_hidden
+                        .narrow(0, first, count)
+                        .matmul(&of_teacher.tr())
+                        .narrow(1, 0, common),
+                    student: student_hidden
+                        .narrow(0, first, count)
+                        .matmul(&of_student.tr())
+                        .narrow(1, 0, common),
+                    at_one: rebuilt
+                        .at_temperature_one(&logits, first, count)
+                        .narrow(1, 0, common),
+                    rebuilt: logits.narrow(1, 0, common),
+                    projected: projected.narrow(0, first, count),
+                };
+                for temperature in TEMPERATURES {
+                    if let Some(figures) = totals.get_mut(&temperature.to_string()) {
+                        chunk.add_temperature(figures, f64::from(temperature));
+                    }
+                }
+                if let Some(figures) = totals.get_mut("dual-scaling") {
+                    chunk.add_dual_scaling(figures);
+                }
+            }
+            totals.values_mut().for_each(Figures::end_batch);
+        }
+        let figures = |of: &dyn Fn(&Figures) -> f64| {
+            totals
+                .iter()
+                .map(|(key, figures)| (key.clone(), Fidelity::rounded(of(figures))))
+                .collect()
+        };
+        Ok(Fidelity {
+            positions: whole as u64,
+            batch_positions: whole.min(BATCH) as u64,
+            student: student.name.clone(),
+            tail: (spec.tier == Tier::Sparse).then(|| "uniform".to_owned()),
+            kl: figures(&|figures| figures.kl / whole.max(1) as f64),
+            gradient_error: figures(&|figures| {
+                (figures.squared_errors / figures.batches.max(1.0)).sqrt()
+            }),
+        })
+    })
+}
+
+/// What is added up for one temperature.
+#[derive(Default)]
+struct Figures {
+    kl: f64,
+    /// Of the batch under way: the projected gradient [V, P] and what the rebuilt logits add to it.
+    gradient: Option<Tensor>,
+    error: Option<Tensor>,
+    squared_errors: f64,
+    batches: f64,
+}
+
+impl Figures {
+    /// Adds (p_s − p_t)ᵀ·f and (p_t − p_r)ᵀ·f for features f [N, P].
+    fn add(&mut self, teacher: &Tensor, student: &Tensor, rebuilt: &Tensor, features: &Tensor) {
+        self.kl += kl_rows(teacher, rebuilt);
+        let p = teacher.softmax(-1, Kind::Float);
+        let add = |sum: &mut Option<Tensor>, difference: Tensor| {
+            let product = difference.tr().matmul(features);
+            *sum = Some(
+                sum.take()
+                    .map_or_else(|| product.shallow_clone(), |sum| sum + &product),
+            );
+        };
+        add(&mut self.gradient, student.softmax(-1, Kind::Float) - &p);
+        add(&mut self.error, p - rebuilt.softmax(-1, Kind::Float));
+    }
+
+    fn end_batch(&mut self) {
+        if let (Some(gradient), Some(error)) = (self.gradient.take(), self.error.take()) {
+            let norm = |tensor: &Tensor| tensor.square().sum(Kind::Double).double_value(&[]);
+            self.squared_errors += norm(&error) / norm(&gradient).max(f64::MIN_POSITIVE);
+            self.batches += 1.0;
+        }
+    }
+}
+
+/// Logits of some positions [N, V].
+struct Chunk {
+    teacher: Tensor,
+    student: Tensor,
+    rebuilt: Tensor,
+    at_one: Tensor,
+    /// The student's hidden states [N, P].
+    projected: Tensor,
+}
+
+impl Chunk {
+    fn add_temperature(&self, figures: &mut Figures, temperature: f64) {
+        let rebuilt = if temperature == 1.0 {
+            &self.at_one
+        } else {
+            &self.rebuilt
+        };
+        let at = |logits: &Tensor| logits / temperature;
+        figures.add(
+            &at(&self.teacher),
+            &at(&self.student),
+            &at(rebuilt),
+            &self.projected,
+        );
+    }
+
+    fn add_dual_scaling(&self, figures: &mut Figures) {
+        let sigma = |logits: &Tensor| logits.std_dim([-1_i64].as_slice(), false, true);
+        let scaled = |logits: &Tensor| logits / (sigma(logits) * SCALING_VALUE);
+        // dL/d(student's logits) = (q − p) / (σ_s · b): b is the same everywhere.
+        let features = &self.projected / sigma(&self.student);
+        figures.add(
+            &scaled(&self.teacher),
+            &scaled(&self.student),
+            &scaled(&self.rebuilt),
+            &features,
+        );
+    }
+}
+
+/// [T, D] in f32.
+fn last_hidden(model: &LoadedModel, sequence: &Sequence) -> Tensor {
+    let ids: Vec<i64> = sequence.token_ids.iter().map(|id| i64::from(*id)).collect();
+    let input = Tensor::from_slice(&ids)
+        .unsqueeze(0)
+        .to_device(model.network.device());
+    let hidden = model.network.forward(&input, &[], false).last_hidden;
+    hidden
+        .squeeze_dim(0)
+        .to_kind(Kind::Float)
+        .to_device(Device::Cpu)
+}
+
+/// [N, D] → [N, 64] by a fixed Gaussian matrix; narrower states stay as they are.
+fn project(hidden: &Tensor) -> Tensor {
+    let width = hidden.size()[1];
+    if width <= PROJECTED {
+        return hidden.shallow_clone();
+    }
+    let mut rng = SeededRng::named(0, "fidelity");
+    let values: Vec<f32> = (0..width * PROJECTED)
+        .map(|_| rng.normal() as f32)
+        .collect();
+    hidden.matmul(&Tensor::from_slice(&values).view([width, PROJECTED]))
+}

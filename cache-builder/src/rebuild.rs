@@ -1,0 +1,190 @@
+//! The teacher's logits as the cache gives them back, for measuring; what a trainer does in training.
+
+use caskd_formats::{Basis, CacheSpec, Sequence, Tier};
+use tch::{Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// Decoded sequences, and what turns them into logits of the whole vocabulary.
+#[derive(Debug)]
+pub(crate) struct Rebuilt {
+    form: Form,
+    /// Exact top-k logits over them: ids i64 [N, K], logits f32 [N, K].
+    overlay: Option<(Tensor, Tensor)>,
+    /// log Σ exp at temperature 1 \[N\].
+    log_sum_exp: Tensor,
+    vocab_size: i64,
+}
+
+#[derive(Debug)]
+enum Form {
+    /// coefficients [N, R] · weight [V, R]ᵀ + bias \[V\] + mean [N, 1].
+    Linear {
+        coefficients: Tensor,
+        weight: Tensor,
+        offset: Option<(Tensor, Tensor)>,
+    },
+    /// The mass that the top K leave, spread evenly: one logit for all others [N, 1].
+    UniformTail(Tensor),
+}
+
+impl Rebuilt {
+    /// The logits of decoded sequences of any tier. `head` is [V, D] in f32.
+    pub(crate) fn of(
+        spec: &CacheSpec,
+        basis: Option<&Basis>,
+        head: &Tensor,
+        sequences: &[Sequence],
+    ) -> Result<Rebuilt> {
+        match (spec.tier, basis) {
+            (Tier::Compact, Some(basis)) => Rebuilt::compact(basis, head, sequences),
+            (Tier::Exact, _) => Rebuilt::exact(spec, head, sequences),
+            _ => Rebuilt::sparse(spec, head, sequences),
+        }
+    }
+
+    pub(crate) fn compact(basis: &Basis, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
+        let (rank, width) = (basis.rank() as i64, basis.width() as i64);
+        let parts = basis.parts();
+        let centred = head - head.mean_dim([0_i64].as_slice(), true, Kind::Float);
+        let synthesis = Tensor::from_slice(&parts.synthesis).view([width, rank]);
+        let bias = centred.matmul(&Tensor::from_slice(&parts.mean));
+        let levels: Vec<f32> = sequences
+            .iter()
+            .filter_map(|sequence| sequence.coefficients.as_ref())
+            .flat_map(|found| found.levels.iter().map(|level| f32::from(*level)))
+            .collect();
+        let mean = statistic(sequences, |statistics| &statistics.mean);
+        Ok(Rebuilt {
+            form: Form::Linear {
+                coefficients: Tensor::from_slice(&levels).view([-1, rank]),
+                weight: centred.matmul(&synthesis),
+                offset: Some((bias, mean.unsqueeze(1))),
+            },
+            overlay: Some(top_k(sequences)?),
+            log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
+            vocab_size: head.size()[0],
+        })
+    }
+
+    fn exact(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
+        let values: Vec<f32> = sequences
+            .iter()
+            .flat_map(|sequence| &sequence.hidden)
+            .filter(|state| state.layer == spec.teacher.num_layers)
+            .flat_map(|state| state.values.iter().copied())
+            .collect();
+        Ok(Rebuilt {
+            form: Form::Linear {
+                coefficients: Tensor::from_slice(&values).view([-1, head.size()[1]]),
+                weight: head.shallow_clone(),
+                offset: None,
+            },
+            overlay: None,
+            log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
+            vocab_size: head.size()[0],
+        })
+    }
+
+    fn sparse(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
+        let (ids, logits) = top_k(sequences)?;
+        let log_sum_exp = statistic(sequences, |statistics| &statistics.log_sum_exp);
+        let kept = (&logits - log_sum_exp.unsqueeze(1)).exp();
+        let rest = (1.0f64 - kept.sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float))
+            .clamp_min(1e-12);
+        let others = (spec.vocab_size - spec.top_k).max(1) as f64;
+        Ok(Rebuilt {
+            form: Form::UniformTail((rest / others).log() + log_sum_exp.unsqueeze(1)),
+            overlay: Some((ids, logits)),
+            log_sum_exp,
+            vocab_size: head.size()[0],
+        })
+    }
+
+    /// Logits of some positions [rows, V], right up to a shift at every temperature.
+    pub(crate) fn logits(&self, first: i64, rows: i64) -> Tensor {
+        let logits = match &self.form {
+            Form::Linear {
+                coefficients,
+                weight,
+                offset,
+            } => {
+                let product = coefficients.narrow(0, first, rows).matmul(&weight.tr());
+                match offset {
+                    Some((bias, mean)) => product + bias + mean.narrow(0, first, rows),
+                    None => product,
+                }
+            }
+            Form::UniformTail(tail) => tail.narrow(0, first, rows).repeat([1, self.vocab_size]),
+        };
+        match &self.overlay {
+            Some((ids, exact)) => logits.scatter(
+                -1,
+                &ids.narrow(0, first, rows),
+                &exact.narrow(0, first, rows),
+            ),
+            None => logits,
+        }
+    }
+
+    /// The same for temperature 1, where the exact log-sum-exp says how much mass the others have.
+    pub(crate) fn at_temperature_one(&self, logits: &Tensor, first: i64, rows: i64) -> Tensor {
+        let (Some((ids, exact)), Form::Linear { .. }) = (&self.overlay, &self.form) else {
+            return logits.shallow_clone();
+        };
+        let (ids, exact) = (ids.narrow(0, first, rows), exact.narrow(0, first, rows));
+        let log_sum_exp = self.log_sum_exp.narrow(0, first, rows).unsqueeze(1);
+        let kept = (&exact - &log_sum_exp).exp();
+        let rest =
+            (1.0f64 - kept.sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float)).clamp_min(1e-6);
+        let others = logits
+            .scatter_value(-1, &ids, f64::NEG_INFINITY)
+            .logsumexp([-1_i64].as_slice(), true);
+        let shift = rest.log() + log_sum_exp - others;
+        (logits + shift).scatter(-1, &ids, &exact)
+    }
+}
+
+/// Σ over rows of KL(softmax(teacher) ‖ softmax(other)).
+pub(crate) fn kl_rows(teacher: &Tensor, other: &Tensor) -> f64 {
+    let log_p = teacher.log_softmax(-1, Kind::Float);
+    let log_q = other.log_softmax(-1, Kind::Float);
+    (log_p.exp() * (log_p - log_q))
+        .sum(Kind::Double)
+        .double_value(&[])
+}
+
+fn statistic(
+    sequences: &[Sequence],
+    column: impl Fn(&caskd_formats::Statistics) -> &Vec<f32>,
+) -> Tensor {
+    let values: Vec<f32> = sequences
+        .iter()
+        .filter_map(|sequence| sequence.statistics.as_ref())
+        .flat_map(|statistics| column(statistics).iter().copied())
+        .collect();
+    Tensor::from_slice(&values)
+}
+
+fn top_k(sequences: &[Sequence]) -> Result<(Tensor, Tensor)> {
+    let all = || {
+        sequences
+            .iter()
+            .filter_map(|sequence| sequence.top_k.as_ref())
+    };
+    let Some(k) = all().next().map(|top_k| top_k.k as i64) else {
+        return Err(Error::Cache(caskd_formats::Error::InvalidRequest(
+            "the sequences were read without their top-k".to_owned(),
+        )));
+    };
+    let ids: Vec<i64> = all()
+        .flat_map(|top_k| top_k.ids.iter().map(|id| i64::from(*id)))
+        .collect();
+    let logits: Vec<f32> = all()
+        .flat_map(|top_k| top_k.logits.iter().copied())
+        .collect();
+    Ok((
+        Tensor::from_slice(&ids).view([-1, k]),
+        Tensor::from_slice(&logits).view([-1, k]),
+    ))
+}
