@@ -226,6 +226,10 @@ Examples:
   caskd train --cache cache --student student --out run --config study/best.toml
 
 The keys of the configuration and their defaults: caskd train --print-config")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of the command line"
+)]
 pub(crate) struct TrainArgs {
     /// The teacher's cache
     #[arg(long, value_name = "CACHE", required_unless_present = "print_config")]

@@ -38,7 +38,7 @@ impl Rebuilt {
     ) -> Result<Rebuilt> {
         match (spec.tier, basis) {
             (Tier::Compact, Some(basis)) => Rebuilt::compact(basis, head, sequences),
-            (Tier::Exact, _) => Rebuilt::exact(spec, head, sequences),
+            (Tier::Exact, _) => Ok(Rebuilt::exact(spec, head, sequences)),
             _ => Rebuilt::sparse(spec, head, sequences),
         }
     }
@@ -67,14 +67,14 @@ impl Rebuilt {
         })
     }
 
-    fn exact(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
+    fn exact(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Rebuilt {
         let values: Vec<f32> = sequences
             .iter()
             .flat_map(|sequence| &sequence.hidden)
             .filter(|state| state.layer == spec.teacher.num_layers)
             .flat_map(|state| state.values.iter().copied())
             .collect();
-        Ok(Rebuilt {
+        Rebuilt {
             form: Form::Linear {
                 coefficients: Tensor::from_slice(&values).view([-1, head.size()[1]]),
                 weight: head.shallow_clone(),
@@ -83,7 +83,7 @@ impl Rebuilt {
             overlay: None,
             log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
             vocab_size: head.size()[0],
-        })
+        }
     }
 
     fn sparse(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {

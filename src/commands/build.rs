@@ -69,7 +69,7 @@ fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
     }
     match args.distortion {
         None => Ok(CodeTarget::Rate(args.rate.unwrap_or(DEFAULT_RATE))),
-        Some(nats) if nats >= 1e-4 && nats <= 10.0 => {
+        Some(nats) if (1e-4..=10.0).contains(&nats) => {
             Ok(CodeTarget::DistortionMicronats((nats * 1e6).round() as u32))
         }
         Some(nats) => Err(Failure::user(
