@@ -26,13 +26,14 @@ struct Written<'a> {
 pub(crate) fn run(args: &ReportArgs) -> Outcome {
     let (mut studies, mut runs) = (Vec::new(), Vec::new());
     for input in &args.inputs {
-        if is_run(input) {
-            runs.push(run_section(input)?);
-        } else if input.join("study.sqlite").exists() {
-            studies.push(study_section(input, &read_study(input)?)?);
+        let path = Path::new(input);
+        if is_run(path) {
+            runs.push(run_section(path)?);
+        } else if caskd_search::Location::parse(input)?.may_exist() {
+            studies.push(study_section(path, &read_study(path)?)?);
         } else {
             return Err(Failure::user(
-                format!("`{}` is neither a study nor a run", input.display()),
+                format!("`{}` is neither a study nor a run", input),
                 "give folders that `caskd search` or `caskd train` wrote",
             ));
         }
