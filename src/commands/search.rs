@@ -17,7 +17,7 @@ use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::setting_text;
 use crate::terminal::{self, duration, say};
 
-pub(crate) use compare::{COMPARISON_FILE, Comparison};
+pub(crate) use compare::{COMPARISON_FILE, Comparison, best_so_far};
 use plan::Evaluator;
 pub(crate) use plan::Plan;
 
@@ -237,7 +237,7 @@ fn search_with(plan: &SearchPlan, evaluator: &mut Evaluator) -> Result<StudySumm
                     plan.plan.metric(),
                     path.display()
                 ));
-                say(plan.plan.reproduction(&path));
+                say(format!("use it: {}", plan.plan.reproduction(&path)));
             }
             None => say(format!(
                 "best: trial {} with {} {value:.4}: {}",

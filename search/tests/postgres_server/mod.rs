@@ -73,6 +73,9 @@ impl Server {
 
     /// The postmaster's children notice its death and end by themselves.
     fn kill(&mut self) {
+        // First the loop around it, which would start another one.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
         let file = self.folder.path().join("data/postmaster.pid");
         if let Some(pid) = std::fs::read_to_string(&file)
             .ok()
@@ -80,8 +83,6 @@ impl Server {
         {
             let _ = Command::new("kill").args(["-KILL", &pid]).status();
         }
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 
     fn wait(&self) {

@@ -309,7 +309,13 @@ mod tests {
         let b = [5.6, 5.2, 6.1, 5.9, 5.5];
         let (t, p) = t_test(&a, &b, Pooling::Pooled).unwrap();
         let (_, welch) = t_test(&a, &b, Pooling::Welch).unwrap();
-        println!("{t} {p} {welch}");
+        for (found, expected) in [
+            (t, -2.853_870_759_731_947_3),
+            (p, 0.021_351_615_481_134_8),
+            (welch, 0.026_626_759_226_977_36),
+        ] {
+            assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use caskd_search::{Objective, Study, TrialView};
+use caskd_search::{Objective, Study, StudyView, TrialView};
 use caskd_trainer::TrainConfig;
 use serde::{Deserialize, Serialize};
 
@@ -49,7 +49,21 @@ enum Kept {
 impl Plan {
     /// What the study was begun with.
     pub(crate) fn stored(study: &Study) -> Result<Option<Self>, Failure> {
-        Ok(match kept(study)? {
+        Self::from_kept(kept(study)?)
+    }
+
+    /// The same, of a study that is only looked at.
+    pub(crate) fn noted(view: &StudyView) -> Result<Option<Self>, Failure> {
+        // A report of a study whose plan a later version wrote does without.
+        Self::from_kept(
+            view.notes
+                .get(NOTE)
+                .and_then(|text| serde_json::from_str(text).ok()),
+        )
+    }
+
+    fn from_kept(kept: Option<Kept>) -> Result<Option<Self>, Failure> {
+        Ok(match kept {
             None => None,
             Some(Kept::Command { command, timeout }) => Some(Self::Command { command, timeout }),
             Some(Kept::Distillation {
@@ -158,19 +172,43 @@ impl Plan {
         }
     }
 
+    /// The command that does trial `trial`, whose files are in `folder`, once more.
+    pub(crate) fn repetition(&self, folder: &Path, trial: &TrialView) -> Option<String> {
+        match self {
+            Self::Distillation(plan) => {
+                let config = folder.join("run").join("config.toml");
+                config.is_file().then(|| {
+                    format!(
+                        "caskd train --cache {} --student {} --config {} --out again",
+                        plan.cache.display(),
+                        plan.student.display(),
+                        config.display()
+                    )
+                })
+            }
+            Self::Command { command, .. } => Some(format!(
+                "CASKD_SEED={} {}",
+                trial.seed,
+                command.replace(
+                    "{params.json}",
+                    &folder.join("params.json").display().to_string()
+                )
+            )),
+        }
+    }
+
     /// The command that uses the best configuration, which is in the file `best`.
     pub(crate) fn reproduction(&self, best: &Path) -> String {
         match self {
             Self::Distillation(plan) => format!(
-                "train it on the whole cache: caskd train --cache {} --student {} --config {} --out RUN",
+                "caskd train --cache {} --student {} --config {} --out RUN",
                 plan.cache.display(),
                 plan.student.display(),
                 best.display()
             ),
-            Self::Command { command, .. } => format!(
-                "run it again: {}",
+            Self::Command { command, .. } => {
                 command.replace("{params.json}", &best.display().to_string())
-            ),
+            }
         }
     }
 }
