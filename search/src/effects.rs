@@ -120,18 +120,17 @@ fn decompose(
     let grids: Vec<Vec<f64>> = (0..parameters.len()).map(|j| grid(space, j)).collect();
     let mut effects = Vec::new();
     for (j, parameter) in parameters.iter().enumerate() {
-        let means: Vec<f64> = grids[j]
+        let levels: Vec<(f64, f64)> = grids[j]
             .iter()
-            .map(|code| mean_at(space, function, &sample, &[(j, *code)]))
+            .filter_map(|code| Some((*code, mean_at(space, function, &sample, &[(j, *code)])?)))
             .collect();
-        let (_, spread) = moments(means.iter().copied());
+        let (_, spread) = moments(levels.iter().map(|level| level.1));
         effects.push(ParameterEffect {
             name: parameter.name().to_owned(),
             importance: share(spread * spread),
-            levels: grids[j]
-                .iter()
-                .zip(&means)
-                .map(|(code, mean)| (parameter.domain().value(*code), metric(*mean)))
+            levels: levels
+                .into_iter()
+                .map(|(code, mean)| (parameter.domain().value(code), metric(mean)))
                 .collect(),
         });
     }
@@ -141,7 +140,8 @@ fn decompose(
         for l in 0..j {
             let table: Vec<Vec<f64>> = grids[l]
                 .iter()
-                .map(|a| {
+                .filter_map(|a| {
+                    // Where one switches the other off there is nothing that they do together.
                     let row = grids[j].iter();
                     row.map(|b| mean_at(space, function, few, &[(l, *a), (j, *b)]))
                         .collect()
@@ -161,13 +161,14 @@ fn decompose(
     }
 }
 
-/// Mean of the function with some parameters fixed, over the points where these matter and are allowed.
+/// Mean of the function with some parameters fixed, over the points where these matter and are allowed; `None`
+/// where there is no such point.
 fn mean_at(
     space: &Space,
     function: &dyn Fn(&[Point]) -> Vec<f64>,
     sample: &[Point],
     fixed: &[(usize, f64)],
-) -> f64 {
+) -> Option<f64> {
     let points: Vec<Point> = sample
         .iter()
         .filter_map(|point| {
@@ -176,16 +177,19 @@ fn mean_at(
                 point[*j] = *code;
             }
             space.canonicalise(&mut point);
-            let kept = fixed.iter().all(|(j, code)| point[*j] == *code);
-            (kept && !space.is_forbidden(&point)).then_some(point)
+            let matter = fixed.iter().all(|(j, _)| space.is_active(*j, &point));
+            (matter && !space.is_forbidden(&point)).then_some(point)
         })
         .collect();
-    moments(function(&points).iter().copied()).0
+    (!points.is_empty()).then(|| moments(function(&points).iter().copied()).0)
 }
 
 /// Variance of what is left of a table when its rows' and columns' means are taken out.
 fn beyond_sums(table: &[Vec<f64>]) -> f64 {
     let (rows, columns) = (table.len() as f64, table.first().map_or(0, Vec::len) as f64);
+    if rows * columns == 0.0 {
+        return 0.0;
+    }
     let all: f64 = table.iter().flatten().sum::<f64>() / (rows * columns);
     let row_means: Vec<f64> = table
         .iter()

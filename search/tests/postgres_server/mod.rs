@@ -156,7 +156,11 @@ fn binaries() -> Option<PathBuf> {
         .chain(std::env::split_paths(
             &std::env::var_os("PATH").unwrap_or_default(),
         ))
-        .filter(|bin| bin.join("initdb").is_file() && bin.join("postgres").is_file())
+        .filter(|bin| {
+            ["initdb", "postgres", "pg_isready"]
+                .iter()
+                .all(|program| bin.join(program).is_file())
+        })
         .collect();
     versions.sort();
     versions.pop()

@@ -147,37 +147,22 @@ pub(super) fn parallel(view: &StudyView, metric: &str) -> String {
         "parallel coordinates of all trials",
     );
     let x = |axis: usize| 60.0 + gap * axis as f64;
-    let mut lines: Vec<Vec<(f64, f64)>> = vec![Vec::new(); trials.len()];
-    for (axis, name) in names.iter().enumerate() {
-        let places = axis_of(&trials, name);
-        svg.line("axis", (x(axis), top), (x(axis), top + height));
-        svg.text("middle", (x(axis), top - 18.0), name);
-        for (label, place) in &places.labels {
-            let y = top + (1.0 - place) * height;
-            svg.line("axis", (x(axis) - 3.0, y), (x(axis) + 3.0, y));
-            svg.text("start", (x(axis) + 6.0, y + 4.0), label);
-        }
-        for (line, place) in lines.iter_mut().zip(&places.trials) {
-            line.push((x(axis), top + (1.0 - place) * height));
-        }
-    }
+    let y = |place: f64| top + (1.0 - place) * height;
+    let axes: Vec<AxisPlaces> = names.iter().map(|name| axis_of(&trials, name)).collect();
     let last = names.len();
     let low = trials
         .iter()
         .map(|t| sign * t.1)
         .fold(f64::INFINITY, f64::min);
     let place = |value: f64| (cap - (sign * value).min(cap)) / (cap - low).max(1e-12);
-    svg.line("axis", (x(last), top), (x(last), top + height));
-    svg.text("middle", (x(last), top - 18.0), metric);
-    svg.text("start", (x(last) + 6.0, top + 4.0), &number(sign * low));
-    svg.text(
-        "start",
-        (x(last) + 6.0, top + height + 4.0),
-        &number(sign * cap),
-    );
     let count = trials.len();
-    for (rank, ((trial, value), mut line)) in trials.iter().zip(lines).enumerate() {
-        line.push((x(last), top + (1.0 - place(*value)) * height));
+    for (rank, (trial, value)) in trials.iter().enumerate() {
+        let mut line: Vec<(f64, f64)> = axes
+            .iter()
+            .enumerate()
+            .map(|(axis, places)| (x(axis), y(places.trials[rank])))
+            .collect();
+        line.push((x(last), y(place(*value))));
         let class = if rank + 1 == count {
             "lead".to_owned()
         } else {
@@ -190,6 +175,23 @@ pub(super) fn parallel(view: &StudyView, metric: &str) -> String {
             trial.params
         );
         svg.path(&class, &line, &title);
+    }
+    let value_axis = AxisPlaces {
+        labels: vec![(number(sign * low), 1.0), (number(sign * cap), 0.0)],
+        trials: Vec::new(),
+    };
+    let labelled = names.iter().copied().zip(&axes);
+    for (axis, (name, places)) in labelled.chain([(metric, &value_axis)]).enumerate() {
+        svg.line("axis", (x(axis), top), (x(axis), top + height));
+        svg.text("middle", (x(axis), top - 18.0), name);
+        for (label, place) in &places.labels {
+            svg.line(
+                "axis",
+                (x(axis) - 3.0, y(*place)),
+                (x(axis) + 3.0, y(*place)),
+            );
+            svg.text("start", (x(axis) + 6.0, y(*place) + 4.0), label);
+        }
     }
     svg.finish()
 }

@@ -1,6 +1,6 @@
 //! What the page says of a study.
 
-use caskd_search::{Location, Params, StudyView, TrialState, TrialView};
+use caskd_search::{Climb, Location, Params, StudyView, TrialState, TrialView};
 use serde::Serialize;
 
 use super::charts;
@@ -198,9 +198,14 @@ fn commands(
     let Some((plan, folder)) = plan.zip(location.folder()) else {
         return vec![best.params.to_json()];
     };
-    let trial = folder
-        .join("trials")
-        .join(format!("{:05}", view.root(best.number)));
+    // Trials that go on with a paused training share its folder.
+    let ladder = view.config.ladder.as_ref();
+    let number = if ladder.is_some_and(|ladder| ladder.climb == Climb::Steps) {
+        view.root(best.number)
+    } else {
+        best.number
+    };
+    let trial = folder.join("trials").join(format!("{number:05}"));
     let mut commands: Vec<String> = plan.repetition(&trial, best).into_iter().collect();
     let file = folder.join(plan.best_name());
     if file.is_file() {

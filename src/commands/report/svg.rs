@@ -134,14 +134,18 @@ impl Plot {
 
     pub(super) fn axes(&self, svg: &mut Svg, x_label: &str, y_label: &str) {
         let bottom = self.top + self.height;
-        for tick in ticks(self.y.0, self.y.1, 5) {
+        let marks = ticks(self.y.0, self.y.1, 5);
+        for tick in &marks {
+            let tick = *tick;
             let (_, y) = self.at((self.x.0, tick));
             svg.line("grid", (self.left, y), (self.left + self.width, y));
-            svg.text("end", (self.left - 8.0, y + 4.0), &number(tick));
+            svg.text("end", (self.left - 8.0, y + 4.0), &mark(tick, &marks));
         }
-        for tick in ticks(self.x.0, self.x.1, 8) {
+        let marks = ticks(self.x.0, self.x.1, 8);
+        for tick in &marks {
+            let tick = *tick;
             let (x, _) = self.at((tick, self.y.0));
-            svg.text("middle", (x, bottom + 18.0), &number(tick));
+            svg.text("middle", (x, bottom + 18.0), &mark(tick, &marks));
         }
         svg.line(
             "axis",
@@ -166,7 +170,11 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     if low > high {
         return (0.0, 1.0);
     }
-    let margin = ((high - low) * 0.06).max(high.abs() * 1e-6).max(1e-9);
+    let margin = if high - low > 1e-9 * high.abs() {
+        (high - low) * 0.06
+    } else {
+        (high.abs() * 0.1).max(1e-9)
+    };
     (low - margin, high + margin)
 }
 
@@ -185,6 +193,18 @@ fn ticks(low: f64, high: f64, wanted: usize) -> Vec<f64> {
         .take_while(|tick| *tick <= high)
         .take(2 * wanted + 2)
         .collect()
+}
+
+/// A tick's number, with as many digits as tell it from its neighbours.
+fn mark(tick: f64, all: &[f64]) -> String {
+    let step = all.windows(2).map(|pair| pair[1] - pair[0]).next();
+    let step = step.unwrap_or(1.0);
+    let large = all.iter().any(|tick| tick.abs() >= 1e6);
+    if step < 1e-6 || large {
+        return format!("{tick:.2e}");
+    }
+    let digits = (-step.log10().floor()).max(0.0) as usize;
+    format!("{tick:.digits$}")
 }
 
 /// A number in few characters.
@@ -234,7 +254,9 @@ mod tests {
     fn ticks_are_round_and_inside() {
         assert_eq!(ticks(0.0, 10.0, 5), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(ticks(-1.0, 1.0, 4), [-1.0, -0.5, 0.0, 0.5, 1.0]);
-        assert_eq!(ticks(3.0, 3.0 + 1e-9, 5).len(), 5);
+        let close = [0.3406, 0.3407];
+        assert_eq!(mark(close[1], &close), "0.3407");
+        assert_eq!(mark(20.0, &[10.0, 20.0]), "20");
     }
 
     #[test]

@@ -187,8 +187,9 @@ impl Plan {
                 })
             }
             Self::Command { command, .. } => Some(format!(
-                "CASKD_SEED={} {}",
+                "CASKD_SEED={} CASKD_RUNG={} {}",
                 trial.seed,
+                trial.rung,
                 command.replace(
                     "{params.json}",
                     &folder.join("params.json").display().to_string()
