@@ -146,7 +146,7 @@ fn correlation(config: &StudyConfig, trials: &[&TrialView], lower: u64) -> (usiz
 pub(crate) fn spearman(pairs: &[(f64, f64)]) -> Option<f64> {
     let a = ranks(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
     let b = ranks(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
-    let mean = (pairs.len() as f64 + 1.0) / 2.0;
+    let mean = f64::midpoint(pairs.len() as f64, 1.0);
     let product = |x: &[f64], y: &[f64]| -> f64 {
         x.iter().zip(y).map(|(x, y)| (x - mean) * (y - mean)).sum()
     };
@@ -160,7 +160,7 @@ fn ranks(values: &[f64]) -> Vec<f64> {
         .map(|value| {
             let below = values.iter().filter(|other| *other < value).count();
             let same = values.iter().filter(|other| *other == value).count();
-            below as f64 + (same as f64 + 1.0) / 2.0
+            below as f64 + f64::midpoint(same as f64, 1.0)
         })
         .collect()
 }
