@@ -203,7 +203,8 @@ fn mark(tick: f64, all: &[f64]) -> String {
     if step < 1e-6 || large {
         return format!("{tick:.2e}");
     }
-    let digits = (-step.log10().floor()).max(0.0) as usize;
+    // A step of 0.1 that rounding made a little smaller is still one of 0.1.
+    let digits = (-(step * 1.001).log10().floor()).max(0.0) as usize;
     format!("{tick:.digits$}")
 }
 

@@ -107,13 +107,15 @@ impl Plan {
                 ));
             }
         };
+        let mut base = match &stored {
+            Some(plan) if !configured => plan.base.clone(),
+            _ => read_config(args.config.as_deref(), &args.settings)?,
+        };
+        base.allow_low_fidelity |= args.allow_low_fidelity;
         Ok(Self::Distillation(Distillation {
             cache,
             student,
-            base: match &stored {
-                Some(plan) if !configured => plan.base.clone(),
-                _ => read_config(args.config.as_deref(), &args.settings)?,
-            },
+            base,
             validation: args
                 .validation
                 .or(stored.as_ref().map(|plan| plan.validation))
