@@ -79,6 +79,14 @@ impl Failure {
     }
 }
 
+impl Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
 /// The crates' errors all answer the same two questions.
 macro_rules! from_crate_error {
     ($($error:ty),*) => {$(
@@ -113,6 +121,13 @@ impl From<caskd_search::Error> for Failure {
                     exit,
                     message: with_causes(&error),
                     hint: of_trainer.hint(),
+                };
+            }
+            if let Some(of_ours) = inner.downcast_ref::<Failure>() {
+                return Self {
+                    exit: of_ours.exit,
+                    message: with_causes(&error),
+                    hint: of_ours.hint.clone(),
                 };
             }
             cause = inner.source();

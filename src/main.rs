@@ -33,6 +33,9 @@ fn run(command: &Command) -> Outcome {
         Command::Loss(args) => commands::loss::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Search(args) => commands::search::run(args),
+        Command::Ask(args) => commands::ask::run(args),
+        Command::Tell(args) => commands::tell::run(args),
+        Command::Status(args) => commands::status::run(args),
         Command::Report(args) => commands::report::run(args),
         Command::Demo(args) => commands::demo::run(args),
     }

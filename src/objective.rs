@@ -1,31 +1,51 @@
-//! A search trial: train the student on a share of the cache, judge it on sequences that no trial sees.
+//! What a trial is: training a student on a share of the cache, or any program.
 
-use std::path::PathBuf;
+mod command;
+
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use caskd_formats::{Cache, RowInfo};
-use caskd_models::{LoadOptions, load};
+use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_search::{BoxError, Discrepancy, Objective, Outcome, Params, Trial, Value};
-use caskd_trainer::{Control, Probe, TrainConfig, evaluate_cache, train};
+use caskd_trainer::{
+    Control, Probe, TrainConfig, check_fit, evaluate_cache, load_run_onto, paused_at, probe, train,
+};
 
 use crate::commands::eval::EVAL_TOKENS;
+use crate::commands::{parse_device, write_file};
 use crate::exit::Failure;
-use crate::terminal::{self, stopped};
+use crate::terminal::stopped;
 
-/// Trains a student for each configuration.
-pub(crate) struct DistillationObjective {
+pub(crate) use command::CommandObjective;
+
+/// Sequences on which S(x) is measured.
+const PROBE_SEQUENCES: usize = 8;
+
+/// What trains in a trial, on what, and what judges it.
+#[derive(Debug, Clone)]
+pub(crate) struct Distillation {
+    pub(crate) cache: PathBuf,
+    pub(crate) student: PathBuf,
     /// Settings that all trials share.
     pub(crate) base: TrainConfig,
-    pub(crate) student: PathBuf,
-    pub(crate) cache: Arc<Cache>,
-    pub(crate) options: LoadOptions,
-    /// The sequences that judge a trial.
-    pub(crate) validation: Vec<RowInfo>,
-    /// What the untouched student and the teacher differ in, measured once.
-    pub(crate) probe: Probe,
+    /// Share of the cache that judges a trial.
+    pub(crate) validation: f64,
 }
 
-impl DistillationObjective {
+impl Distillation {
+    /// With the trainer's default settings.
+    pub(crate) fn new(cache: &Path, student: &Path) -> Self {
+        Self {
+            cache: cache.to_owned(),
+            student: student.to_owned(),
+            base: TrainConfig::default(),
+            validation: 0.1,
+        }
+    }
+
     /// The configuration of a trial: the shared settings with the trial's own on top.
     pub(crate) fn config_of(&self, params: &Params) -> Result<TrainConfig, caskd_trainer::Error> {
         let mut config = self.base.clone();
@@ -33,6 +53,65 @@ impl DistillationObjective {
             config.set(name, &setting_text(value))?;
         }
         Ok(config)
+    }
+}
+
+/// Trains a student for each configuration. Student and cache are opened at the first use, once for all trials.
+pub(crate) struct DistillationObjective {
+    pub(crate) plan: Distillation,
+    opened: Option<Opened>,
+    probe: Option<Probe>,
+}
+
+/// What all trials of a process share.
+pub(crate) struct Opened {
+    pub(crate) cache: Arc<Cache>,
+    /// The untouched student. Trials train adapters on its weights, which nothing changes.
+    pub(crate) student: LoadedModel,
+    /// The sequences that judge a trial.
+    validation: Vec<RowInfo>,
+}
+
+impl DistillationObjective {
+    pub(crate) fn new(plan: Distillation) -> Self {
+        Self {
+            plan,
+            opened: None,
+            probe: None,
+        }
+    }
+
+    /// Opens what is not open yet, and checks that it fits together.
+    pub(crate) fn open(&mut self) -> Result<&Opened, Failure> {
+        let opened = match self.opened.take() {
+            Some(opened) => opened,
+            None => Opened::new(&self.plan)?,
+        };
+        Ok(self.opened.insert(opened))
+    }
+}
+
+impl Opened {
+    fn new(plan: &Distillation) -> Result<Self, Failure> {
+        let cache = Arc::new(Cache::open(&plan.cache, plan.base.io())?);
+        let validation = validation_rows(&cache.rows()?, plan.validation);
+        if validation.is_empty() {
+            return Err(Failure::user(
+                "no sequence of the cache falls into the validation share",
+                "give a larger --validation, or a larger cache",
+            ));
+        }
+        let options = LoadOptions {
+            device: parse_device(&plan.base.device)?,
+            kind: plan.base.kind(),
+        };
+        let student = load(&plan.student, &options)?;
+        check_fit(&student, &cache)?;
+        Ok(Self {
+            cache,
+            student,
+            validation,
+        })
     }
 }
 
@@ -46,7 +125,7 @@ pub(crate) fn setting_text(value: &Value) -> String {
 
 /// The last share of the hash range judges; trials train on the first share, so the two never meet
 /// unless together they are more than the whole.
-pub(crate) fn validation_rows(rows: &[RowInfo], share: f64) -> Vec<RowInfo> {
+fn validation_rows(rows: &[RowInfo], share: f64) -> Vec<RowInfo> {
     let first = (1.0 - share) * 2f64.powi(64);
     rows.iter()
         .filter(|row| row.split_hash as f64 >= first)
@@ -56,24 +135,38 @@ pub(crate) fn validation_rows(rows: &[RowInfo], share: f64) -> Vec<RowInfo> {
 
 impl Objective for DistillationObjective {
     fn evaluate(&mut self, trial: &Trial<'_>) -> Result<Outcome, BoxError> {
-        let mut config = self.config_of(trial.params)?;
+        let mut config = self.plan.config_of(trial.params)?;
         config.fraction = trial.fraction;
         config.seed = trial.seed;
-        let student = load(&self.student, &self.options)?;
+        let student_path = self.plan.student.clone();
+        let opened = self.open()?;
         let run = trial.dir.join("run");
-        let mut control = Control {
-            resume: run.exists(),
-            stop: &terminal::STOP,
-            progress: &mut |_| {},
-        };
-        let summary = match train(
+        // The trainer writes a checkpoint and returns once this is true: when the rung's share of the steps is made.
+        // The step is noted before the checkpoint is written, so that a rung whose worker died is not trained past.
+        let noted = paused_at(&run).filter(|step| noted_step(trial) == Some(*step));
+        let reached = Cell::new(noted.is_some());
+        let pause = AtomicBool::new(noted.is_some() || stopped());
+        let mut trouble = None;
+        let trained = train(
             &config,
-            student,
-            &self.student,
-            Arc::clone(&self.cache),
+            opened.student.share(),
+            &student_path,
+            Arc::clone(&opened.cache),
             &run,
-            &mut control,
-        ) {
+            &mut Control {
+                resume: run.exists(),
+                stop: &pause,
+                progress: &mut |report| {
+                    let target = rung_steps(trial.budget, report.total_steps);
+                    if report.step == target && target < report.total_steps {
+                        reached.set(true);
+                        trouble = note_step(trial, target).err();
+                    }
+                    pause.store(reached.get() || stopped(), Ordering::Relaxed);
+                },
+            },
+        );
+        let summary = match trained {
             Ok(summary) => summary,
             Err(error @ caskd_trainer::Error::LowFidelity { .. }) => {
                 return Ok(Outcome::Failed(error.to_string()));
@@ -81,14 +174,17 @@ impl Objective for DistillationObjective {
             Err(error) if error.is_divergence() => return Ok(Outcome::Failed(error.to_string())),
             Err(error) => return Err(error.into()),
         };
-        if !summary.completed {
+        if let Some(trouble) = trouble {
+            return Err(trouble.into());
+        }
+        if !summary.completed && !reached.get() {
             return Ok(Outcome::Stopped);
         }
-        let trained = caskd_trainer::load_run(&run, &self.options)?;
+        let model = load_run_onto(&opened.student, &run)?;
         let score = evaluate_cache(
-            &trained,
-            &self.cache,
-            Some(&self.validation),
+            &model,
+            &opened.cache,
+            Some(&opened.validation),
             EVAL_TOKENS,
             &mut |_, _| {},
         )?;
@@ -100,10 +196,38 @@ impl Objective for DistillationObjective {
     }
 
     fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
-        let config = self.config_of(params)?;
-        let (logits, hidden) = self.probe.discrepancy(&config)?;
+        let config = self.plan.config_of(params)?;
+        let measured = match self.probe.take() {
+            Some(measured) => measured,
+            None => {
+                let opened = self.open()?;
+                probe(&opened.student, &opened.cache, PROBE_SEQUENCES)?
+            }
+        };
+        let (logits, hidden) = self.probe.insert(measured).discrepancy(&config)?;
         Ok(Discrepancy { logits, hidden })
     }
+}
+
+/// Steps after which a rung judges, at least one.
+fn rung_steps(budget: f64, total: u64) -> u64 {
+    ((budget * total as f64).round() as u64).clamp(1, total.max(1))
+}
+
+/// At which step this rung of the training was paused, where it was.
+fn noted_step(trial: &Trial<'_>) -> Option<u64> {
+    let text = std::fs::read_to_string(step_file(trial)).ok()?;
+    text.trim().parse().ok()
+}
+
+fn note_step(trial: &Trial<'_>, step: u64) -> Result<(), Failure> {
+    write_file(&step_file(trial), |sink| {
+        sink.write_all(step.to_string().as_bytes())
+    })
+}
+
+fn step_file(trial: &Trial<'_>) -> PathBuf {
+    trial.dir.join(format!("rung-{}.step", trial.rung))
 }
 
 impl From<BoxError> for Failure {

@@ -107,7 +107,8 @@ fn the_main_job_works_from_end_to_end() {
 
     bench.ok(&["report", "study", "lora", "bayeskd", "--out", "report.html"]);
     let page = std::fs::read_to_string(bench.path("report.html")).unwrap();
-    assert_eq!(page.matches("<svg").count(), 3);
+    // Progress, parallel coordinates and workers of the study, a loss curve of each run.
+    assert_eq!(page.matches("<svg").count(), 5);
     assert!(page.contains("hidden_norm"));
 }
 

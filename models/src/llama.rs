@@ -2,6 +2,8 @@
 //! Ainslie et al. 2023), from its parts up: configuration, norm, rotary embedding, attention, MLP,
 //! block, model.
 
+mod share;
+
 use std::f64::consts::TAU;
 
 use serde::{Deserialize, Serialize};

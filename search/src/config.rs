@@ -67,6 +67,48 @@ pub enum Direction {
     Maximize,
 }
 
+impl Direction {
+    /// What a value is multiplied by so that small is good.
+    pub fn sign(self) -> f64 {
+        match self {
+            Self::Minimize => 1.0,
+            Self::Maximize => -1.0,
+        }
+    }
+}
+
+/// Cheap trials first: a ladder of fidelities, on which the best climb.
+///
+/// All trials of the study are run on the first rung. The best `promote` of them go on to the second, the best
+/// `keep` share of those to the third, and so on. Where the ranks of two neighbouring rungs agree less than
+/// `trust` (Spearman), the lower one is distrusted, and twice as many are promoted from it. The study's best trial
+/// is the best of its highest rung.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Ladder {
+    /// What grows from rung to rung.
+    pub climb: Climb,
+    /// Share of the data or of the steps at each rung, ascending, in (0, 1]; at least two.
+    pub shares: Vec<f64>,
+    /// Trials that are promoted to the second rung.
+    pub promote: u64,
+    /// Share of a later rung's trials that is promoted (at least one).
+    pub keep: f64,
+    /// Least rank correlation at which a rung is trusted.
+    pub trust: f64,
+}
+
+/// What grows from rung to rung of a [`Ladder`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Climb {
+    /// The share of the data: each rung is a new training with a fresh seed.
+    Data,
+    /// The share of the steps of one training, which is paused at each rung and goes on from its checkpoint at the
+    /// next (successive halving).
+    Steps,
+}
+
 /// The options of [`SamplerKind::Sabo`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -141,6 +183,9 @@ pub struct StudyConfig {
     pub lease_seconds: f64,
     /// A trial whose worker died this many times is given up as failed.
     pub max_attempts: u64,
+    /// Cheap trials first, the best few on more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ladder: Option<Ladder>,
 }
 
 impl Default for StudyConfig {
@@ -155,6 +200,7 @@ impl Default for StudyConfig {
             sabo: SaboOptions::default(),
             lease_seconds: 60.0,
             max_attempts: 10,
+            ladder: None,
         }
     }
 }
@@ -201,6 +247,29 @@ impl StudyConfig {
             "sabo.decay",
             "it must be positive",
         )?;
+        if let Some(ladder) = &self.ladder {
+            check(
+                ladder.shares.len() >= 2
+                    && ladder.shares.windows(2).all(|pair| pair[0] < pair[1])
+                    && ladder
+                        .shares
+                        .iter()
+                        .all(|share| *share > 0.0 && *share <= 1.0),
+                "fractions",
+                "they must ascend, at least two of them, above 0 and at most 1",
+            )?;
+            check(ladder.promote > 0, "promote", "it must be at least 1")?;
+            check(
+                ladder.keep > 0.0 && ladder.keep <= 1.0,
+                "keep",
+                "it must be above 0 and at most 1",
+            )?;
+            check(
+                (-1.0..=1.0).contains(&ladder.trust),
+                "trust",
+                "a rank correlation lies in [-1, 1]",
+            )?;
+        }
         i64::try_from(self.seed)
             .map(|_| ())
             .or_else(|_| check(false, "seed", "it must be below 2^63"))

@@ -102,13 +102,27 @@ pub enum Error {
         /// Its state.
         state: &'static str,
     },
+    /// What was given as a study's place cannot be one.
+    #[error("`{address}` is no study: {message}")]
+    Address {
+        /// The address, without its password.
+        address: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The study has no folder for its trials' files.
+    #[error("the study `{study}` has no folder for its trials' files")]
+    NoFolder {
+        /// Where the study is.
+        study: String,
+    },
     /// The database refused.
     #[error("database `{}`: {source}", path.display())]
     Database {
-        /// The database file.
+        /// The database.
         path: PathBuf,
-        /// SQLite's own words.
-        source: rusqlite::Error,
+        /// Its own words.
+        source: DatabaseError,
     },
     /// The file system refused.
     #[error("`{}`: {source}", path.display())]
@@ -142,6 +156,38 @@ pub enum Error {
     },
 }
 
+/// What a database says when it refuses.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DatabaseError {
+    /// SQLite's own words.
+    #[error("{0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// PostgreSQL's own words.
+    #[cfg(feature = "postgres")]
+    #[error("{}", words_of(.0))]
+    Postgres(#[from] postgres::Error),
+    /// A row is not what the schema says.
+    #[error("{0}")]
+    Row(String),
+}
+
+#[cfg(feature = "postgres")]
+/// The crate's own text is "db error" or "error connecting to server"; the cause says which.
+fn words_of(error: &postgres::Error) -> String {
+    let mut words = match error.as_db_error() {
+        Some(error) => return format!("{} ({})", error.message(), error.code().code()),
+        None => error.to_string(),
+    };
+    if let Some(cause) = std::error::Error::source(error) {
+        let cause = cause.to_string();
+        if !words.contains(&cause) {
+            words = format!("{words}: {cause}");
+        }
+    }
+    words
+}
+
 impl Error {
     /// What the user can do, where there is something.
     pub fn hint(&self) -> Option<String> {
@@ -158,9 +204,24 @@ impl Error {
             Self::TrialUnknown { .. } => "ask for a trial first, or look at the study's status",
             Self::TrialFinished { .. } => "a trial's first result counts; ask for a new trial",
             Self::Objective { .. } => "mend the cause and go on with --resume",
-            Self::Database { source, .. } if is_busy(source) => {
+            Self::Address { .. } => {
+                "a study is a folder, sqlite:FILE, or postgres://USER@HOST/DATABASE#NAME"
+            }
+            Self::NoFolder { .. } => "give --out, a folder that every worker sees",
+            Self::Database {
+                source: DatabaseError::Sqlite(source),
+                ..
+            } if is_busy(source) => {
                 "another process holds the study; wait for it and go on with --resume"
             }
+            #[cfg(feature = "postgres")]
+            Self::Database {
+                source: DatabaseError::Postgres(source),
+                ..
+            } => match source.as_db_error() {
+                None => "check that the server runs and can be reached from here",
+                Some(_) => "check the user, the password and the rights in the address",
+            },
             _ => return None,
         };
         Some(hint.to_owned())
@@ -171,7 +232,10 @@ impl Error {
         !matches!(
             self,
             Self::StudyDamaged { .. }
-                | Self::Database { .. }
+                | Self::Database {
+                    source: DatabaseError::Sqlite(_) | DatabaseError::Row(_),
+                    ..
+                }
                 | Self::Io { .. }
                 | Self::Objective { .. }
                 | Self::Discrepancy { .. }

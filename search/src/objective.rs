@@ -33,8 +33,13 @@ pub struct Trial<'a> {
     pub number: u64,
     /// Its configuration.
     pub params: &'a Params,
+    /// Step of the ladder of fidelities, from 0; see [`Ladder`](crate::Ladder).
+    pub rung: u64,
     /// Share of the data to train on, in (0, 1].
     pub fraction: f64,
+    /// Share of the training steps after which to pause and to judge, in (0, 1]. A later rung of the same
+    /// configuration comes with the same folder and seed, and goes on from there.
+    pub budget: f64,
     /// Seed of this trial, a function of the study's seed and the number.
     pub seed: u64,
     /// Folder of this trial, which exists; for checkpoints and artefacts.

@@ -1,15 +1,15 @@
 //! Running a study from the first trial to the last.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::config::StudyConfig;
 use crate::error::{Error, Result};
+use crate::ladder;
 use crate::objective::{Objective, Outcome, Trial};
 use crate::space::Space;
-use crate::study::{Asked, Claim, Heartbeat, Holder, STUDY_FILE, Study};
-use crate::view::{Progress, StudySummary, StudyView, TrialState};
+use crate::study::{Asked, Claim, Heartbeat, Holder, Location, Study};
+use crate::view::{Progress, StudySummary, StudyView, TrialState, TrialView};
 
 /// How the caller steers [`run_study`].
 pub struct Control<'a> {
@@ -24,46 +24,68 @@ pub struct Control<'a> {
 /// How long to wait for trials that run elsewhere before looking again.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Searches `space` for the configuration with the best value, until `config.trials` trials are finished.
+/// Searches `space` for the configuration with the best value, until `config.trials` trials are finished and the
+/// best of them have climbed the ladder, if there is one.
 ///
-/// The study lives in `dir/study.sqlite`, a trial's artefacts in `dir/trials/00012/`. Killed at any instant and
-/// called again with `control.resume`, it goes on with the same suggestions as if it had never stopped. Several
-/// processes may run the same study: each takes the next trial, knowing which ones are pending.
+/// A trial's artefacts are in `trials/00012/` of the study's folder. Killed at any instant and called again with
+/// `control.resume`, it goes on with the same suggestions as if it had never stopped. Several processes may run the
+/// same study: each takes the next trial, knowing which ones are pending.
 pub fn run_study(
-    dir: &Path,
+    location: impl Into<Location>,
     space: &Space,
     config: &StudyConfig,
     objective: &mut dyn Objective,
     control: &mut Control<'_>,
 ) -> Result<StudySummary> {
-    let started = Instant::now();
-    let mut study = if control.resume {
-        Study::open_or_create(dir, space, config)?
+    let location = location.into();
+    let study = if control.resume {
+        Study::open_or_create(location, space, config)?
     } else {
-        Study::create(dir, space, config)?
+        Study::create(location, space, config)?
     };
+    work_on(study, objective, control)
+}
+
+/// Works on an open study, with others or alone, until it is complete.
+pub fn work_on(
+    mut study: Study,
+    objective: &mut dyn Objective,
+    control: &mut Control<'_>,
+) -> Result<StudySummary> {
+    let started = Instant::now();
+    let trials = study.config().trials;
     loop {
         if control.stop.load(Ordering::Relaxed) {
             return summary(&study, started);
         }
         let thinking = Instant::now();
-        match study.claim(Holder::Process, Some(config.trials), Some(&mut *objective))? {
+        match study.claim(Holder::Process, Some(trials), Some(&mut *objective))? {
             Claim::Done => return summary(&study, started),
             Claim::Wait => std::thread::sleep(POLL),
             Claim::Trial(asked) => {
+                let view = study.view()?;
                 (control.progress)(&Progress::Started {
                     trial: asked.trial,
                     resumed: asked.resumed,
                     params: asked.params.clone(),
                     why: asked.why.clone(),
                     suggest_seconds: thinking.elapsed().as_secs_f64(),
-                    finished: finished(&study.view()?),
-                    trials: config.trials,
+                    rung: asked.rung,
+                    finished: finished(&view),
+                    trials: view.wanted(),
                 });
                 if evaluate(&mut study, &asked, objective)? == Evaluated::Stopped {
                     return summary(&study, started);
                 }
-                (control.progress)(&finished_event(&study.view()?, asked.trial));
+                let before = view.rungs();
+                let view = study.view()?;
+                (control.progress)(&finished_event(&view, asked.trial));
+                for rung in view.rungs() {
+                    let known = before.iter().any(|b| b.rung == rung.rung && !b.trusted);
+                    if !rung.trusted && !known {
+                        (control.progress)(&Progress::Distrusted { rung });
+                    }
+                }
             }
         }
     }
@@ -77,10 +99,9 @@ enum Evaluated {
 
 /// Evaluates one trial under its lease. Whatever happens here, the trial ends with a result or is given back.
 fn evaluate(study: &mut Study, asked: &Asked, objective: &mut dyn Objective) -> Result<Evaluated> {
-    let trial_dir = study.trial_dir(asked.trial);
     let lease_seconds = study.config().lease_seconds;
-    let fraction = study.config().fraction;
-    let database = study.dir().join(STUDY_FILE);
+    let (fraction, budget) = ladder::shares(study.config(), asked.rung);
+    let location = study.location().clone();
     let begun = Instant::now();
     let mut held = Held {
         study,
@@ -88,15 +109,18 @@ fn evaluate(study: &mut Study, asked: &Asked, objective: &mut dyn Objective) -> 
         begun,
         open: true,
     };
+    let trial_dir = held.study.trial_dir(asked.trial)?;
     std::fs::create_dir_all(&trial_dir).map_err(|source| Error::Io {
         path: trial_dir.clone(),
         source,
     })?;
-    let heartbeat = Heartbeat::start(database, asked.trial, asked.token, lease_seconds);
+    let heartbeat = Heartbeat::start(&location, asked.trial, asked.token, lease_seconds);
     let outcome = objective.evaluate(&Trial {
         number: asked.trial,
         params: &asked.params,
+        rung: asked.rung,
         fraction,
+        budget,
         seed: asked.seed,
         dir: &trial_dir,
     });
@@ -152,7 +176,7 @@ fn finished_event(view: &StudyView, number: u64) -> Progress {
         .filter(|t| t.state.is_finished())
         .filter_map(|t| t.seconds)
         .sum();
-    let left = view.config.trials.saturating_sub(done);
+    let left = view.wanted().saturating_sub(done);
     let best = view.best();
     Progress::Finished {
         trial: number,
@@ -163,18 +187,22 @@ fn finished_event(view: &StudyView, number: u64) -> Progress {
         best_value: best.and_then(|t| t.value),
         best_trial: best.map(|t| t.number),
         finished: done,
-        trials: view.config.trials,
+        trials: view.wanted(),
         eta_seconds: (done > 0).then(|| total / done as f64 * left as f64),
     }
 }
 
 fn summary(study: &Study, started: Instant) -> Result<StudySummary> {
     let view = study.view()?;
+    let rows: Vec<&TrialView> = view.trials.iter().collect();
+    let suggested = rows.iter().filter(|t| t.rung == 0).count() as u64;
     Ok(StudySummary {
-        completed: finished(&view) >= view.config.trials,
+        completed: suggested >= view.config.trials
+            && ladder::next(&view.config, &rows) == ladder::Step::Done,
         complete: view.count(TrialState::Complete) as u64,
         failed: view.count(TrialState::Failed) as u64,
-        trials: view.config.trials,
+        trials: view.wanted(),
+        rungs: view.rungs(),
         best: view.best().cloned(),
         seconds: started.elapsed().as_secs_f64(),
     })

@@ -124,7 +124,7 @@ impl Space {
         let spec = toml::from_str(text).map_err(|error| Error::SpaceSyntax {
             message: error.to_string().trim_end().to_owned(),
         })?;
-        Self::from_spec(spec)
+        Self::from_spec(spec).map_err(|error| with_line(error, text))
     }
 
     /// Reads a space from the JSON form that [`Space::to_json`] writes.
@@ -415,6 +415,42 @@ impl Domain {
                 .position(|level| level.same_as(value))
                 .map(|index| index as f64),
         }
+    }
+}
+
+/// Says where in the file the parameter or the forbidden combination is that an error speaks of.
+fn with_line(error: Error, text: &str) -> Error {
+    let Error::SpaceParameter { parameter, message } = error else {
+        return error;
+    };
+    let lines = || text.lines().map(str::trim).zip(1..);
+    let table = |header: &str, number: usize| {
+        lines()
+            .filter(|(line, _)| line.starts_with(header))
+            .nth(number.wrapping_sub(1))
+    };
+    let last_word = || parameter.rsplit(' ').next()?.parse().ok();
+    let found = if parameter.starts_with("forbid number ") {
+        last_word().and_then(|number| table("[[forbid]]", number))
+    } else if parameter.starts_with("number ") {
+        last_word().and_then(|number| table("[[param]]", number))
+    } else {
+        // The last of that name: where a name is used twice, the second use is the wrong one.
+        lines()
+            .filter(|(line, _)| {
+                line.strip_prefix("name")
+                    .and_then(|rest| rest.trim_start().strip_prefix('='))
+                    .map(|value| value.split('#').next().unwrap_or_default().trim())
+                    .is_some_and(|value| value.trim_matches(['"', '\'']) == parameter)
+            })
+            .last()
+    };
+    Error::SpaceParameter {
+        message: match found {
+            Some((_, line)) => format!("{message} (line {line})"),
+            None => message,
+        },
+        parameter,
     }
 }
 

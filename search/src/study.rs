@@ -1,27 +1,34 @@
 //! A durable study: ask for a trial, tell its result, look at it, replay a suggestion.
 
+mod database;
 mod lease;
+mod location;
+#[cfg(feature = "postgres")]
+mod postgres;
+mod sqlite;
 mod store;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use crate::config::{Direction, StudyConfig};
+use crate::config::{Climb, Direction, SaboOptions, SamplerKind, StudyConfig};
 use crate::error::{Error, Result};
+use crate::ladder::{self, Step};
 use crate::objective::{Objective, Outcome};
 use crate::params::Params;
 use crate::rng::{Rng, Stream};
 use crate::sampler::{Discrepancies, History, Observation, Part, Sampler, Suggestion};
 use crate::space::Space;
-use crate::view::{StudyView, TrialState, Why};
-use store::{Lease, NewTrial, Store, TrialRow};
+use crate::view::{StudyView, TrialState, TrialView, Why};
+use store::{Lease, NewTrial, Store, Taker, TrialRow};
 
 pub(crate) use lease::Heartbeat;
 pub use lease::Holder;
+pub use location::{Location, STUDY_FILE};
 pub use store::Told;
 
-/// Name of the database in the study's folder.
-pub const STUDY_FILE: &str = "study.sqlite";
+/// Prefix of the callers' texts among the study's own.
+const NOTE: &str = "note.";
 
 /// An open study.
 ///
@@ -40,7 +47,7 @@ pub const STUDY_FILE: &str = "study.sqlite";
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Study {
-    dir: PathBuf,
+    location: Location,
     store: Store,
     config: StudyConfig,
     sampler: Sampler,
@@ -58,6 +65,8 @@ pub struct Asked {
     pub seed: u64,
     /// Why it was suggested.
     pub why: Why,
+    /// Step of the ladder of fidelities, from 0.
+    pub rung: u64,
     /// True where it was handed out before, and no result came.
     pub resumed: bool,
     /// The lease, to be shown when the result is told.
@@ -73,54 +82,69 @@ pub(crate) enum Claim {
     Done,
 }
 
+/// What a caller asks of a study that may exist already: only what is set is compared.
+#[derive(Debug, Clone, Default)]
+pub struct Expected<'a> {
+    /// The space.
+    pub space: Option<&'a Space>,
+    /// How configurations are chosen.
+    pub sampler: Option<SamplerKind>,
+    /// Seed of the study.
+    pub seed: Option<u64>,
+    /// Whether small or large values are good.
+    pub direction: Option<Direction>,
+    /// Trials of the space-filling start.
+    pub startup: Option<u64>,
+    /// Options of `sabo`.
+    pub sabo: Option<SaboOptions>,
+}
+
 impl Study {
-    /// Creates a study in a folder that holds none (the folder may exist).
-    pub fn create(dir: &Path, space: &Space, config: &StudyConfig) -> Result<Self> {
+    /// Creates a study in a place that holds none (its folder may exist).
+    pub fn create(
+        location: impl Into<Location>,
+        space: &Space,
+        config: &StudyConfig,
+    ) -> Result<Self> {
+        let location = location.into();
         config.validate()?;
-        std::fs::create_dir_all(dir).map_err(|source| Error::Io {
-            path: dir.to_owned(),
-            source,
-        })?;
-        let mut store = Store::open(&dir.join(STUDY_FILE))?;
+        make_parent(&location)?;
+        let store = Store::open(&location)?;
         if store.has_study()? || !store.create(space, config)? {
             return Err(Error::StudyExists {
-                path: dir.to_owned(),
+                path: location.to_string().into(),
             });
         }
-        Self::open(dir)
+        Ok(Self::from_store(location, store, space, config.clone()))
     }
 
     /// A study that lives and dies with this object, for objectives that cost nothing.
     pub fn in_memory(space: &Space, config: &StudyConfig) -> Result<Self> {
-        config.validate()?;
-        let dir = PathBuf::from(":memory:");
-        let mut store = Store::open(&dir)?;
-        store.create(space, config)?;
-        Ok(Self::from_store(dir, store, space, config.clone()))
+        Self::create(Location::memory(), space, config)
     }
 
-    /// Opens the study in a folder.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join(STUDY_FILE);
+    /// Opens an existing study.
+    pub fn open(location: impl Into<Location>) -> Result<Self> {
+        let location = location.into();
         let missing = || Error::StudyMissing {
-            path: dir.to_owned(),
+            path: location.to_string().into(),
         };
-        if !path.is_file() {
+        if !location.may_exist() {
             return Err(missing());
         }
-        let store = Store::open(&path)?;
+        let store = Store::open(&location)?;
         if !store.has_study()? {
             return Err(missing());
         }
         let (space, config) = store.space_and_config()?;
-        let mut study = Self::from_store(dir.to_owned(), store, &Space::from_json(&space)?, config);
+        let mut study = Self::from_store(location, store, &Space::from_json(&space)?, config);
         study.known = study.store.discrepancies()?;
         Ok(study)
     }
 
-    fn from_store(dir: PathBuf, store: Store, space: &Space, config: StudyConfig) -> Self {
+    fn from_store(location: Location, store: Store, space: &Space, config: StudyConfig) -> Self {
         Self {
-            dir,
+            location,
             store,
             config,
             sampler: Sampler::new(space),
@@ -128,21 +152,52 @@ impl Study {
         }
     }
 
-    /// Opens the study in a folder, or creates it. An existing one must have been created with the same space and
-    /// settings; only `trials`, `lease_seconds` and `max_attempts` may have changed, and are taken over.
-    pub fn open_or_create(dir: &Path, space: &Space, config: &StudyConfig) -> Result<Self> {
+    /// Opens a study, or creates it. An existing one must have been created with the same space and settings; only
+    /// `trials`, `lease_seconds` and `max_attempts` may have changed, and are taken over.
+    pub fn open_or_create(
+        location: impl Into<Location>,
+        space: &Space,
+        config: &StudyConfig,
+    ) -> Result<Self> {
+        let location = location.into();
         config.validate()?;
-        match Self::create(dir, space, config) {
+        match Self::create(&location, space, config) {
             Err(Error::StudyExists { .. }) => {}
             result => return result,
         }
-        let mut study = Self::open(dir)?;
+        let mut study = Self::open(location)?;
         study.compare(space, config)?;
         if study.config != *config {
             study.store.set_config(config)?;
             study.config = config.clone();
         }
         Ok(study)
+    }
+
+    /// Checks that the study was created with what is expected of it.
+    pub fn expect(&self, expected: &Expected<'_>) -> Result<()> {
+        let config = StudyConfig {
+            sampler: expected.sampler.unwrap_or(self.config.sampler),
+            seed: expected.seed.unwrap_or(self.config.seed),
+            direction: expected.direction.unwrap_or(self.config.direction),
+            startup: expected.startup.unwrap_or(self.config.startup),
+            sabo: expected
+                .sabo
+                .clone()
+                .unwrap_or_else(|| self.config.sabo.clone()),
+            ..self.config.clone()
+        };
+        self.compare(expected.space.unwrap_or(self.space()), &config)
+    }
+
+    /// A text that the caller keeps with the study, such as how its trials are evaluated.
+    pub fn note(&self, key: &str) -> Result<Option<String>> {
+        self.store.note(&format!("{NOTE}{key}"))
+    }
+
+    /// Keeps a text with the study.
+    pub fn set_note(&self, key: &str, text: &str) -> Result<()> {
+        self.store.set_note(&format!("{NOTE}{key}"), text)
     }
 
     /// The settings.
@@ -155,14 +210,28 @@ impl Study {
         &self.sampler.space
     }
 
-    /// The study's folder.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// Where the study is.
+    pub fn location(&self) -> &Location {
+        &self.location
     }
 
-    /// The folder of a trial (`trials/00012`), which may not exist yet.
-    pub fn trial_dir(&self, trial: u64) -> PathBuf {
-        self.dir.join("trials").join(format!("{trial:05}"))
+    /// The folder of a trial (`trials/00012`), which may not exist yet. A trial that goes on with another one's
+    /// training has that one's.
+    pub fn trial_dir(&self, trial: u64) -> Result<PathBuf> {
+        let folder = self.location.folder().ok_or_else(|| Error::NoFolder {
+            study: self.location.to_string(),
+        })?;
+        let same_training = self
+            .config
+            .ladder
+            .as_ref()
+            .is_some_and(|ladder| ladder.climb == Climb::Steps);
+        let number = if same_training {
+            self.view()?.root(trial)
+        } else {
+            trial
+        };
+        Ok(folder.join("trials").join(format!("{number:05}")))
     }
 
     /// The next trial: one that was given back or whose holder is silent or dead, otherwise a new one. What `sabo`
@@ -230,16 +299,15 @@ impl Study {
             .iter()
             .find(|row| row.view.number == trial)
             .ok_or(Error::TrialUnknown { trial })?;
+        if row.view.rung > 0 {
+            return Ok((row.view.params.clone(), row.view.why.clone()));
+        }
         let history = self.history(&rows, trial, row.view.seen)?;
         let suggestion = self.suggest(trial, &history, None)?;
         Ok((self.space().params(&suggestion.point), suggestion.why))
     }
 
-    pub(crate) fn database(&self) -> PathBuf {
-        self.dir.join(STUDY_FILE)
-    }
-
-    /// Hands out a trial; never more than `limit` trials exist.
+    /// Hands out a trial. With a `limit`, the first rung never has more trials, and the ladder is climbed after it.
     pub(crate) fn claim(
         &mut self,
         holder: Holder,
@@ -247,56 +315,98 @@ impl Study {
         mut objective: Option<&mut dyn Objective>,
     ) -> Result<Claim> {
         let owner = holder.owner();
-        let seconds = match holder {
-            Holder::Process => self.config.lease_seconds,
-            Holder::External { seconds } => seconds,
+        let claim = lease::claim(&owner);
+        let taker = Taker {
+            owner: &owner,
+            claim: &claim,
+            seconds: match holder {
+                Holder::Process => self.config.lease_seconds,
+                Holder::External { seconds } => seconds,
+            },
         };
         loop {
-            let taken = self
-                .store
-                .take_up(&owner, seconds, self.config.max_attempts)?;
+            let taken = self.store.take_up(&taker, self.config.max_attempts)?;
             if let Some(lease) = taken {
                 return Ok(Claim::Trial(asked(lease)));
             }
             let rows = self.store.trials()?;
             let number = rows.len() as u64;
-            if limit.is_some_and(|limit| number >= limit) {
-                let open = rows.iter().any(|row| !row.view.state.is_finished());
-                return Ok(if open { Claim::Wait } else { Claim::Done });
-            }
+            let suggested = rows.iter().filter(|row| row.view.rung == 0).count() as u64;
             let seen = rows
                 .iter()
                 .filter_map(|row| row.finish_order)
                 .max()
                 .unwrap_or(0);
-            let history = self.history(&rows, number, seen)?;
-            // Reborrowed by hand: the trait object must outlive this round only.
-            let measuring: Option<&mut dyn Objective> = match &mut objective {
-                Some(objective) => Some(&mut **objective),
-                None => None,
+            let new = if limit.is_some_and(|limit| suggested >= limit) {
+                let trials: Vec<&TrialView> = rows.iter().map(|row| &row.view).collect();
+                match ladder::next(&self.config, &trials) {
+                    Step::Wait => return Ok(Claim::Wait),
+                    Step::Done => return Ok(Claim::Done),
+                    Step::Promote { parent, rung } => {
+                        self.promotion(trials[parent as usize], rung, number)
+                    }
+                }
+            } else {
+                let history = self.history(&rows, number, seen)?;
+                // Reborrowed by hand: the trait object must outlive this round only.
+                let measuring: Option<&mut dyn Objective> = match &mut objective {
+                    Some(objective) => Some(&mut **objective),
+                    None => None,
+                };
+                let suggestion = self.suggest(number, &history, measuring)?;
+                New {
+                    params: self.space().params(&suggestion.point),
+                    seed: trial_seed(self.config.seed, number),
+                    why: suggestion.why,
+                    rung: 0,
+                    parent: None,
+                }
             };
-            let suggestion = self.suggest(number, &history, measuring)?;
-            let params = self.space().params(&suggestion.point);
-            let seed = trial_seed(self.config.seed, number);
             let trial = NewTrial {
                 number,
-                params: &params,
-                seed,
-                why: &suggestion.why,
+                params: &new.params,
+                seed: new.seed,
+                why: &new.why,
                 seen,
+                rung: new.rung,
+                parent: new.parent,
             };
             // False where another worker took the number while this one was thinking: think again, with its trial
             // as a pending one.
-            if self.store.insert(&trial, &owner, seconds)? {
+            if self.store.insert(&trial, &taker)? {
                 return Ok(Claim::Trial(Asked {
                     trial: number,
-                    params,
-                    seed,
-                    why: suggestion.why,
+                    params: new.params,
+                    seed: new.seed,
+                    why: new.why,
+                    rung: new.rung,
                     resumed: false,
                     token: 1,
                 }));
             }
+        }
+    }
+
+    /// The next rung of a trial: a fresh seed on more data, or the same training for more steps.
+    fn promotion(&self, parent: &TrialView, rung: u64, number: u64) -> New {
+        let fresh = self
+            .config
+            .ladder
+            .as_ref()
+            .is_none_or(|ladder| ladder.climb == Climb::Data);
+        New {
+            params: parent.params.clone(),
+            seed: if fresh {
+                trial_seed(self.config.seed, number)
+            } else {
+                parent.seed
+            },
+            why: Why {
+                by: "promotion".to_owned(),
+                ..Why::default()
+            },
+            rung,
+            parent: Some(parent.number),
         }
     }
 
@@ -330,19 +440,20 @@ impl Study {
         suggestion
     }
 
-    /// What trial `number` could know when `seen` results were in.
+    /// What trial `number` could know when `seen` results were in. Promotions are judged on another scale and
+    /// repeat known configurations: the surrogate sees the first rung only.
     fn history(&self, rows: &[TrialRow], number: u64, seen: u64) -> Result<History> {
-        let sign = match self.config.direction {
-            Direction::Minimize => 1.0,
-            Direction::Maximize => -1.0,
-        };
+        let sign = self.config.direction.sign();
         let mut history = History::default();
-        for row in rows.iter().filter(|row| row.view.number < number) {
+        for row in rows
+            .iter()
+            .filter(|row| row.view.number < number && row.view.rung == 0)
+        {
             let point =
                 self.space()
                     .point(&row.view.params)
                     .map_err(|error| Error::StudyDamaged {
-                        path: self.database(),
+                        path: self.location.to_string().into(),
                         trial: row.view.number,
                         message: error.to_string(),
                     })?;
@@ -370,7 +481,7 @@ impl Study {
     fn compare(&self, space: &Space, config: &StudyConfig) -> Result<()> {
         let differs = |what: String, stored: String, asked: String| {
             Err(Error::StudyDiffers {
-                path: self.dir.clone(),
+                path: self.location.to_string().into(),
                 what,
                 stored,
                 asked,
@@ -397,20 +508,39 @@ impl Study {
     }
 }
 
+/// A trial before it has its number.
+struct New {
+    params: Params,
+    seed: u64,
+    why: Why,
+    rung: u64,
+    parent: Option<u64>,
+}
+
 /// Reads a study without changing it.
-pub fn read_study(dir: &Path) -> Result<StudyView> {
-    let path = dir.join(STUDY_FILE);
+pub fn read_study(location: impl Into<Location>) -> Result<StudyView> {
+    let location = location.into();
     let missing = || Error::StudyMissing {
-        path: dir.to_owned(),
+        path: location.to_string().into(),
     };
-    if !path.is_file() {
+    if !location.may_exist() {
         return Err(missing());
     }
-    let store = Store::open_read_only(&path)?;
+    let store = Store::open_read_only(&location)?;
     if !store.has_study()? {
         return Err(missing());
     }
     view(&store)
+}
+
+fn make_parent(location: &Location) -> Result<()> {
+    let Some(parent) = location.parent() else {
+        return Ok(());
+    };
+    std::fs::create_dir_all(&parent).map_err(|source| Error::Io {
+        path: parent,
+        source,
+    })
 }
 
 fn view(store: &Store) -> Result<StudyView> {
@@ -420,6 +550,7 @@ fn view(store: &Store) -> Result<StudyView> {
         space: serde_json::from_str(&space).unwrap_or_default(),
         trials: store.trials()?.into_iter().map(|row| row.view).collect(),
         late: store.late_results()?,
+        notes: store.notes(NOTE)?,
     })
 }
 
@@ -429,6 +560,7 @@ fn asked(lease: Lease) -> Asked {
         params: lease.params,
         seed: lease.seed,
         why: lease.why,
+        rung: lease.rung,
         resumed: true,
         token: lease.token,
     }

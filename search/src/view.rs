@@ -6,10 +6,11 @@ use crate::config::StudyConfig;
 use crate::params::Params;
 
 /// State of a trial.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrialState {
     /// A worker holds it.
+    #[default]
     Running,
     /// It has a value.
     Complete,
@@ -69,7 +70,7 @@ pub struct Why {
 }
 
 /// One trial of a study.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct TrialView {
     /// Its number, from 0.
     pub number: u64,
@@ -89,10 +90,16 @@ pub struct TrialView {
     pub seed: u64,
     /// How many finished trials the suggestion was based on.
     pub seen: u64,
+    /// Step of the ladder of fidelities, from 0.
+    pub rung: u64,
+    /// The trial of the rung below that was promoted to this one.
+    pub parent: Option<u64>,
     /// How often its worker died.
     pub attempts: u64,
     /// Who works or worked on it.
     pub owner: Option<String>,
+    /// Until when it is held, in seconds since 1970, while it runs.
+    pub lease_expires: Option<f64>,
     /// When it was suggested, in seconds since 1970.
     pub started_at: f64,
     /// When it was finished, in seconds since 1970.
@@ -123,12 +130,41 @@ pub struct StudyView {
     pub trials: Vec<TrialView>,
     /// Results that came too late.
     pub late: Vec<LateResult>,
+    /// What callers keep with the study, by name; see [`Study::note`](crate::Study::note).
+    pub notes: std::collections::BTreeMap<String, String>,
 }
 
 impl StudyView {
-    /// The best complete trial (ties go to the earlier one).
+    /// The best complete trial of the highest rung that has one (ties go to the earlier one).
     pub fn best(&self) -> Option<&TrialView> {
         best_of(&self.config, &self.trials)
+    }
+
+    /// How well each rung of the ladder foretold the next one.
+    pub fn rungs(&self) -> Vec<RungTrust> {
+        let trials: Vec<&TrialView> = self.trials.iter().collect();
+        crate::ladder::trust(&self.config, &trials)
+    }
+
+    /// Number of trials that the study wants in all, promotions included.
+    pub fn wanted(&self) -> u64 {
+        let trials: Vec<&TrialView> = self.trials.iter().collect();
+        crate::ladder::wanted(&self.config, &trials)
+    }
+
+    /// The configuration of the first trial before it was promoted, for a trial of any rung.
+    pub fn root(&self, trial: u64) -> u64 {
+        let mut number = trial;
+        while let Some(parent) = self
+            .trials
+            .iter()
+            .find(|t| t.number == number)
+            .and_then(|t| t.parent)
+            .filter(|parent| *parent < number)
+        {
+            number = parent;
+        }
+        number
     }
 
     /// Number of trials in `state`.
@@ -138,17 +174,30 @@ impl StudyView {
 }
 
 pub(crate) fn best_of<'a>(config: &StudyConfig, trials: &'a [TrialView]) -> Option<&'a TrialView> {
-    use crate::config::Direction;
-    let sign = match config.direction {
-        Direction::Minimize => 1.0,
-        Direction::Maximize => -1.0,
-    };
-    trials
-        .iter()
-        .filter(|t| t.state == TrialState::Complete)
-        .filter_map(|t| t.value.map(|value| (sign * value, t)))
+    let complete = trials.iter().filter(|t| t.state == TrialState::Complete);
+    let highest = complete.clone().map(|t| t.rung).max()?;
+    complete
+        .filter(|t| t.rung == highest)
+        .filter_map(|t| t.value.map(|value| (config.direction.sign() * value, t)))
         .min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.number.cmp(&b.1.number)))
         .map(|(_, t)| t)
+}
+
+/// How well a rung of the ladder foretold the next one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RungTrust {
+    /// The lower rung.
+    pub rung: u64,
+    /// Share of the data or the steps of the lower rung, and of the one above.
+    pub shares: (f64, f64),
+    /// Configurations with a value on both.
+    pub pairs: usize,
+    /// Spearman's rank correlation of the two values, where there are at least three pairs.
+    pub spearman: Option<f64>,
+    /// False where the correlation is below the ladder's threshold: twice as many were promoted then.
+    pub trusted: bool,
+    /// Trials promoted to the upper rung.
+    pub promoted: u64,
 }
 
 /// What [`run_study`](crate::run_study) tells while it works.
@@ -167,6 +216,8 @@ pub enum Progress {
         why: Why,
         /// Seconds that the suggestion took.
         suggest_seconds: f64,
+        /// Step of the ladder of fidelities, from 0.
+        rung: u64,
         /// Finished trials so far.
         finished: u64,
         /// Trials wanted.
@@ -195,9 +246,15 @@ pub enum Progress {
         /// Seconds to go, from the mean of the finished trials.
         eta_seconds: Option<f64>,
     },
+    /// The ranks of two neighbouring rungs of the ladder disagree: more trials are promoted.
+    Distrusted {
+        /// The lower rung.
+        #[serde(flatten)]
+        rung: RungTrust,
+    },
 }
 
-/// How a study ended.
+/// How a study ended, or stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StudySummary {
     /// All trials are finished; false where it was stopped and can be resumed.
@@ -210,6 +267,9 @@ pub struct StudySummary {
     pub trials: u64,
     /// The best trial.
     pub best: Option<TrialView>,
+    /// How well each rung of the ladder foretold the next one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rungs: Vec<RungTrust>,
     /// Seconds of this call.
     pub seconds: f64,
 }

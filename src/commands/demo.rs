@@ -9,7 +9,7 @@ use std::time::Instant;
 use caskd_cache_builder::{BuildOptions, LayerChoice};
 use caskd_formats::{Cache, CodeTarget, HiddenCodec, Io, Tier};
 use caskd_models::{LoadOptions, load};
-use caskd_search::{SamplerKind, Space, StudyConfig};
+use caskd_search::{Location, SamplerKind, Space, StudyConfig};
 use caskd_trainer::{TrainConfig, load_run, teacher_perplexity};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -18,11 +18,12 @@ use tch::{Device, Kind};
 use super::build::{BATCH_TOKENS, DEFAULT_RATE, build_with_progress};
 use super::eval::score_cache;
 use super::prune::prune_to;
-use super::search::{SearchPlan, search_with_progress};
+use super::search::{Plan, SearchPlan, search_with_progress};
 use super::train::train_with_progress;
 use super::{print_json, print_text, write_file};
 use crate::cli::DemoArgs;
 use crate::exit::{Exit, Failure, Outcome};
+use crate::objective::Distillation;
 use crate::terminal::{duration, say};
 
 const FILES: [(&str, &str); 3] = [
@@ -471,8 +472,13 @@ fn search_stage(
     stage(places, number, name, &title, |name| {
         let out = places.join(name);
         let plan = SearchPlan {
-            cache: places.join("cache"),
-            student: places.join("student"),
+            location: Location::from(&out),
+            plan: Plan::Distillation(Distillation {
+                cache: places.join("cache"),
+                student: places.join("student"),
+                base: base.clone(),
+                validation: VALIDATION,
+            }),
             space: Space::table2(),
             study: StudyConfig {
                 sampler,
@@ -482,21 +488,18 @@ fn search_stage(
                 startup: STARTUP,
                 ..StudyConfig::default()
             },
-            validation: VALIDATION,
-            base: base.clone(),
             resume: out.exists(),
-            out,
         };
         let summary = search_with_progress(&plan)?;
         if !summary.completed {
             return Err(Halt::Stopped);
         }
-        let view = caskd_search::read_study(&plan.out)?;
+        let view = caskd_search::read_study(&plan.location)?;
         let seconds = view.trials.iter().filter_map(|trial| trial.seconds).sum();
         let tokens = view
             .trials
             .iter()
-            .filter_map(|trial| trained_tokens(&plan.out, trial.number))
+            .filter_map(|trial| trained_tokens(&out, trial.number))
             .sum();
         let settings = summary
             .best

@@ -1,5 +1,6 @@
 //! One file a command; what several of them need stands here.
 
+pub(crate) mod ask;
 pub(crate) mod build;
 pub(crate) mod demo;
 pub(crate) mod eval;
@@ -10,6 +11,8 @@ pub(crate) mod loss;
 pub(crate) mod prune;
 pub(crate) mod report;
 pub(crate) mod search;
+pub(crate) mod status;
+pub(crate) mod tell;
 pub(crate) mod train;
 pub(crate) mod verify;
 
@@ -58,18 +61,18 @@ pub(crate) fn kind_of(dtype: DtypeArg) -> Kind {
 }
 
 /// Prints the command's one JSON object.
-#[expect(clippy::print_stdout, reason = "stdout is where data goes")]
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Failure::ours(format!("can't write the JSON: {error}")))?;
-    println!("{text}");
+    print_text(text);
     Ok(())
 }
 
 /// Prints the command's result for people.
-#[expect(clippy::print_stdout, reason = "stdout is where data goes")]
 pub(crate) fn print_text(text: impl std::fmt::Display) {
-    println!("{text}");
+    use std::io::Write;
+    // Who closes the pipe has read enough: `caskd status study | head`.
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// Refuses to write over something.

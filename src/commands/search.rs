@@ -1,189 +1,283 @@
 //! `caskd search`
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod compare;
+mod plan;
 
-use caskd_formats::Cache;
-use caskd_models::{LoadOptions, load};
+use std::path::{Path, PathBuf};
+
 use caskd_search::{
-    Control, Progress as StudyProgress, SamplerKind, Space, StudyConfig, StudySummary, TrialState,
-    run_study,
+    Climb, Control, Direction, Error, Ladder, Location, Progress as StudyProgress, SamplerKind,
+    Space, Study, StudyConfig, StudySummary, TrialState, work_on,
 };
-use caskd_trainer::{TrainConfig, check_fit, probe};
 use serde::Serialize;
 
-use super::train::read_config;
-use super::{parse_device, print_json, write_file};
-use crate::cli::{SamplerArg, SearchArgs};
+use super::{print_json, write_file};
+use crate::cli::{LadderArgs, SamplerArg, SearchArgs};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::objective::{DistillationObjective, setting_text, validation_rows};
+use crate::objective::setting_text;
 use crate::terminal::{self, duration, say};
 
-/// Sequences on which S(x) is measured.
-const PROBE_SEQUENCES: usize = 8;
+pub(crate) use compare::{COMPARISON_FILE, Comparison, best_so_far};
+use plan::Evaluator;
+pub(crate) use plan::Plan;
 
-/// Everything a study of the distillation objective needs.
+/// A study and how its trials are evaluated.
 pub(crate) struct SearchPlan {
-    pub(crate) cache: PathBuf,
-    pub(crate) student: PathBuf,
-    pub(crate) out: PathBuf,
+    pub(crate) location: Location,
     pub(crate) space: Space,
     pub(crate) study: StudyConfig,
-    pub(crate) validation: f64,
-    pub(crate) base: TrainConfig,
+    pub(crate) plan: Plan,
     pub(crate) resume: bool,
 }
 
 #[derive(Serialize)]
 struct Searched<'a> {
-    out: &'a Path,
+    study: String,
+    out: Option<&'a Path>,
     best_config: Option<PathBuf>,
     #[serde(flatten)]
     summary: &'a StudySummary,
 }
 
 pub(crate) fn run(args: &SearchArgs) -> Outcome {
-    let space = match &args.space {
-        None => Space::table2(),
-        Some(path) => Space::from_toml(
-            &std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?,
-        )?,
+    if args.compare.is_empty() {
+        let plan = resolve(args)?;
+        let summary = search_with_progress(&plan)?;
+        if args.json {
+            print_json(&Searched {
+                study: plan.location.to_string(),
+                out: args.out.as_deref(),
+                best_config: summary.best.as_ref().and_then(|_| plan.best_config()),
+                summary: &summary,
+            })?;
+        }
+        return Ok(if summary.completed {
+            Exit::Done
+        } else {
+            Exit::Stopped
+        });
+    }
+    compare::run(args, &resolve(args)?)
+}
+
+/// Everything that the arguments leave open comes from the study, where there is one to go on with.
+fn resolve(args: &SearchArgs) -> Result<SearchPlan, Failure> {
+    let location = match (&args.study, &args.out) {
+        (Some(study), Some(out)) => Location::parse(study)?.with_folder(out),
+        (Some(study), None) => Location::parse(study)?,
+        (None, Some(out)) => Location::parse(&format!("sqlite:{}/study.sqlite", out.display()))?,
+        (None, None) => {
+            return Err(Failure::user(
+                "there is no place for the study",
+                "give --out",
+            ));
+        }
     };
-    let sampler = match args.sampler {
+    let stored = if (args.resume || args.worker) && args.compare.is_empty() {
+        match Study::open(&location) {
+            Ok(study) => Some(study),
+            Err(Error::StudyMissing { .. }) if args.resume => None,
+            Err(error) => return Err(error.into()),
+        }
+    } else {
+        None
+    };
+    let (config, space, plan) = match &stored {
+        None => (StudyConfig::default(), None, None),
+        Some(study) => (
+            study.config().clone(),
+            Some(study.space().clone()),
+            Plan::stored(study)?,
+        ),
+    };
+    let space = match &args.space {
+        Some(space) => read_space(space)?,
+        None => space.unwrap_or_else(Space::table2),
+    };
+    let plan = Plan::of(args, plan)?;
+    let mut study = StudyConfig {
+        sampler: args.sampler.map_or(config.sampler, sampler_kind),
+        seed: args.seed.unwrap_or(config.seed),
+        trials: args.trials.unwrap_or(config.trials),
+        fraction: args.fraction.unwrap_or(config.fraction),
+        direction: if args.maximize {
+            Direction::Maximize
+        } else {
+            config.direction
+        },
+        sabo: args.sabo.options(&config.sabo),
+        lease_seconds: args.lease.unwrap_or(config.lease_seconds),
+        ..config
+    };
+    if let Some(ladder) = ladder(&args.ladder, study.trials, &plan)? {
+        if ladder.climb == Climb::Data {
+            study.fraction = ladder.shares[0];
+        }
+        study.ladder = Some(ladder);
+    }
+    Ok(SearchPlan {
+        location,
+        space,
+        study,
+        plan,
+        resume: args.resume || args.worker,
+    })
+}
+
+/// `table2`, or a file.
+pub(crate) fn read_space(name: &str) -> Result<Space, Failure> {
+    if name == "table2" {
+        return Ok(Space::table2());
+    }
+    let path = Path::new(name);
+    let text =
+        std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
+    Ok(Space::from_toml(&text)?)
+}
+
+pub(crate) fn sampler_kind(sampler: SamplerArg) -> SamplerKind {
+    match sampler {
         SamplerArg::Sabo => SamplerKind::Sabo,
         SamplerArg::Gp => SamplerKind::Gp,
+        SamplerArg::Tpe => SamplerKind::Tpe,
+        SamplerArg::Sobol => SamplerKind::Sobol,
         SamplerArg::Random => SamplerKind::Random,
-    };
-    let mut base = read_config(args.config.as_deref(), &args.settings)?;
-    base.allow_low_fidelity |= args.allow_low_fidelity;
-    let plan = SearchPlan {
-        cache: args.cache.clone(),
-        student: args.student.clone(),
-        out: args.out.clone(),
-        space,
-        study: StudyConfig {
-            sampler,
-            seed: args.seed,
-            trials: args.trials,
-            fraction: args.fraction,
-            ..StudyConfig::default()
-        },
-        validation: args.validation,
-        base,
-        resume: args.resume,
-    };
-    let summary = search_with_progress(&plan)?;
-    if args.json {
-        let best_config = summary.best.as_ref().map(|_| plan.out.join("best.toml"));
-        print_json(&Searched {
-            out: &plan.out,
-            best_config,
-            summary: &summary,
-        })?;
     }
-    Ok(if summary.completed {
-        Exit::Done
-    } else {
-        Exit::Stopped
-    })
+}
+
+fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Result<Option<Ladder>, Failure> {
+    if args.halving {
+        let rungs = args.rungs as i32;
+        let eta = args.eta as f64;
+        return Ok(Some(Ladder {
+            climb: Climb::Steps,
+            shares: (0..rungs).rev().map(|power| eta.powi(-power)).collect(),
+            promote: args
+                .promote
+                .unwrap_or_else(|| trials.div_ceil(args.eta))
+                .max(1),
+            keep: 1.0 / eta,
+            trust: args.trust,
+        }));
+    }
+    if args.fractions.is_empty() {
+        return match args.promote {
+            Some(_) => Err(Failure::user(
+                "--promote has nowhere to promote to",
+                "give --fractions 0.05,0.2,1 or --halving as well",
+            )),
+            None => Ok(None),
+        };
+    }
+    let mut shares = args.fractions.clone();
+    if let (Some(last), Some(most)) = (shares.last_mut(), plan.largest_fraction())
+        && *last > most
+    {
+        say(format!(
+            "note: the last fraction is {most} instead of {last}: the rest judges the trials"
+        ));
+        *last = most;
+    }
+    Ok(Some(Ladder {
+        climb: Climb::Data,
+        shares,
+        promote: args.promote.unwrap_or(3),
+        keep: 1.0 / args.eta as f64,
+        trust: args.trust,
+    }))
 }
 
 /// Runs the study trial by trial, saying how each went, and writes the best configuration.
 pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Failure> {
-    if !(plan.validation > 0.0 && plan.fraction_and_validation() <= 1.0) {
+    if let Some(most) = plan.plan.largest_fraction()
+        && (plan.study.fraction > most || most >= 1.0)
+    {
         return Err(Failure::user(
             format!(
                 "--fraction {} and --validation {} don't fit: a trial would be judged on what it trains on",
-                plan.study.fraction, plan.validation
+                plan.study.fraction,
+                1.0 - most
             ),
             "both must be positive, and at most 1 together",
         ));
     }
-    let study_there = plan.out.join("study.sqlite").exists();
-    if !study_there
-        && plan
-            .out
-            .read_dir()
-            .is_ok_and(|mut entries| entries.next().is_some())
-    {
-        return Err(Failure::user(
-            format!(
-                "`{}` holds something that is not a study",
-                plan.out.display()
-            ),
-            "choose another --out",
-        ));
-    }
-    let cache = Arc::new(Cache::open(&plan.cache, plan.base.io())?);
-    let options = LoadOptions {
-        device: parse_device(&plan.base.device)?,
-        kind: plan.base.kind(),
-    };
-    let validation = validation_rows(&cache.rows()?, plan.validation);
-    if validation.is_empty() {
-        return Err(Failure::user(
-            "no sequence of the cache falls into the validation share",
-            "give a larger --validation, or a larger cache",
-        ));
-    }
-    let student = load(&plan.student, &options)?;
-    check_fit(&student, &cache)?;
-    let probe = probe(&student, &cache, PROBE_SEQUENCES)?;
-    drop(student);
-    let mut objective = DistillationObjective {
-        base: plan.base.clone(),
-        student: plan.student.clone(),
-        cache,
-        options,
-        validation,
-        probe,
-    };
+    refuse_other_things(&plan.location)?;
+    let mut evaluator = plan.plan.open()?;
+    search_with(plan, &mut evaluator)
+}
 
+/// The same with what the trials need opened before: many studies can share it.
+fn search_with(plan: &SearchPlan, evaluator: &mut Evaluator) -> Result<StudySummary, Failure> {
+    let study = if plan.resume {
+        Study::open_or_create(&plan.location, &plan.space, &plan.study)?
+    } else {
+        Study::create(&plan.location, &plan.space, &plan.study)?
+    };
+    evaluator.keep(&study)?;
+    if plan.study.sampler == SamplerKind::Sabo && matches!(plan.plan, Plan::Command { .. }) {
+        say("note: of a command S(x) is not known: sabo goes by expected improvement alone");
+    }
     let mut control = Control {
         resume: plan.resume,
         stop: &terminal::STOP,
         progress: &mut |event| say(as_line(event)),
     };
-    let summary = run_study(
-        &plan.out,
-        &plan.space,
-        &plan.study,
-        &mut objective,
-        &mut control,
-    )?;
+    let summary = work_on(study, evaluator.objective(), &mut control)?;
     if let Some(best) = &summary.best {
-        let mut config = objective.config_of(&best.params)?;
-        config.seed = plan.base.seed;
-        let text = config.to_toml()?;
-        let path = plan.out.join("best.toml");
-        write_file(&path, |sink| {
-            std::io::Write::write_all(sink, text.as_bytes())
-        })?;
-        say(format!(
-            "best: trial {} with validation perplexity {:.3} (`{}`)",
-            best.number + 1,
-            best.value.unwrap_or(f64::NAN),
-            path.display()
-        ));
-        say(format!(
-            "train it on the whole cache: caskd train --cache {} --student {} --config {} --out RUN",
-            plan.cache.display(),
-            plan.student.display(),
-            path.display()
-        ));
+        let text = plan.plan.best_config(best)?;
+        let value = best.value.unwrap_or(f64::NAN);
+        match plan.best_config() {
+            Some(path) => {
+                write_file(&path, |sink| {
+                    std::io::Write::write_all(sink, text.as_bytes())
+                })?;
+                say(format!(
+                    "best: trial {} with {} {value:.4} (`{}`)",
+                    best.number,
+                    plan.plan.metric(),
+                    path.display()
+                ));
+                say(format!("use it: {}", plan.plan.reproduction(&path)));
+            }
+            None => say(format!(
+                "best: trial {} with {} {value:.4}: {}",
+                best.number,
+                plan.plan.metric(),
+                best.params
+            )),
+        }
     }
     if !summary.completed {
         say(format!(
-            "stopped; go on with: caskd search … --out {} --resume",
-            plan.out.display()
+            "stopped; go on with: caskd search --study {} --resume",
+            plan.location
         ));
     }
     Ok(summary)
 }
 
+/// A folder that holds something else than a study is left alone.
+fn refuse_other_things(location: &Location) -> Result<(), Failure> {
+    let Some(folder) = location.folder() else {
+        return Ok(());
+    };
+    let study_there = location.may_exist();
+    let something = folder
+        .read_dir()
+        .is_ok_and(|mut entries| entries.next().is_some());
+    if something && !study_there {
+        return Err(Failure::user(
+            format!("`{}` holds something that is not a study", folder.display()),
+            "choose another --out",
+        ));
+    }
+    Ok(())
+}
+
 impl SearchPlan {
-    fn fraction_and_validation(&self) -> f64 {
-        self.study.fraction + self.validation
+    /// Where the best configuration is written.
+    fn best_config(&self) -> Option<PathBuf> {
+        Some(self.location.folder()?.join(self.plan.best_name()))
     }
 }
 
@@ -194,6 +288,7 @@ fn as_line(event: &StudyProgress) -> String {
             params,
             trials,
             resumed,
+            rung,
             ..
         } => {
             let settings: Vec<String> = params
@@ -201,9 +296,12 @@ fn as_line(event: &StudyProgress) -> String {
                 .map(|(name, value)| format!("{name}={}", setting_text(value)))
                 .collect();
             let again = if *resumed { " (taken up again)" } else { "" };
+            let promoted = match rung {
+                0 => String::new(),
+                rung => format!(" (promoted to rung {rung})"),
+            };
             format!(
-                "trial {}/{trials}{again}: {}",
-                trial + 1,
+                "trial {trial} of {trials}{promoted}{again}: {}",
                 settings.join(" ")
             )
         }
@@ -219,17 +317,24 @@ fn as_line(event: &StudyProgress) -> String {
             ..
         } => {
             let result = match (state, value, error) {
-                (TrialState::Complete, Some(value), _) => format!("{value:.3}"),
+                (TrialState::Complete, Some(value), _) => format!("{value:.4}"),
                 (_, _, Some(error)) => format!("{}: {error}", state.name()),
                 _ => state.name().to_string(),
             };
-            let best = best_value.map_or(String::new(), |best| format!(", best {best:.3}"));
+            let best = best_value.map_or(String::new(), |best| format!(", best {best:.4}"));
             let eta = eta_seconds.map_or(String::new(), |eta| format!(", ETA {}", duration(eta)));
             format!(
-                "trial {}/{trials}: {result} in {}{best}{eta}",
-                trial + 1,
+                "trial {trial} of {trials}: {result} in {}{best}{eta}",
                 duration(*seconds)
             )
         }
+        StudyProgress::Distrusted { rung } => format!(
+            "note: at share {} the trials rank otherwise than at {} (rank correlation {:.2} over {} pairs): twice as \
+             many go on, and the higher share chooses the winner",
+            rung.shares.0,
+            rung.shares.1,
+            rung.spearman.unwrap_or(f64::NAN),
+            rung.pairs
+        ),
     }
 }

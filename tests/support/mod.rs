@@ -28,6 +28,13 @@ impl Bench {
         bench
     }
 
+    /// A temporary folder with nothing in it.
+    pub(crate) fn empty() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

@@ -158,17 +158,35 @@ fn restore_one(
             return Err(damaged(path.join(name)));
         }
     }
+    restore_adapters(path, trainable)?;
+    optimizer.load(&path.join(OPTIMIZER))?;
+    Ok(file.cursor)
+}
+
+/// Copies a checkpoint's adapters into the network's.
+pub(crate) fn restore_adapters(path: &Path, trainable: &[(String, Tensor)]) -> Result<()> {
     let adapters_path = path.join(ADAPTERS);
     let adapters = read_tensors(&adapters_path)?;
     for (name, tensor) in trainable {
         let saved = adapters
             .iter()
             .find(|(of, saved)| of == name && saved.size() == tensor.size());
-        let (_, saved) = saved.ok_or_else(|| damaged(adapters_path.clone()))?;
+        let (_, saved) = saved.ok_or_else(|| Error::NoCheckpoint {
+            path: adapters_path.clone(),
+            reason: format!("it has no `{name}` of the network's size"),
+        })?;
         tch::no_grad(|| tensor.shallow_clone().copy_(saved));
     }
-    optimizer.load(&path.join(OPTIMIZER))?;
-    Ok(file.cursor)
+    Ok(())
+}
+
+/// The step in a checkpoint's name.
+pub(crate) fn step_of(path: &Path) -> Option<u64> {
+    path.file_name()?
+        .to_str()?
+        .strip_prefix("step-")?
+        .parse()
+        .ok()
 }
 
 /// Finished checkpoints by falling step.
@@ -181,14 +199,7 @@ fn newest_first(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<(u64, PathBuf)> = Vec::new();
     for entry in entries {
         let path = entry.map_err(io("read", dir))?.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        if let Some(step) = name
-            .strip_prefix("step-")
-            .and_then(|step| step.parse().ok())
-        {
+        if let Some(step) = step_of(&path) {
             found.push((step, path));
         }
     }

@@ -52,6 +52,6 @@ pub use loss_values::{LossValues, loss_values};
 pub use objective::{check_fidelity, check_fit};
 pub use probe::{Pair, Probe, probe};
 pub use recipe::{KdType, LayerPair, Layers};
-pub use run_folder::{is_run, load_run, run_cache};
+pub use run_folder::{is_run, load_run, load_run_onto, paused_at, run_cache};
 pub use tasks::{ItemScore, Task, TaskScore, evaluate_task};
 pub use train::{Control, StepReport, TrainSummary, train};

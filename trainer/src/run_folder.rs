@@ -8,6 +8,7 @@ use caskd_formats::Cache;
 use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint;
 use crate::train::{StepReport, TrainSummary};
 use crate::{Error, Result, TrainConfig};
 
@@ -15,6 +16,7 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
 /// `run.json`: what the run trained on what, and how it ended.
@@ -78,6 +80,42 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     Ok(model)
 }
 
+/// A run's student on base weights that are loaded already: with the trained adapters of a finished run, or those
+/// of the newest checkpoint of a run that was paused.
+///
+/// # Errors
+/// A folder that is no run, a run without a checkpoint, another student than the run's.
+pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
+    let record = read_record(run)?;
+    if base.digest != record.student_digest {
+        return Err(Error::StudentChanged {
+            path: record.student,
+            run: run.to_owned(),
+        });
+    }
+    let mut model = base.share();
+    if record.summary.is_some() {
+        load_adapters(&mut model.network, &run.join(ADAPTER))?;
+        return Ok(model);
+    }
+    let checkpoint = checkpoint::newest(&run.join(CHECKPOINTS)).ok_or_else(|| Error::NotARun {
+        path: run.to_owned(),
+        reason: "it has no checkpoint yet".to_owned(),
+    })?;
+    let config_path = run.join(CONFIG);
+    let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
+    let config = TrainConfig::from_toml(&text)?;
+    model.network.attach_lora(&config.lora, config.seed)?;
+    checkpoint::restore_adapters(&checkpoint, &model.network.trainable())?;
+    Ok(model)
+}
+
+/// Steps of the newest checkpoint of a run that is not finished; `None` where there is none.
+pub fn paused_at(run: &Path) -> Option<u64> {
+    let newest = checkpoint::newest(&run.join(CHECKPOINTS))?;
+    checkpoint::step_of(&newest)
+}
+
 impl RunRecord {
     /// The record of a run that begins.
     pub(crate) fn new(student: &LoadedModel, student_path: &Path, cache: &Cache) -> RunRecord {
@@ -135,7 +173,7 @@ impl RunFolder {
 
     /// Folder of the checkpoints.
     pub(crate) fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
+        self.path.join(CHECKPOINTS)
     }
 
     /// Folder of the final adapters.

@@ -172,10 +172,10 @@ fn bad_spaces_get_good_errors() {
         &["x is listed twice"],
     );
     let two = "[[param]]\nname = 'a'\nkind = 'int'\nlow = 0\nhigh = 1\n[[param]]\nname = 'b'\nkind = 'int'\nlow = 0\nhigh = 1\n";
-    check(&two.replace("'b'", "'a'"), &["used twice"]);
+    check(&two.replace("'b'", "'a'"), &["used twice", "line 7"]);
     check(
         &format!("{two}when = {{ z = 1 }}"),
-        &["`b`", "`z`, which is no parameter"],
+        &["`b`", "`z`, which is no parameter (line 7)"],
     );
     check(&format!("{two}when = {{ a = 7 }}"), &["`a` is never 7"]);
     check(
@@ -188,7 +188,10 @@ fn bad_spaces_get_good_errors() {
         &format!("{two}when = {{ a = 1 }}\ninactive = 4"),
         &["cannot be 4"],
     );
-    check(&format!("{two}[[forbid]]"), &["would forbid everything"]);
+    check(
+        &format!("{two}[[forbid]]"),
+        &["would forbid everything (line 11)"],
+    );
     check(
         &format!("{two}[[forbid]]\na = [0, 1]"),
         &["every combination is forbidden"],

@@ -1,10 +1,11 @@
 //! Who works on a trial, whether that worker still lives, and how it says so.
 
-use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::location::Location;
 use super::store::Store;
 
 /// How long a trial is held.
@@ -43,6 +44,18 @@ fn this_process() -> String {
     let pid = std::process::id();
     let start = start_time(pid).unwrap_or_default();
     format!("process {pid} started {start} in {}", surroundings())
+}
+
+/// A name for one handing out of a trial: no other one ever has it.
+pub(super) fn claim(owner: &str) -> String {
+    static CLAIMS: AtomicU64 = AtomicU64::new(0);
+    let count = CLAIMS.fetch_add(1, Ordering::Relaxed);
+    let process = if owner == EXTERNAL {
+        this_process()
+    } else {
+        owner.to_owned()
+    };
+    format!("{process} at {:.6} number {count}", now())
 }
 
 /// True only where it is certain that the owner's process has ended: same running kernel, same process namespace,
@@ -98,12 +111,13 @@ pub(crate) struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Renews trial `number`'s lease `token` in the database at `path` three times per lease.
-    pub(crate) fn start(path: PathBuf, number: u64, token: u64, lease_seconds: f64) -> Self {
+    /// Renews trial `number`'s lease `token` three times per lease.
+    pub(crate) fn start(location: &Location, number: u64, token: u64, lease_seconds: f64) -> Self {
         let (stop, stopped) = channel();
+        let location = location.clone();
         let thread = std::thread::Builder::new()
             .name("lease".to_owned())
-            .spawn(move || beat(&path, number, token, lease_seconds, &stopped))
+            .spawn(move || beat(&location, number, token, lease_seconds, &stopped))
             .ok();
         Self {
             stop: Some(stop),
@@ -121,12 +135,12 @@ impl Drop for Heartbeat {
     }
 }
 
-fn beat(path: &Path, number: u64, token: u64, lease_seconds: f64, stopped: &Receiver<()>) {
+fn beat(location: &Location, number: u64, token: u64, lease_seconds: f64, stopped: &Receiver<()>) {
     let pause = Duration::from_secs_f64((lease_seconds / 3.0).clamp(0.05, 3600.0));
     while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
         // A missed beat is made good by the next one; a lost lease shows when the result is told.
-        if let Ok(mut store) = Store::open(path) {
-            let _ = store.renew(number, token, now() + lease_seconds);
+        if let Ok(store) = Store::open(location) {
+            let _ = store.renew(number, token, lease_seconds);
         }
     }
 }

@@ -1,0 +1,362 @@
+//! Studies from the command line: asked and told, with any program, by several workers, compared.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::process::Stdio;
+
+use serde_json::Value;
+use support::{Bench, stderr};
+
+/// A little program as the objective; fails on one combination.
+const PROGRAM: &str = r#"
+case "$CASKD_PARAM_KD_TYPE$CASKD_PARAM_LAYERS" in
+  klnone) echo "diverged: loss is nan" >&2; exit 3;;
+esac
+echo "talk"
+echo "{\"value\": $CASKD_PARAM_SCALING_VALUE.25}"
+"#;
+
+fn refused(bench: &Bench, arguments: &[&str], expected: &[&str]) {
+    let output = bench.run(arguments);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    let said = stderr(&output);
+    assert!(said.contains("hint: "), "{said}");
+    for part in expected {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+fn asked_and_told() {
+    let bench = Bench::empty();
+    let ask = |more: &[&str]| bench.json(&[&["ask", "study", "--json"], more].concat());
+    let first = ask(&["--space", "table2", "--sampler", "sabo", "--seed", "7"]);
+    assert_eq!(first["trial"], 0);
+    let params = first["params"].as_object().unwrap();
+    let names: Vec<&String> = params.keys().collect();
+    assert_eq!(names.len(), 7);
+    for name in ["hard_weight", "soft_weight", "scaling_value"] {
+        assert!(params[name].is_number());
+    }
+    for name in ["logits_norm", "hidden_norm", "layers", "kd_type"] {
+        assert!(params[name].is_string());
+    }
+    // Several may be open; the options need not be given again, but may not differ.
+    assert_eq!(ask(&[])["trial"], 1);
+    assert_eq!(ask(&["--seed", "7"])["trial"], 2);
+    for other in [
+        ["--seed", "8"].as_slice(),
+        &["--sampler", "gp"],
+        &["--maximize"],
+        &["--alpha", "3"],
+    ] {
+        refused(
+            &bench,
+            &[&["ask", "study"], other].concat(),
+            &["was created with another"],
+        );
+    }
+    let told = bench.json(&["tell", "study", "1", "--value", "-2.5", "--json"]);
+    assert_eq!(
+        (&told["recorded"], &told["state"]),
+        (&Value::Bool(true), &"complete".into())
+    );
+    let again = bench.json(&["tell", "study", "1", "--value", "-2.5", "--json"]);
+    assert_eq!(again["recorded"], false);
+    bench.ok(&[
+        "tell",
+        "study",
+        "0",
+        "--failed",
+        "--reason",
+        "out of memory",
+    ]);
+    refused(
+        &bench,
+        &["tell", "study", "1", "--value", "3"],
+        &["already complete"],
+    );
+    refused(
+        &bench,
+        &["tell", "study", "9", "--value", "3"],
+        &["no trial 9"],
+    );
+    refused(
+        &bench,
+        &["tell", "study", "2", "--value", "nan"],
+        &["--failed"],
+    );
+    refused(
+        &bench,
+        &["tell", "study", "2", "--value", "inf"],
+        &["--failed"],
+    );
+    refused(
+        &bench,
+        &["tell", "nothing", "2", "--value", "1"],
+        &["holds no study"],
+    );
+    refused(&bench, &["ask", "mysql://host/db"], &["mysql"]);
+    let status = bench.json(&["status", "study", "--json"]);
+    assert_eq!(
+        (&status["complete"], &status["failed"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(status["running"][0]["trial"], 2);
+    assert!(status["running"][0]["lease_seconds"].as_f64().unwrap() > 80_000.0);
+    assert_eq!(status["best"]["value"], -2.5);
+    // A lease that has run out is handed out again, under a new token.
+    let short = ask(&["--lease", "0s"]);
+    let taken = ask(&[]);
+    assert_eq!(
+        (&taken["trial"], &taken["resumed"]),
+        (&short["trial"], &Value::Bool(true))
+    );
+    let trial = short["trial"].to_string();
+    let late = bench.json(&[
+        "tell", "study", &trial, "--value", "1", "--token", "1", "--json",
+    ]);
+    assert_eq!(
+        (&late["late"], &late["state"]),
+        (&Value::Bool(true), &"running".into())
+    );
+}
+
+#[test]
+fn the_same_seed_asks_the_same() {
+    let bench = Bench::empty();
+    let asked = |study: &str| -> Vec<Value> {
+        (0..12)
+            .map(|i: u32| {
+                let asked = bench.json(&["ask", study, "--seed", "3", "--sampler", "gp", "--json"]);
+                let value = format!("{}", f64::from(i * 7 % 5));
+                bench.ok(&[
+                    "tell",
+                    study,
+                    &asked["trial"].to_string(),
+                    "--value",
+                    &value,
+                ]);
+                asked["params"].clone()
+            })
+            .collect()
+    };
+    assert_eq!(asked("one"), asked("sqlite:other.db"));
+}
+
+#[test]
+fn any_program_is_an_objective() {
+    let bench = Bench::empty();
+    bench.write("objective.sh", PROGRAM);
+    let search = |more: &[&str]| {
+        bench.command(
+            &[
+                &[
+                    "search",
+                    "--command",
+                    "sh objective.sh {params.json}",
+                    "--out",
+                    "study",
+                    "--trials",
+                    "12",
+                    "--sampler",
+                    "random",
+                    "--json",
+                ],
+                more,
+            ]
+            .concat(),
+        )
+    };
+    let output = search(&[]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["completed"], true);
+    assert_eq!(
+        found["complete"].as_u64().unwrap() + found["failed"].as_u64().unwrap(),
+        12
+    );
+    assert!(found["best"]["value"].as_f64().unwrap().fract() == 0.25);
+    let best = std::fs::read_to_string(bench.path("study/best.json")).unwrap();
+    assert_eq!(
+        serde_json::from_str::<Value>(&best).unwrap(),
+        found["best"]["params"]
+    );
+    // More trials need nothing but the study; another command is another study.
+    let more = bench.json(&[
+        "search", "--out", "study", "--resume", "--trials", "20", "--json",
+    ]);
+    assert_eq!(more["trials"], 20);
+    refused(
+        &bench,
+        &["search", "--out", "study", "--resume", "--command", "true"],
+        &["another command"],
+    );
+    refused(
+        &bench,
+        &["search", "--command", "no-such-program", "--out", "other"],
+        &["can't run `no-such-program`"],
+    );
+    bench.ok(&["report", "study", "--out", "report.html"]);
+    let page = std::fs::read_to_string(bench.path("report.html")).unwrap();
+    assert!(page.contains("diverged: loss is nan") || found["failed"] == 0);
+}
+
+#[test]
+fn workers_join_and_a_killed_one_loses_nothing() {
+    let bench = Bench::empty();
+    let begin = [
+        "search",
+        "--command",
+        "sleep 0.2; echo 1",
+        "--out",
+        "study",
+        "--trials",
+        "14",
+        "--sampler",
+        "random",
+    ];
+    let quiet = |arguments: &[&str]| {
+        bench
+            .command(arguments)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut first = quiet(&begin);
+    while bench.run(&["status", "study"]).status.code() != Some(0) {
+        assert!(first.try_wait().unwrap().is_none());
+    }
+    let mut workers: Vec<_> = (0..2)
+        .map(|_| quiet(&["search", "--worker", "--out", "study"]))
+        .collect();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    for worker in &mut workers {
+        assert!(worker.wait().unwrap().success());
+    }
+    let status = bench.json(&["status", "study", "--json"]);
+    assert_eq!(status["complete"], 14);
+    assert_eq!(status["completed"], true);
+}
+
+#[test]
+fn samplers_are_compared() {
+    let bench = Bench::empty();
+    let compared = bench.json(&[
+        "search",
+        "--command",
+        "echo $CASKD_PARAM_SCALING_VALUE",
+        "--out",
+        "comparison",
+        "--trials",
+        "8",
+        "--compare",
+        "gp,random",
+        "--seeds",
+        "3",
+        "--json",
+    ]);
+    assert_eq!(
+        compared["samplers"][0]["studies"].as_array().unwrap().len(),
+        3
+    );
+    let mean = |i: usize| compared["samplers"][i]["mean"].as_f64().unwrap();
+    let difference = compared["tests"][0]["difference"].as_f64().unwrap();
+    assert!((difference - (mean(0) - mean(1))).abs() < 1e-12);
+    bench.ok(&[
+        "report",
+        "comparison",
+        "comparison/gp-0",
+        "--out",
+        "report.html",
+    ]);
+}
+
+#[test]
+fn halving_pauses_and_goes_on_bit_for_bit() {
+    let bench = Bench::new();
+    bench.cache("cache", 60, &[]);
+    let search = |out: &str, more: &[&str]| {
+        bench.json(
+            &[
+                &[
+                    "search",
+                    "--cache",
+                    "cache",
+                    "--student",
+                    "teacher",
+                    "--out",
+                    out,
+                    "--trials",
+                    "4",
+                    "--fraction",
+                    "0.5",
+                    "--validation",
+                    "0.3",
+                    "--sampler",
+                    "random",
+                    "--set",
+                    "epochs=4",
+                    "--json",
+                ],
+                more,
+            ]
+            .concat(),
+        )
+    };
+    let halved = search("halved", &["--halving", "--eta", "2", "--rungs", "2"]);
+    search("whole", &[]);
+    assert_eq!(halved["best"]["rung"], 1);
+    assert_eq!(halved["rungs"][0]["promoted"], 2);
+    // What was paused and went on has the weights of the training that was not.
+    let mut same = 0;
+    for trial in 0..4 {
+        let adapter = |out: &str| {
+            std::fs::read(bench.path(&format!(
+                "{out}/trials/{trial:05}/run/adapter/adapter_model.safetensors"
+            )))
+            .ok()
+        };
+        if let Some(halved) = adapter("halved") {
+            assert_eq!(Some(halved), adapter("whole"));
+            same += 1;
+        }
+    }
+    assert_eq!(same, 2);
+}
+
+#[test]
+fn the_best_few_go_on_to_more_data() {
+    let bench = Bench::new();
+    bench.cache("cache", 60, &[]);
+    let found = bench.json(&[
+        "search",
+        "--cache",
+        "cache",
+        "--student",
+        "teacher",
+        "--out",
+        "study",
+        "--trials",
+        "5",
+        "--fractions",
+        "0.2,1",
+        "--promote",
+        "3",
+        "--validation",
+        "0.3",
+        "--set",
+        "max_steps=2",
+        "--trust",
+        "-1",
+        "--json",
+    ]);
+    assert_eq!(found["trials"], 8);
+    assert_eq!(found["best"]["rung"], 1);
+    assert_eq!(found["rungs"][0]["pairs"], 3);
+    bench.ok(&["report", "study", "--out", "report.html"]);
+}
