@@ -205,6 +205,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
                 codec: HiddenCodec::F16,
             })
             .collect(),
+        code: None,
         sequences_per_shard: 10,
         max_len: 64,
         teacher: TeacherInfo {
