@@ -22,5 +22,8 @@ for kind in f32 bf16; do
     echo "== LoRA step from the cache, [8 128], $kind"
     target/release/examples/step_speed "$teacher" examples/data/heldout.txt "$kind" 4
 done
+echo "== the cache: decoding against pyarrow, MDS and a plain copy"
+cargo build --release --locked -p caskd-formats --example decode_speed
+rival runs/bench_cache.py
 echo "== search: mean simple regret on the response surfaces"
 target/release/examples/surfaces --seeds 5

@@ -157,7 +157,7 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  caskd verify cache --deep\n\nExit code 0: every byte is as it was written. Exit code 2: what is damaged is named."
+    after_help = "Examples:\n  caskd verify cache --deep\n  caskd verify cache --teacher SmolLM2.gguf --sample 16\n\nExit code 0: every byte is as it was written, and the teacher agrees. Exit code 2: what is damaged is named."
 )]
 pub(crate) struct VerifyArgs {
     /// The cache's folder
@@ -166,6 +166,15 @@ pub(crate) struct VerifyArgs {
     /// Decode every row again and check that its numbers agree with each other
     #[arg(long)]
     pub(crate) deep: bool,
+    /// Run the teacher again on a sample of the sequences and compare
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Sequences that the teacher reads again
+    #[arg(long, default_value_t = 8, value_name = "N", requires = "teacher")]
+    pub(crate) sample: usize,
+    /// cpu or cuda:N, for the teacher
+    #[arg(long, default_value = "cpu", requires = "teacher")]
+    pub(crate) device: String,
     /// Print the findings as one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -525,14 +525,14 @@ fn write_head(writer: &mut CacheWriter, teacher: &LoadedModel) -> Result<()> {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct PassTotals {
+pub(crate) struct PassTotals {
     positions: u64,
     teacher_seconds: f64,
     statistics_seconds: f64,
 }
 
 /// The teacher and what is to be kept of it.
-struct TeacherPass<'a> {
+pub(crate) struct TeacherPass<'a> {
     teacher: &'a LoadedModel,
     /// `[V, D]` in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit.
     head: Tensor,
@@ -548,7 +548,7 @@ struct TeacherPass<'a> {
 }
 
 impl<'a> TeacherPass<'a> {
-    fn new(
+    pub(crate) fn new(
         teacher: &'a LoadedModel,
         spec: &CacheSpec,
         batch_tokens: usize,
@@ -574,7 +574,7 @@ impl<'a> TeacherPass<'a> {
     }
 
     /// The teacher's values for one shard, in the order of `sequences`; `None` when stopped.
-    fn run(
+    pub(crate) fn run(
         &mut self,
         sequences: &[TokenizedSequence],
         on_batch: &mut dyn FnMut(&PassTotals),

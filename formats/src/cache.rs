@@ -1,16 +1,17 @@
 //! Reading a cache.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::frame::Compared;
 use crate::head::Head;
 use crate::manifest::Manifest;
 use crate::sequence::{Sequence, TokenDigest};
-use crate::shard::Shard;
+use crate::shard::{Shard, Workspace};
 use crate::spec::{CacheSpec, Tier};
-use crate::store::Store;
+use crate::store::{Storage, Store};
 use crate::transform::Basis;
 
 /// How files are read.
@@ -88,10 +89,12 @@ pub struct RowInfo {
 pub struct Cache {
     store: Store,
     io: Io,
+    compared: Compared,
     manifest: Manifest,
-    spec: CacheSpec,
-    /// Each opened and its footer parsed at the first use.
-    shards: Vec<OnceLock<Shard>>,
+    spec: Arc<CacheSpec>,
+    shelf: Mutex<Shelf>,
+    /// One for every thread that has read at the same time as others.
+    workspaces: Mutex<Vec<Workspace>>,
     /// Read with the first shard of a compact cache.
     basis: OnceLock<Arc<Basis>>,
 }
@@ -103,7 +106,15 @@ impl Cache {
     /// [`Error::NotACache`], [`Error::Unfinished`], [`Error::UnknownVersion`], [`Error::UnknownCodec`],
     /// [`Error::Missing`], [`Error::WrongLength`], [`Error::Damaged`].
     pub fn open(dir: &Path, io: Io) -> Result<Cache> {
-        let store = Store::new(dir);
+        Cache::checked(Store::local(dir), io)
+    }
+
+    /// The same in any storage.
+    pub fn open_in(storage: Arc<dyn Storage>, io: Io) -> Result<Cache> {
+        Cache::checked(Store::new(storage), io)
+    }
+
+    fn checked(store: Store, io: Io) -> Result<Cache> {
         let manifest = Manifest::load(&store)?;
         for (file, expected) in files(&manifest) {
             match store.length(file)? {
@@ -122,18 +133,24 @@ impl Cache {
                 }
             }
         }
-        Ok(Cache::new(store, io, manifest))
+        Ok(Cache::new(store, io, Compared::Page, manifest))
     }
 
-    /// Without looking at the files, for [`crate::verify`], which looks at each.
-    pub(crate) fn new(store: Store, io: Io, manifest: Manifest) -> Cache {
-        let shards = manifest.shards.iter().map(|_| OnceLock::new()).collect();
+    /// For [`crate::verify`], which looks at each file itself and compares everything.
+    pub(crate) fn for_verification(store: Store, manifest: Manifest) -> Cache {
+        // Read, not mapped: what changes files once may do it again meanwhile.
+        Cache::new(store, Io::Read, Compared::Nothing, manifest)
+    }
+
+    fn new(store: Store, io: Io, compared: Compared, manifest: Manifest) -> Cache {
         Cache {
             store,
             io,
-            spec: manifest.spec(),
+            compared,
+            spec: Arc::new(manifest.spec()),
             manifest,
-            shards,
+            shelf: Mutex::default(),
+            workspaces: Mutex::default(),
             basis: OnceLock::new(),
         }
     }
@@ -158,7 +175,8 @@ impl Cache {
     }
 
     pub(crate) fn shard_rows(&self, index: usize) -> Result<Vec<RowInfo>> {
-        let keys = self.shard(index)?.keys()?;
+        let shard = self.shard(index)?;
+        let keys = self.with_workspace(|workspace| shard.keys(workspace))?;
         let positions: u64 = keys.iter().map(|key| u64::from(key.positions)).sum();
         let info = &self.manifest.shards[index];
         if positions != info.positions {
@@ -179,14 +197,32 @@ impl Cache {
         Ok(rows.collect())
     }
 
-    /// Decodes rows of one shard, in the order asked; checks the checksums of every column that it reads. Callable from
+    /// Decodes rows of one shard, in the order asked; checks the checksums of everything that it reads. Callable from
     /// many threads.
     ///
     /// # Errors
     /// [`Error::Damaged`] names shard, column and row; [`Error::NoColumn`] where the cache lacks a column;
     /// [`Error::InvalidRequest`] for a shard or row that does not exist.
     pub fn read(&self, shard: u32, rows: &[u32], columns: &Columns) -> Result<Vec<Sequence>> {
-        self.shard(shard as usize)?.read(rows, columns)
+        let mut sequences = Vec::new();
+        self.read_into(shard, rows, columns, &mut sequences)?;
+        Ok(sequences)
+    }
+
+    /// The same into sequences that the caller has: `out` ends up with one for each row, and the memory of those that it
+    /// began with is used again, so a loop over a cache allocates nothing.
+    ///
+    /// # Errors
+    /// As [`Cache::read`]; what `out` then holds is of no use.
+    pub fn read_into(
+        &self,
+        shard: u32,
+        rows: &[u32],
+        columns: &Columns,
+        out: &mut Vec<Sequence>,
+    ) -> Result<()> {
+        let shard = self.shard(shard as usize)?;
+        self.with_workspace(|workspace| shard.read(workspace, rows, columns, out))
     }
 
     /// The LM head, its digest checked; `None` where the cache has none.
@@ -243,22 +279,82 @@ impl Cache {
         Ok(totals)
     }
 
-    fn shard(&self, index: usize) -> Result<&Shard> {
-        let (Some(cell), Some(info)) = (self.shards.get(index), self.manifest.shards.get(index))
-        else {
+    fn shard(&self, index: usize) -> Result<Arc<Shard>> {
+        let Some(info) = self.manifest.shards.get(index) else {
             let message = format!(
                 "the cache has {} shards, not shard {index}",
-                self.shards.len()
+                self.manifest.shards.len()
             );
             return Err(Error::InvalidRequest(message));
         };
-        if let Some(shard) = cell.get() {
+        if let Some(shard) = held(&self.shelf).get(index) {
             return Ok(shard);
         }
-        // Two threads may both open it; one result is dropped, which costs less than a lock around every read.
+        // Two threads may both open it; one result is dropped, which costs less than to wait for each other.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
-        let shard = Shard::open(&self.spec, index, info, &source, self.basis()?)?;
-        Ok(cell.get_or_init(|| shard))
+        let shard = Arc::new(Shard::open(
+            &self.spec,
+            index,
+            info,
+            &source,
+            self.basis()?,
+        )?);
+        held(&self.shelf).put(index, &shard);
+        Ok(shard)
+    }
+
+    fn with_workspace<T>(&self, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
+        let taken = held(&self.workspaces).pop();
+        let mut workspace = match taken {
+            Some(workspace) => workspace,
+            None => Workspace::new(self.compared).map_err(|error| Error::Io {
+                action: "make a zstd context for",
+                path: self.store.root().to_owned(),
+                error,
+            })?,
+        };
+        let result = work(&mut workspace);
+        held(&self.workspaces).push(workspace);
+        result
+    }
+}
+
+/// Nothing that holds these locks can panic half way.
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What open shards may take in private memory: a few thousand of the usual size. However large a cache is, its reader
+/// stays small.
+const SHELF_BYTES: usize = 16 << 20;
+
+/// The shards that are open.
+#[derive(Debug, Default)]
+struct Shelf {
+    shards: BTreeMap<usize, Arc<Shard>>,
+    /// In the order of their opening.
+    order: VecDeque<usize>,
+    bytes: usize,
+}
+
+impl Shelf {
+    fn get(&self, index: usize) -> Option<Arc<Shard>> {
+        self.shards.get(&index).cloned()
+    }
+
+    /// Adds a shard and closes the longest open ones beyond the limit; who reads them still has them.
+    fn put(&mut self, index: usize, shard: &Arc<Shard>) {
+        if self.shards.insert(index, shard.clone()).is_some() {
+            return;
+        }
+        self.order.push_back(index);
+        self.bytes += shard.footprint();
+        while self.bytes > SHELF_BYTES && self.order.len() > 1 {
+            let oldest = self.order.pop_front();
+            if let Some(closed) = oldest.and_then(|index| self.shards.remove(&index)) {
+                self.bytes -= closed.footprint();
+            }
+        }
     }
 }
 

@@ -4,10 +4,10 @@ use half::f16;
 
 use crate::frame::{
     Codec, Decoder, Encoder, F16_PLANES, Fault, Header, INT8_CHANNEL, damaged, positions_per_blob,
-    widen,
 };
 use crate::sequence::HiddenState;
 use crate::spec::{HiddenCodec, LayerSpec};
+use crate::widen::widen_planes;
 
 /// A channel whose magnitude exceeds this multiple of its 90% quantile has outliers. A normal distribution would reach
 /// it once in 10²².
@@ -136,7 +136,7 @@ pub(crate) fn encode(
                     .iter()
                     .map(|value| f16::from_f32(*value).to_bits())
                     .collect();
-                encoder.planes(&patterns)?;
+                encoder.fast_planes(&patterns)?;
             }
         }
         blobs.push(encoder.finish().to_vec());
@@ -169,22 +169,24 @@ fn quantise(values: &[f32], scales: &[f32]) -> (Vec<u8>, Vec<u8>) {
     (quantised, exceptions)
 }
 
-/// Decodes the blobs of one row of `positions` positions.
+/// Decodes the blobs of one row of `positions` positions into `out`, whose memory is used again.
 pub(crate) fn decode<'a>(
     decoder: &mut Decoder,
     blobs: impl Iterator<Item = &'a [u8]>,
     spec: &LayerSpec,
     scales: &[f32],
     positions: usize,
-) -> Result<HiddenState, Fault> {
-    let mut values: Vec<f32> = Vec::new();
-    let mut patterns = Vec::new();
+    out: &mut HiddenState,
+) -> Result<(), Fault> {
+    out.layer = spec.layer;
+    out.width = spec.width;
+    let values = &mut out.values;
+    values.clear();
     let mut first = 0;
     for blob in blobs {
-        let expected = header(spec, first, 0);
-        let (count, mut payload) = Decoder::open(
+        let (count, mut payload) = decoder.open(
             blob,
-            expected,
+            header(spec, first, 0),
             positions - first,
             spec.width * spec.codec.bytes(),
         )?;
@@ -192,7 +194,7 @@ pub(crate) fn decode<'a>(
         match spec.codec {
             HiddenCodec::Int8 => {
                 let quantised = decoder.section(&mut payload, count * spec.width)?;
-                values.reserve_exact(quantised.len());
+                values.reserve(quantised.len());
                 for row in quantised.chunks_exact(spec.width) {
                     values.extend(
                         row.iter()
@@ -212,10 +214,8 @@ pub(crate) fn decode<'a>(
                 }
             }
             HiddenCodec::F16 => {
-                patterns.clear();
-                decoder.planes(&mut payload, count * spec.width, &mut patterns)?;
-                values.resize(start + patterns.len(), 0.0);
-                widen(&patterns, &mut values[start..]);
+                let (low, high) = decoder.planes(&mut payload, count * spec.width)?;
+                widen_planes(low, high, values);
             }
         }
         payload.end()?;
@@ -224,9 +224,5 @@ pub(crate) fn decode<'a>(
     if first != positions {
         return damaged(format!("the blobs cover {first} of {positions} positions"));
     }
-    Ok(HiddenState {
-        layer: spec.layer,
-        width: spec.width,
-        values,
-    })
+    Ok(())
 }

@@ -17,10 +17,13 @@
 #[cfg(test)]
 extern crate self as caskd_formats;
 
+mod alignment;
 mod cache;
 mod error;
 mod fidelity;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod head;
 mod hidden;
 mod logits;
@@ -34,8 +37,10 @@ mod topk;
 mod transform;
 mod unchecked;
 mod verify;
+mod widen;
 mod writer;
 
+pub use alignment::{Alignment, AlignmentCheck, OFFSETS};
 pub use cache::{Cache, Columns, Io, RowInfo};
 pub use error::{Error, Result};
 pub use fidelity::{Fidelity, TEMPERATURES};
@@ -44,12 +49,14 @@ pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};
 pub use sequence::{
     Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
 };
+pub use source::Source;
 pub use spec::{
     BasisInfo, CacheSpec, CodeSpec, CodeTarget, DataFile, DataInfo, HeadDtype, HiddenCodec,
     LayerSpec, TeacherInfo, Tier, TokenizerInfo,
 };
+pub use store::{Guard, Local, Memory, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
-pub use verify::{Problem, VerifyReport, verify};
+pub use verify::{Problem, VerifyReport, verify, verify_in};
 pub use writer::{CacheWriter, stored_code, trial_bytes_per_position};
 
 /// Version of the folder, the manifest and the shard schema. A reader refuses every other number.

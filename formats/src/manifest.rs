@@ -192,6 +192,15 @@ impl Manifest {
         serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
     }
 
+    /// Parses and checks a manifest without its checksum, as if an attacker had repaired it.
+    #[cfg(test)]
+    pub(crate) fn parse_forged(bytes: &[u8]) -> Result<Manifest> {
+        let manifest: Manifest = serde_json::from_slice(bytes)
+            .map_err(|error| Error::damaged(MANIFEST, error.to_string()))?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
     /// Whether the fields fit together; a checksum proves nothing against someone who can compute one.
     fn check(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::damaged(MANIFEST, message));

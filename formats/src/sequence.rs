@@ -44,7 +44,7 @@ pub struct TopK {
     pub k: usize,
     /// Token ids \[T·K\], row-major.
     pub ids: Vec<u32>,
-    /// Raw logits \[T·K\], row-major, descending in each row, ties by ascending id.
+    /// Raw logits \[T·K\], row-major, descending in each row; of those equal to the largest the lower id comes first.
     pub logits: Vec<f32>,
 }
 

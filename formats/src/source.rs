@@ -1,34 +1,44 @@
 //! The bytes of one published file, mapped or read by position.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use parquet::errors::{ParquetError, Result as ParquetResult};
-use parquet::file::reader::{ChunkReader, Length};
 
 /// A file of known length.
 #[derive(Clone, Debug)]
-pub(crate) enum Source {
+pub enum Source {
+    /// In memory, or mapped into it.
     Mapped(Bytes),
+    /// Read by position; the length at the time of opening.
     File(Arc<File>, u64),
 }
 
 impl Source {
-    /// `length` bytes from `start`; zero-copy when mapped.
-    pub(crate) fn range(&self, start: u64, length: usize) -> io::Result<Bytes> {
-        let end = start
-            .checked_add(length as u64)
-            .filter(|end| *end <= self.len());
-        let Some(end) = end else {
-            return Err(io::Error::new(
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            Source::Mapped(bytes) => bytes.len() as u64,
+            Source::File(_, length) => *length,
+        }
+    }
+
+    fn check(&self, start: u64, length: usize) -> io::Result<Range<u64>> {
+        match start.checked_add(length as u64) {
+            Some(end) if end <= self.len() => Ok(start..end),
+            _ => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 "a range beyond the end of the file",
-            ));
-        };
+            )),
+        }
+    }
+
+    /// `length` bytes from `start`; zero-copy when mapped.
+    pub(crate) fn range(&self, start: u64, length: usize) -> io::Result<Bytes> {
+        let range = self.check(start, length)?;
         match self {
-            Source::Mapped(bytes) => Ok(bytes.slice(start as usize..end as usize)),
+            Source::Mapped(bytes) => Ok(bytes.slice(range.start as usize..range.end as usize)),
             Source::File(file, _) => {
                 let mut buffer = vec![0; length];
                 read_at(file, &mut buffer, start)?;
@@ -36,55 +46,31 @@ impl Source {
             }
         }
     }
-}
 
-impl Length for Source {
-    fn len(&self) -> u64 {
+    /// The same without an allocation or a shared counter, and whether it is mapped; `buffer` holds the bytes if not.
+    pub(crate) fn view<'a>(
+        &'a self,
+        start: u64,
+        length: usize,
+        buffer: &'a mut Vec<u8>,
+    ) -> io::Result<(&'a [u8], bool)> {
+        let range = self.check(start, length)?;
         match self {
-            Source::Mapped(bytes) => bytes.len() as u64,
-            Source::File(_, length) => *length,
-        }
-    }
-}
-
-impl ChunkReader for Source {
-    type T = BufReader<SourceReader>;
-
-    fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
-        Ok(BufReader::with_capacity(
-            4096,
-            SourceReader {
-                source: self.clone(),
-                position: start,
-            },
-        ))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
-        self.range(start, length)
-            .map_err(|error| ParquetError::External(Box::new(error)))
-    }
-}
-
-/// Sequential reading from a position; every reader has its own, so threads do not disturb each other.
-pub(crate) struct SourceReader {
-    source: Source,
-    position: u64,
-}
-
-impl Read for SourceReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.source.len().saturating_sub(self.position);
-        let count = (buffer.len() as u64).min(left) as usize;
-        match &self.source {
-            Source::Mapped(bytes) => {
-                let start = self.position.min(bytes.len() as u64) as usize;
-                buffer[..count].copy_from_slice(&bytes[start..start + count]);
+            Source::Mapped(_) => Ok((self.mapped(range), true)),
+            Source::File(file, _) => {
+                buffer.resize(length, 0);
+                read_at(file, buffer, start)?;
+                Ok((buffer, false))
             }
-            Source::File(file, _) => read_at(file, &mut buffer[..count], self.position)?,
         }
-        self.position += count as u64;
-        Ok(count)
+    }
+
+    /// A range that [`Source::view`] has returned as mapped.
+    pub(crate) fn mapped(&self, range: Range<u64>) -> &[u8] {
+        match self {
+            Source::Mapped(bytes) => &bytes[range.start as usize..range.end as usize],
+            Source::File(..) => &[],
+        }
     }
 }
 

@@ -1,275 +1,172 @@
-//! The one place that touches files. Everything else names files relative to the cache's folder, so that another
-//! kind of storage needs to replace this module only.
+//! The one seam between a cache and what holds its files. Everything else names files relative to the cache's folder.
+//!
+//! [`Local`] is a folder of a disk, [`Memory`] a map for tests and fuzzing; an object store would be a third. What a
+//! cache asks of its storage is little: files appear whole or not at all and never change, the first writer of a name
+//! wins, and one builder at a time holds the lock.
 
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Read, Write};
+mod local;
+mod memory;
+
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
+pub use local::Local;
+pub use memory::Memory;
 
 use crate::cache::Io;
 use crate::error::{Error, Result};
 use crate::source::Source;
-use crate::unchecked::map_file;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const PLAN: &str = "plan.json";
 pub(crate) const LOCK: &str = ".lock";
 pub(crate) const SHARDS: &str = "shards";
+
+/// Begins the names of unfinished files.
 const TEMPORARY: &str = ".tmp-";
 
-/// A cache's folder on a local disk.
-#[derive(Clone, Debug)]
-pub(crate) struct Store {
-    root: PathBuf,
-    /// Test only: how many more changes of the disk succeed before this process counts as killed.
-    #[cfg(test)]
-    pub(crate) fuse: Option<Arc<std::sync::atomic::AtomicI64>>,
+/// What holds the files of one cache. Names are relative, with `/` between folder and file; `""` is the cache itself.
+pub trait Storage: Debug + Send + Sync {
+    /// What messages call it.
+    fn root(&self) -> &Path;
+
+    /// Length of a file in bytes; `None` if there is none.
+    fn length(&self, name: &str) -> Result<Option<u64>>;
+
+    /// A file for reading any ranges of it, or `None`; mapped into memory where `io` asks for it and it can be.
+    fn open(&self, name: &str, io: Io) -> Result<Option<Source>>;
+
+    /// Names in a folder, sorted; empty if there is none.
+    fn list(&self, folder: &str) -> Result<Vec<String>>;
+
+    /// Makes a folder, durably, where folders exist.
+    fn create_folder(&self, folder: &str) -> Result<()>;
+
+    /// Puts a file under its name: whole, durably, or not at all, and only if no file has the name.
+    ///
+    /// # Errors
+    /// [`Error::CacheExists`] where the name is taken, [`Error::DiskFull`].
+    fn publish(&self, name: &str, parts: &[&[u8]]) -> Result<()>;
+
+    /// Removes a file if it is there.
+    fn remove(&self, name: &str) -> Result<()>;
+
+    /// Makes the names in a folder durable.
+    fn sync(&self, folder: &str) -> Result<()>;
+
+    /// Locks the cache for one builder, until the guard is dropped or its process ends, however it ends.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] where another builder has it.
+    fn lock(&self) -> Result<Box<dyn Guard>>;
 }
 
+/// Holds a lock.
+pub trait Guard: Debug + Send + Sync {}
+
+/// A cache's storage, with what every kind of storage has in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Store(Arc<dyn Storage>);
+
 impl Store {
-    pub(crate) fn new(root: &Path) -> Store {
-        Store {
-            root: root.to_owned(),
-            #[cfg(test)]
-            fuse: None,
-        }
+    pub(crate) fn local(root: &Path) -> Store {
+        Store(Arc::new(Local::new(root)))
     }
 
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.root.join(name)
-    }
-
-    /// Every change of the disk passes here first.
-    #[cfg_attr(not(test), expect(clippy::unused_self, clippy::unnecessary_wraps))]
-    fn step(&self, path: &Path) -> Result<()> {
-        #[cfg(test)]
-        if let Some(fuse) = &self.fuse
-            && fuse.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) <= 0
-        {
-            return Err(fault(
-                "change",
-                path,
-                io::Error::other("killed by the test"),
-            ));
-        }
-        let _ = path;
-        Ok(())
-    }
-
-    /// Length of a regular file; `None` if there is none.
-    pub(crate) fn length(&self, name: &str) -> Result<Option<u64>> {
-        let path = self.path(name);
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.is_file() => Ok(Some(metadata.len())),
-            Ok(_) => Ok(None),
-            Err(error) if is_absent(&error) => Ok(None),
-            Err(error) => Err(fault("look at", &path, error)),
-        }
+    pub(crate) fn new(storage: Arc<dyn Storage>) -> Store {
+        Store(storage)
     }
 
     /// A small file as a whole; `None` if there is none.
     pub(crate) fn read_small(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
-        let path = self.path(name);
-        let Some(length) = self.length(name)? else {
+        let Some(source) = self.0.open(name, Io::Read)? else {
             return Ok(None);
         };
+        let length = source.len();
         if length > limit {
             return Err(Error::damaged(
                 name,
                 format!("{length} bytes are more than any caskd writes"),
             ));
         }
-        fs::read(&path)
-            .map(Some)
-            .map_err(|error| fault("read", &path, error))
+        let bytes = source.range(0, length as usize);
+        let bytes = bytes.map_err(|error| fault("read", &self.path(name), error))?;
+        Ok(Some(bytes.to_vec()))
     }
 
     /// A published file, whose length must be the expected one.
     pub(crate) fn open(&self, name: &str, expected: u64, io: Io) -> Result<Source> {
-        let path = self.path(name);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if is_absent(&error) => {
-                return Err(Error::Missing {
-                    file: name.to_owned(),
-                });
-            }
-            Err(error) => return Err(fault("open", &path, error)),
+        let Some(source) = self.0.open(name, io)? else {
+            return Err(Error::Missing {
+                file: name.to_owned(),
+            });
         };
-        let found = file
-            .metadata()
-            .map_err(|error| fault("look at", &path, error))?
-            .len();
-        if found != expected {
+        if source.len() != expected {
             return Err(Error::WrongLength {
                 file: name.to_owned(),
-                found,
+                found: source.len(),
                 expected,
             });
         }
-        match io {
-            Io::Mmap => {
-                let map = map_file(&file).map_err(|error| fault("map", &path, error))?;
-                Ok(Source::Mapped(Bytes::from_owner(map)))
-            }
-            Io::Read => Ok(Source::File(Arc::new(file), found)),
-        }
+        Ok(source)
     }
 
     /// blake3 of a file, hexadecimal; reads in pieces, so a file that shrinks meanwhile is no signal.
     pub(crate) fn digest(&self, name: &str) -> Result<String> {
-        let path = self.path(name);
-        let mut file = File::open(&path).map_err(|error| fault("open", &path, error))?;
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => return Ok(hasher.finalize().to_hex().to_string()),
-                Ok(count) => hasher.update(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(fault("read", &path, error)),
-            };
-        }
-    }
-
-    /// Names in a folder, sorted; empty if the folder does not exist. `""` is the cache's folder.
-    pub(crate) fn list(&self, folder: &str) -> Result<Vec<String>> {
-        let path = self.path(folder);
-        let entries = match fs::read_dir(&path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(fault("list", &path, error)),
+        let Some(source) = self.0.open(name, Io::Read)? else {
+            return Err(Error::Missing {
+                file: name.to_owned(),
+            });
         };
-        let mut names = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(|error| fault("list", &path, error))?;
-            names.push(entry.file_name().to_string_lossy().into_owned());
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = Vec::new();
+        let mut start = 0;
+        while start < source.len() {
+            let length = (source.len() - start).min(1 << 20) as usize;
+            let (bytes, _) = source
+                .view(start, length, &mut buffer)
+                .map_err(|error| fault("read", &self.path(name), error))?;
+            hasher.update(bytes);
+            start += length as u64;
         }
-        names.sort();
-        Ok(names)
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Creates the cache's folder (`""`) or a folder in it, durably.
-    pub(crate) fn create_folder(&self, folder: &str) -> Result<()> {
-        let path = self.path(folder);
-        if path.is_dir() {
-            return Ok(());
-        }
-        self.step(&path)?;
-        fs::create_dir_all(&path).map_err(|error| fault("create", &path, error))?;
-        // Of a new path of several folders only the last is synced: the others hold nothing that could be lost.
-        match path.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => sync_folder(Path::new(".")),
-            Some(parent) => sync_folder(parent),
-            None => Ok(()),
-        }
-    }
-
-    /// Writes a file so that it appears under its name whole or not at all.
-    pub(crate) fn publish(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
-        let path = self.path(name);
-        let (folder, file_name) = split(name);
-        let temporary = self.path(folder).join(format!("{TEMPORARY}{file_name}"));
-        let written = self.write_whole(&temporary, parts).and_then(|()| {
-            self.step(&path)?;
-            fs::rename(&temporary, &path).map_err(|error| fault("rename to", &path, error))
-        });
-        if let Err(error) = written {
-            // A full disk gets its space back; if even this fails the next build removes the file.
-            if self.step(&temporary).is_ok() {
-                let _ = fs::remove_file(&temporary);
-            }
-            return Err(error);
-        }
-        self.step(&path)?;
-        sync_folder(&self.path(folder))
-    }
-
-    fn write_whole(&self, path: &Path, parts: &[&[u8]]) -> Result<()> {
-        self.step(path)?;
-        let mut file = File::create(path).map_err(|error| fault("create", path, error))?;
-        for part in parts {
-            if let Err(error) = self.step(path) {
-                // A killed writer leaves a torn file.
-                let _ = file.write_all(&part[..part.len() / 2]);
-                return Err(error);
-            }
-            file.write_all(part)
-                .map_err(|error| fault("write", path, error))?;
-        }
-        self.step(path)?;
-        file.sync_all().map_err(|error| fault("sync", path, error))
-    }
-
-    /// Removes a file if it is there.
-    pub(crate) fn remove(&self, name: &str) -> Result<()> {
-        let path = self.path(name);
-        self.step(&path)?;
-        match fs::remove_file(&path) {
-            Ok(()) => Ok(()),
-            Err(error) if is_absent(&error) => Ok(()),
-            Err(error) => Err(fault("remove", &path, error)),
-        }
-    }
-
-    pub(crate) fn sync(&self, folder: &str) -> Result<()> {
-        self.step(&self.path(folder))?;
-        sync_folder(&self.path(folder))
-    }
-
-    /// Locks the folder for this process. The lock goes with the returned file, however the process ends.
-    pub(crate) fn lock(&self) -> Result<File> {
-        let path = self.path(LOCK);
-        loop {
-            self.step(&path)?;
-            let file = File::options()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(&path)
-                .map_err(|error| fault("create", &path, error))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Locked {
-                        dir: self.root.clone(),
-                    });
-                }
-                Err(TryLockError::Error(error)) => return Err(fault("lock", &path, error)),
-            }
-            // A build that ended between our open and our lock has removed the file that we now hold.
-            if is_same_file(&file, &path) {
-                return Ok(file);
-            }
-        }
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.root().join(name)
     }
 }
 
-/// Whether a name is one that [`Store::publish`] uses for unfinished files.
+impl std::ops::Deref for Store {
+    type Target = dyn Storage;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_ref()
+    }
+}
+
+/// Whether a name is one that unfinished files have.
 pub(crate) fn is_temporary(name: &str) -> bool {
     name.starts_with(TEMPORARY)
 }
 
+/// Folder and file of a name.
 fn split(name: &str) -> (&str, &str) {
     name.rsplit_once('/').unwrap_or(("", name))
 }
 
-fn is_absent(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-    )
+fn is_taken(path: PathBuf) -> Error {
+    Error::CacheExists {
+        dir: path,
+        what: "another published file",
+    }
 }
 
-fn fault(action: &'static str, path: &Path, error: io::Error) -> Error {
+fn fault(action: &'static str, path: &Path, error: std::io::Error) -> Error {
+    use std::io::ErrorKind;
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
             Error::DiskFull {
                 path: path.to_owned(),
             }
@@ -282,56 +179,83 @@ fn fault(action: &'static str, path: &Path, error: io::Error) -> Error {
     }
 }
 
-#[cfg(unix)]
-fn sync_folder(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|folder| folder.sync_all())
-        .map_err(|error| fault("sync", path, error))
-}
-
-/// Elsewhere a folder cannot be opened; the rename is journaled by the file system.
-#[cfg(not(unix))]
-fn sync_folder(_path: &Path) -> Result<()> {
-    Ok(())
-}
-
-#[cfg(unix)]
-fn is_same_file(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (file.metadata(), fs::metadata(path)) {
-        (Ok(held), Ok(named)) => held.ino() == named.ino() && held.dev() == named.dev(),
-        _ => false,
-    }
-}
-
-#[cfg(not(unix))]
-fn is_same_file(_file: &File, path: &Path) -> bool {
-    path.exists()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_full_disk_is_an_error_of_its_own_and_leaves_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
-        // The temporary name leads to a device that is always full.
-        std::os::unix::fs::symlink("/dev/full", dir.path().join(".tmp-data")).unwrap();
-        let error = store.publish("data", &[&[1, 2, 3]]).unwrap_err();
-        assert!(matches!(error, Error::DiskFull { .. }), "{error:?}");
-        assert!(error.is_user() && error.hint().is_some());
-        assert_eq!(store.list("").unwrap(), Vec::<String>::new());
+    /// What every storage must do.
+    fn conforms(storage: &dyn Storage) {
+        assert_eq!(storage.length("a").unwrap(), None);
+        assert!(storage.open("a", Io::Mmap).unwrap().is_none());
+        assert_eq!(storage.list("shards").unwrap(), Vec::<String>::new());
+        storage.create_folder("").unwrap();
+        storage.create_folder("shards").unwrap();
+        storage.create_folder("shards").unwrap();
+        storage.publish("shards/b", &[b"one", b"", b"two"]).unwrap();
+        storage.publish("shards/a", &[]).unwrap();
+        storage.publish("c", &[b"x"]).unwrap();
+        assert_eq!(storage.list("shards").unwrap(), ["a", "b"]);
+        assert!(storage.list("").unwrap().contains(&"c".to_owned()));
+        assert_eq!(storage.length("shards/b").unwrap(), Some(6));
+        assert_eq!(storage.length("shards/a").unwrap(), Some(0));
+        assert_eq!(storage.length("shards").unwrap(), None);
+
+        let taken = storage.publish("shards/b", &[b"other"]).unwrap_err();
+        assert!(matches!(taken, Error::CacheExists { .. }), "{taken:?}");
+        for io in [Io::Mmap, Io::Read] {
+            let source = storage.open("shards/b", io).unwrap().unwrap();
+            assert_eq!(source.range(2, 3).unwrap(), "etw");
+            assert_eq!(source.range(6, 0).unwrap(), "");
+            assert!(source.range(6, 1).is_err() && source.range(u64::MAX, 2).is_err());
+            // What is open stays readable.
+            if io == Io::Read {
+                storage.remove("shards/b").unwrap();
+                assert_eq!(source.range(0, 6).unwrap(), "onetwo");
+            }
+        }
+        assert_eq!(storage.list("shards").unwrap(), ["a"]);
+        storage.remove("shards/b").unwrap();
+        storage.publish("shards/b", &[b"again"]).unwrap();
+        storage.sync("shards").unwrap();
+
+        let held = storage.lock().unwrap();
+        assert!(matches!(storage.lock(), Err(Error::Locked { .. })));
+        drop(held);
+        drop(storage.lock().unwrap());
     }
 
     #[test]
-    fn a_lock_is_exclusive_and_ends_with_its_holder() {
+    fn every_storage_conforms() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
-        let held = store.lock().unwrap();
-        assert!(matches!(store.lock(), Err(Error::Locked { .. })));
-        drop(held);
-        store.lock().unwrap();
+        conforms(&Local::new(&dir.path().join("new")));
+        conforms(&Memory::default());
+    }
+
+    #[test]
+    fn of_many_writers_of_a_name_one_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        let storages: [Arc<dyn Storage>; 2] = [
+            Arc::new(Local::new(dir.path())),
+            Arc::new(Memory::default()),
+        ];
+        for storage in storages {
+            // Temporary names are the writer's own only under the lock; here each has a name of its own to fight over.
+            let winners: usize = std::thread::scope(|scope| {
+                let writers: Vec<_> = (0..8_u8)
+                    .map(|writer| {
+                        let storage = storage.clone();
+                        scope.spawn(move || storage.publish("name", &[&[writer; 1000]]).is_ok())
+                    })
+                    .collect();
+                let ended = writers.into_iter().map(|writer| writer.join().unwrap());
+                ended.map(usize::from).sum()
+            });
+            assert_eq!(winners, 1);
+            let bytes = Store::new(storage)
+                .read_small("name", 1000)
+                .unwrap()
+                .unwrap();
+            assert!(bytes.len() == 1000 && bytes.iter().all(|byte| *byte == bytes[0]));
+        }
     }
 }

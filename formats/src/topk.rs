@@ -6,10 +6,9 @@
 
 use half::f16;
 
-use crate::frame::{
-    Decoder, Encoder, Fault, Header, Payload, TOP_K_F16_STEPS, damaged, positions_per_blob,
-};
+use crate::frame::{Decoder, Encoder, Fault, Header, TOP_K_F16_STEPS, damaged, positions_per_blob};
 use crate::sequence::TopK;
+use crate::widen::subtract_from;
 
 const INFINITY: u32 = 0x7C00;
 
@@ -69,6 +68,24 @@ pub(crate) fn check(top_k: &TopK, max: &[f32], k: usize, vocab_size: usize) -> R
     Ok(())
 }
 
+/// Checks the order of equal largest logits in a sequence that [`check`] has passed.
+pub(crate) fn check_ties(top_k: &TopK) -> Result<(), String> {
+    let mut rows = top_k.logits.chunks(top_k.k).zip(top_k.ids.chunks(top_k.k));
+    match rows.position(|(logits, ids)| !is_argmax_first(logits, ids)) {
+        None => Ok(()),
+        Some(position) => Err(format!(
+            "position {position}: of equal largest logits the lower token id must come first"
+        )),
+    }
+}
+
+/// Whether, of the logits that are equal to the largest, the lower token id comes first, as argmax has it. Other ties mean
+/// nothing: distances that were different may have been rounded to the same. So may be a distance to a maximum below 1.
+pub(crate) fn is_argmax_first(logits: &[f32], ids: &[u32]) -> bool {
+    let largest = logits.iter().take_while(|logit| **logit == logits[0]);
+    logits[0].abs() < 1.0 || ids[..largest.count()].is_sorted()
+}
+
 /// The blobs of one checked sequence.
 pub(crate) fn encode(
     encoder: &mut Encoder,
@@ -125,44 +142,42 @@ fn bit_plane(ids: &[u32], bit: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Decodes the blobs of one row; `max` is the row's statistic \[T\].
+/// Decodes the blobs of one row into `out`, whose memory is used again; `max` is the row's statistic \[T\].
 pub(crate) fn decode<'a>(
     decoder: &mut Decoder,
     blobs: impl Iterator<Item = &'a [u8]>,
     max: &[f32],
     k: usize,
     vocab_size: usize,
-) -> Result<TopK, Fault> {
-    let mut out = TopK {
-        k,
-        ids: Vec::new(),
-        logits: Vec::new(),
-    };
-    let mut patterns = Vec::new();
+    out: &mut TopK,
+) -> Result<(), Fault> {
+    out.k = k;
+    out.ids.clear();
+    out.logits.clear();
     let mut first = 0;
     for blob in blobs {
-        let expected = header(k, first, 0);
-        let (count, mut payload) = Decoder::open(
+        let (count, mut payload) = decoder.open(
             blob,
-            expected,
+            header(k, first, 0),
             max.len() - first,
             bytes_per_position(k, vocab_size),
         )?;
-        decode_logits(
-            decoder,
-            &mut payload,
-            &max[first..first + count],
-            k,
-            &mut patterns,
-            &mut out.logits,
-        )?;
-        patterns.clear();
-        decoder.planes(&mut payload, count * k, &mut patterns)?;
+        let max = &max[first..first + count];
+        if k == 1 {
+            out.logits.extend_from_slice(max);
+        } else {
+            let (low, high) = decoder.planes(&mut payload, count * (k - 1))?;
+            decode_logits(low, high, max, k, &mut out.logits)?;
+        }
+        let (low, high) = decoder.planes(&mut payload, count * k)?;
         let start = out.ids.len();
-        out.ids.extend(patterns.iter().map(|low| u32::from(*low)));
+        out.ids.extend(
+            low.iter()
+                .zip(high)
+                .map(|(low, high)| u32::from(*low) | u32::from(*high) << 8),
+        );
         let ids = &mut out.ids[start..];
         for bit in 16..16 + high_bits(vocab_size) {
-            // A section of its own scope: the plane borrows the decoder's buffer.
             let plane = decoder.section(&mut payload, (count * k).div_ceil(8))?;
             for (eight, byte) in ids.chunks_mut(8).zip(plane) {
                 for (j, id) in eight.iter_mut().enumerate() {
@@ -170,7 +185,8 @@ pub(crate) fn decode<'a>(
                 }
             }
         }
-        if ids.iter().copied().max().unwrap_or(0) as usize >= vocab_size {
+        // A fold, because the compiler makes no vectors of `max`, which may stop early.
+        if ids.iter().fold(0, |most, id| most.max(*id)) as usize >= vocab_size {
             return damaged("a token id is beyond the vocabulary");
         }
         payload.end()?;
@@ -182,43 +198,31 @@ pub(crate) fn decode<'a>(
             max.len()
         ));
     }
-    Ok(out)
+    Ok(())
 }
 
+/// Appends the logits of the positions of `max` from the planes of their steps.
 fn decode_logits(
-    decoder: &mut Decoder,
-    payload: &mut Payload<'_>,
+    low: &[u8],
+    high: &[u8],
     max: &[f32],
     k: usize,
-    patterns: &mut Vec<u16>,
     logits: &mut Vec<f32>,
 ) -> Result<(), Fault> {
-    let start = logits.len();
-    if k == 1 {
-        logits.extend_from_slice(max);
-        return Ok(());
-    }
-    patterns.clear();
-    decoder.planes(payload, max.len() * (k - 1), patterns)?;
-    logits.resize(start + max.len() * k, 0.0);
-    let mut row_patterns = vec![0; k];
-    for ((row, steps), max) in logits[start..]
-        .chunks_exact_mut(k)
-        .zip(patterns.chunks_exact(k - 1))
-        .zip(max)
-    {
+    logits.reserve(max.len() * k);
+    let (mut patterns, mut row) = (vec![0; k], vec![0.0; k]);
+    let steps = low.chunks_exact(k - 1).zip(high.chunks_exact(k - 1));
+    for ((low, high), max) in steps.zip(max) {
         let mut pattern = 0;
-        for (sum, step) in row_patterns[1..].iter_mut().zip(steps) {
-            pattern += u32::from(*step);
+        for ((sum, low), high) in patterns[1..].iter_mut().zip(low).zip(high) {
+            pattern += u32::from(*low) | u32::from(*high) << 8;
             *sum = pattern as u16;
         }
         if pattern > INFINITY {
             return damaged("the steps of a position add up to no number");
         }
-        crate::frame::widen(&row_patterns, row);
-        for logit in row {
-            *logit = max - *logit;
-        }
+        subtract_from(*max, &patterns, &mut row);
+        logits.extend_from_slice(&row);
     }
     Ok(())
 }

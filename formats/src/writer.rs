@@ -1,7 +1,6 @@
 //! Building a cache so that a kill at any instant leaves an unfinished build that resumes, or a finished cache.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,12 +10,13 @@ use crate::FORMAT_VERSION;
 use crate::cache::{Columns, Io};
 use crate::error::{Error, Result};
 use crate::fidelity::Fidelity;
+use crate::frame::Compared;
 use crate::head::{self, HeadWeights};
 use crate::manifest::{HeadInfo, Manifest, ShardInfo};
 use crate::sequence::Sequence;
-use crate::shard::{self, Shard, encode_shard};
+use crate::shard::{self, Shard, Workspace, encode_shard};
 use crate::spec::{CacheSpec, CodeSpec, Tier};
-use crate::store::{LOCK, MANIFEST, PLAN, SHARDS, Store, is_temporary};
+use crate::store::{Guard, LOCK, MANIFEST, PLAN, SHARDS, Storage, Store, is_temporary};
 use crate::transform::{self, Basis};
 
 /// A build under way; holds an exclusive lock on the folder that dies with the process.
@@ -31,7 +31,7 @@ pub struct CacheWriter {
     /// The manifest, where the folder holds a finished cache.
     published: Option<Manifest>,
     /// Dropped last, after everything that it protects.
-    lock: File,
+    lock: Box<dyn Guard>,
 }
 
 impl CacheWriter {
@@ -42,7 +42,7 @@ impl CacheWriter {
     /// [`Error::InvalidSpec`], [`Error::Locked`] where another process is building, [`Error::CacheExists`] where the
     /// folder holds something else, [`Error::PlanDiffers`] where the build in it had another spec.
     pub fn open(dir: &Path, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
-        CacheWriter::open_in(Store::new(dir), spec, resume)
+        CacheWriter::begin(Store::local(dir), spec, resume)
     }
 
     /// Refuses early what [`CacheWriter::open`] would refuse later: a folder that holds something else.
@@ -50,7 +50,7 @@ impl CacheWriter {
     /// # Errors
     /// [`Error::CacheExists`].
     pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
-        let what = match contents(&Store::new(dir))? {
+        let what = match contents(&Store::local(dir))? {
             Contents::Foreign => "other files",
             Contents::Finished if !resume => "a finished cache",
             Contents::Unfinished if !resume => "an unfinished build",
@@ -62,7 +62,16 @@ impl CacheWriter {
         })
     }
 
-    fn open_in(store: Store, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
+    /// The same in any storage.
+    pub fn open_in(
+        storage: Arc<dyn Storage>,
+        spec: &CacheSpec,
+        resume: bool,
+    ) -> Result<CacheWriter> {
+        CacheWriter::begin(Store::new(storage), spec, resume)
+    }
+
+    fn begin(store: Store, spec: &CacheSpec, resume: bool) -> Result<CacheWriter> {
         spec.check()?;
         // Nothing is put into a folder that is not ours; the lock file shows a build by someone else.
         let before = contents(&store)?;
@@ -222,8 +231,7 @@ impl CacheWriter {
         if self.head.as_ref() == Some(&info) {
             return Ok(());
         }
-        self.refuse_published(&info.file)?;
-        self.store.publish(&info.file, &[&preamble, head.bytes])?;
+        self.put(&info.file, &info.digest, &[&preamble, head.bytes])?;
         self.head = Some(info);
         Ok(())
     }
@@ -235,12 +243,7 @@ impl CacheWriter {
             let message = format!("`{}` is not the basis of the plan", info.file);
             return Err(Error::InvalidRequest(message));
         }
-        let there = self.store.length(&info.file)? == Some(info.bytes)
-            && self.store.digest(&info.file)? == info.digest;
-        if !there {
-            self.refuse_published(&info.file)?;
-            self.store.publish(&info.file, &[&bytes])?;
-        }
+        self.put(&info.file, &info.digest, &[&bytes])?;
         self.basis = Some(Arc::new(basis));
         Ok(())
     }
@@ -255,8 +258,15 @@ impl CacheWriter {
             return Err(Error::InvalidRequest(message));
         };
         let source = self.store.open(&info.file, info.bytes, Io::Read)?;
-        let shard = Shard::open(&self.spec, shard, info, &source, self.basis.clone())?;
-        let mut read = shard.read(&[row], columns)?;
+        let spec = Arc::new(self.spec.clone());
+        let shard = Shard::open(&spec, shard, info, &source, self.basis.clone())?;
+        let mut workspace = Workspace::new(Compared::Page).map_err(|error| Error::Io {
+            action: "make a zstd context for",
+            path: self.store.root().to_owned(),
+            error,
+        })?;
+        let mut read = Vec::new();
+        shard.read(&mut workspace, &[row], columns, &mut read)?;
         read.pop()
             .ok_or_else(|| Error::damaged(&info.file, "a row is missing"))
     }
@@ -366,6 +376,19 @@ impl CacheWriter {
         Ok(())
     }
 
+    /// Publishes a file that is named by its digest, unless an interrupted build has left it whole.
+    fn put(&self, file: &str, digest: &str, parts: &[&[u8]]) -> Result<()> {
+        if self.store.length(file)?.is_some() {
+            if self.store.digest(file)? == digest {
+                return Ok(());
+            }
+            self.refuse_published(file)?;
+            self.store.remove(file)?;
+        }
+        self.refuse_published(file)?;
+        self.store.publish(file, parts)
+    }
+
     fn refuse_published(&self, file: &str) -> Result<()> {
         match self.published {
             Some(_) => Err(Error::CacheExists {
@@ -397,7 +420,7 @@ pub fn trial_bytes_per_position(
 /// # Errors
 /// Only where the disk refuses.
 pub fn stored_code(dir: &Path) -> Result<Option<(CodeSpec, Basis)>> {
-    let store = Store::new(dir);
+    let store = Store::local(dir);
     let spec = match Manifest::load(&store) {
         Ok(manifest) => Some(manifest.spec()),
         Err(Error::Unfinished { .. }) => {

@@ -185,7 +185,13 @@ fn specs_that_cannot_be_are_refused() {
 
 #[test]
 fn sequences_that_cannot_be_stored_are_refused_by_name() {
-    let cases: [(&str, &str, Change<Sequence>); 12] = [
+    let cases: [(&str, &str, Change<Sequence>); 13] = [
+        ("top_k", "the lower token id must come first", |s| {
+            let top_k = s.top_k.as_mut().unwrap();
+            top_k.logits[1] = top_k.logits[0];
+            top_k.ids[0] = 7;
+            top_k.ids[1] = 6;
+        }),
         ("top_k", "NaN at position 2", |s| {
             s.top_k.as_mut().unwrap().logits[7] = f32::NAN;
         }),

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use caskd_formats::{Cache, Columns, Error, HiddenCodec, Io, Tier, verify};
+use caskd_formats::{Cache, CacheWriter, Columns, Error, HiddenCodec, Io, Tier, verify};
 use sample::{Shape, sample, small, tree};
 
 struct Written {
@@ -370,4 +370,30 @@ fn folders_that_are_no_cache() {
         ));
         assert!(matches!(verify(&dir, true), Err(Error::NotACache { .. })));
     }
+}
+
+#[test]
+fn a_flipped_bit_in_every_byte_of_a_plan_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("cache");
+    let sample = small();
+    let mut writer = CacheWriter::open(&dir, &sample.spec, false).unwrap();
+    writer.write_shard(1, sample.shard(1)).unwrap();
+    drop(writer);
+    let bytes = fs::read(dir.join("plan.json")).unwrap();
+    for at in 0..bytes.len() - 1 {
+        let mut changed = bytes.clone();
+        changed[at] ^= 1 << (at % 8);
+        fs::write(dir.join("plan.json"), &changed).unwrap();
+        let error = CacheWriter::open(&dir, &sample.spec, true).unwrap_err();
+        let is_named = matches!(&error, Error::PlanDiffers { .. })
+            || matches!(&error, Error::Damaged { file, .. } if file == "plan.json");
+        assert!(is_named && error.is_user(), "byte {at}: {error:?}");
+    }
+    fs::write(dir.join("plan.json"), &bytes).unwrap();
+    assert!(
+        CacheWriter::open(&dir, &sample.spec, true)
+            .unwrap()
+            .is_done(1)
+    );
 }

@@ -86,6 +86,20 @@ fn vocabularies_beyond_sixteen_bits() {
 }
 
 #[test]
+fn padded_heads_have_more_rows_than_the_tokenizer_has_tokens() {
+    for vocab_size in [64, 128, 65_536] {
+        let mut padded = sample(&sparse(5, vocab_size, &[2, 30]));
+        padded.spec.tokenizer.vocab_size = vocab_size - 7;
+        // Rows of the padding may be among the largest logits.
+        let top_k = padded.sequences[0].top_k.as_mut().unwrap();
+        for (rank, id) in top_k.ids[..5].iter_mut().enumerate() {
+            *id = (vocab_size - 1 - rank * 2) as u32;
+        }
+        check(&padded);
+    }
+}
+
+#[test]
 fn an_exact_cache_without_top_k() {
     let layers = vec![(NUM_LAYERS, 6, HiddenCodec::F16)];
     check(&sample(&Shape {
@@ -221,6 +235,7 @@ fn minus_infinity_ties_and_flat_rows_survive() {
     logits[6..12].fill(flat);
     let max = logits[12];
     logits[13..18].copy_from_slice(&[max, max - 1.0, max - 1.0, max - 1e6, f32::NEG_INFINITY]);
+    sample::sort_ties(sequence.top_k.as_mut().unwrap());
     let statistics = sequence.statistics.as_mut().unwrap();
     (statistics.min[0], statistics.mean[0], statistics.std[0]) =
         (f32::NEG_INFINITY, f32::NEG_INFINITY, f32::INFINITY);

@@ -20,6 +20,8 @@ struct Card<'a> {
     /// The same divided by the positions.
     bytes_per_position: BTreeMap<&'a str, f64>,
     total_bytes: u64,
+    /// The arguments that decide the cache's bytes, as a command.
+    command: String,
     losses: Vec<Served>,
 }
 
@@ -47,6 +49,7 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
             .map(|(name, &count)| (name.as_str(), count as f64 / positions))
             .collect(),
         total_bytes,
+        command: command(manifest),
         losses: losses_served(manifest),
     };
     if args.json {
@@ -55,6 +58,53 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
         print_text(as_text(&card));
     }
     Ok(Exit::Done)
+}
+
+/// The command that makes this cache. Rebuilt from the plan and not remembered: what was typed holds folders of one
+/// machine, and a cache has the same bytes on all of them.
+fn command(manifest: &Manifest) -> String {
+    let mut words = vec![
+        "caskd build --teacher".to_owned(),
+        word(&manifest.teacher.name),
+    ];
+    for file in &manifest.data.files {
+        words.push(format!("--data {}", word(&file.name)));
+    }
+    words.push(format!("--tier {:?} --top-k {}", manifest.tier, manifest.top_k).to_lowercase());
+    match manifest.code.as_ref().map(|code| code.target) {
+        Some(CodeTarget::Rate(bytes)) => words.push(format!("--rate {bytes}")),
+        Some(CodeTarget::DistortionMicronats(nats)) => {
+            words.push(format!("--distortion {}", f64::from(nats) / 1e6));
+        }
+        None => {}
+    }
+    let layers: Vec<String> = manifest
+        .layers
+        .iter()
+        .map(|layer| layer.layer.to_string())
+        .collect();
+    words.push(match layers.as_slice() {
+        [] => "--layers none".to_owned(),
+        layers => format!("--layers {}", layers.join(",")),
+    });
+    if let Some(layer) = manifest.layers.first() {
+        words.push(format!("--hidden {:?}", layer.codec).to_lowercase());
+    }
+    words.push(format!(
+        "--max-len {} --dtype {}",
+        manifest.max_len, manifest.teacher.compute_dtype
+    ));
+    words.join(" ")
+}
+
+/// A word as a shell takes it.
+fn word(text: &str) -> String {
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-+/=:,@%".contains(letter);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
 }
 
 fn losses_served(manifest: &Manifest) -> Vec<Served> {
@@ -165,6 +215,7 @@ fn as_text(card: &Card<'_>) -> String {
             data.prompt_form
         ),
     );
+    line("made by", card.command.clone());
     for layer in &manifest.layers {
         line(
             "hidden",

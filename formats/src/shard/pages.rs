@@ -1,171 +1,100 @@
-//! Checksums of pages, compared before the Parquet library sees a page.
+//! Where the pages of a shard lie and what they hash to: Parquet's offset index, and our own table of checksums.
 //!
-//! The library writes none, and on damaged pages it does not always stop with an error: a wrong count in a page header
-//! can keep it busy for ever. So no byte reaches it that was not compared: neither of the footer nor of a page.
-
-use std::io::{self, Cursor};
-use std::sync::{Arc, OnceLock};
+//! Parquet libraries write no checksums of pages. No page is parsed here that was not compared.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
-use parquet::errors::{ParquetError, Result as ParquetResult};
-use parquet::file::metadata::ParquetMetaData;
-use parquet::file::reader::{ChunkReader, Length};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
-use crate::error::{Error, Result};
-use crate::source::Source;
+use super::thrift::{I32, I64, LIST, STRUCT, Thrift};
 
 /// Key of the table in the file's metadata.
 pub(super) const PAGES_KEY: &str = "caskd.pages";
 
-/// Where the pages lie and what they hash to, ascending by offset.
-#[derive(Debug)]
-pub(super) struct Pages(Vec<Page>);
-
-#[derive(Debug)]
-struct Page {
-    start: u64,
-    length: usize,
-    checksum: u32,
-    column: usize,
-    first_row: u64,
-    end_row: u64,
+/// One page: header and data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Page {
+    pub(super) start: u64,
+    pub(super) length: u32,
+    pub(super) checksum: u32,
+    pub(super) first_row: u32,
 }
 
 /// The low half of xxh3 is plenty: rows and files have checksums of their own.
-fn checksum(page: &[u8]) -> u32 {
-    xxh3_64(page) as u32
+pub(super) fn checksum(page: &[u8]) -> u32 {
+    XxHash3_64::oneshot(page) as u32
 }
 
-/// Places without checksums, in the order of the table; `None` where the offset index makes no sense.
-fn places(metadata: &ParquetMetaData) -> Option<Vec<Page>> {
-    let group = metadata.row_groups().first()?;
-    let rows = u64::try_from(group.num_rows()).ok()?;
-    let index = metadata.page_index_for_row_group(0);
-    let mut places = Vec::new();
-    for column in 0..group.num_columns() {
-        let locations = index.page_locations(column)?;
-        let mut expected_row = 0;
-        for (at, location) in locations.iter().enumerate() {
-            let first_row = u64::try_from(location.first_row_index).ok()?;
-            let next = locations
-                .get(at + 1)
-                .map(|next| u64::try_from(next.first_row_index));
-            let end_row = next.unwrap_or(Ok(rows)).ok()?;
-            if first_row != expected_row || end_row <= first_row || end_row > rows {
-                return None;
-            }
-            expected_row = end_row;
-            let start = u64::try_from(location.offset).ok()?;
-            let length = usize::try_from(location.compressed_page_size).ok()?;
-            places.push(Page {
-                start,
-                length,
-                checksum: 0,
-                column,
-                first_row,
-                end_row,
-            });
-        }
-        if expected_row != rows {
+/// The pages of one column from its offset index, without checksums. They must cover the column's chunk of the file
+/// and its rows without gap; `None` where they do not.
+pub(super) fn parse_offset_index(
+    index: &[u8],
+    chunk: std::ops::Range<u64>,
+    rows: u32,
+) -> Option<Vec<Page>> {
+    let mut thrift = Thrift(index);
+    let mut last = 0;
+    let (1, LIST) = thrift.field(&mut last)?? else {
+        return None;
+    };
+    let (STRUCT, count) = thrift.list()? else {
+        return None;
+    };
+    // A location takes at least seven bytes, and every page has a row.
+    if count > index.len() / 7 || count > rows as usize {
+        return None;
+    }
+    let mut pages: Vec<Page> = Vec::with_capacity(count);
+    let mut start = chunk.start;
+    for at in 0..count {
+        let page = location(&mut thrift)?;
+        let follows = match pages.last() {
+            None => page.first_row == 0,
+            Some(before) => page.first_row > before.first_row,
+        };
+        if page.start != start || !follows || page.first_row >= rows || at >= rows as usize {
             return None;
         }
+        start = start.checked_add(u64::from(page.length))?;
+        pages.push(page);
     }
-    Some(places)
+    (start == chunk.end && count > 0).then_some(pages)
 }
 
-/// The table's text for a file that was just written; `None` where its offset index makes no sense.
-pub(super) fn table(file: &[u8], metadata: &ParquetMetaData) -> Option<String> {
-    let mut checksums = Vec::new();
-    for place in places(metadata)? {
-        let start = usize::try_from(place.start).ok()?;
-        let page = file.get(start..start.checked_add(place.length)?)?;
-        checksums.extend_from_slice(&checksum(page).to_le_bytes());
-    }
-    Some(STANDARD.encode(checksums))
-}
-
-impl Pages {
-    /// The table of a file whose footer has been checked.
-    pub(super) fn load(
-        file: &str,
-        metadata: &ParquetMetaData,
-        text: Option<&str>,
-    ) -> Result<Pages> {
-        let wrong = |message: &str| Err(Error::damaged(file, message));
-        let Some(mut places) = places(metadata) else {
-            return wrong("its page index makes no sense");
-        };
-        let bytes = text
-            .and_then(|text| STANDARD.decode(text).ok())
-            .unwrap_or_default();
-        if bytes.len() != places.len() * 4 {
-            return wrong("its table of page checksums is absent or wrong");
+fn location(thrift: &mut Thrift<'_>) -> Option<Page> {
+    let (mut start, mut length, mut first_row) = (None, None, None);
+    let mut last = 0;
+    while let Some((field, kind)) = thrift.field(&mut last)? {
+        match (field, kind) {
+            (1, I64) => start = Some(thrift.integer()?),
+            (2, I32) => length = Some(thrift.integer()?),
+            (3, I64) => first_row = Some(thrift.integer()?),
+            (_, kind) => thrift.skip(kind)?,
         }
-        for (place, bytes) in places.iter_mut().zip(bytes.chunks_exact(4)) {
-            place.checksum = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        }
-        places.sort_by_key(|place| place.start);
-        Ok(Pages(places))
     }
+    Some(Page {
+        start: u64::try_from(start?).ok()?,
+        length: u32::try_from(length?).ok()?,
+        checksum: 0,
+        first_row: u32::try_from(first_row?).ok()?,
+    })
 }
 
-/// A damaged page.
-#[derive(Clone, Debug)]
-pub(super) struct PageFault {
-    /// Number of the column in the file.
-    pub(super) column: usize,
-    pub(super) first_row: u64,
-    pub(super) end_row: u64,
+/// The table's text; columns in file order, pages in order.
+pub(super) fn table(checksums: Vec<u32>) -> String {
+    let bytes: Vec<u8> = checksums.into_iter().flat_map(u32::to_le_bytes).collect();
+    STANDARD.encode(bytes)
 }
 
-/// Hands out whole pages that match their checksum, nothing else.
-#[derive(Clone, Debug)]
-pub(super) struct PageReader {
-    pub(super) source: Source,
-    pub(super) pages: Arc<Pages>,
-    /// The library turns errors into text; this keeps what it was.
-    pub(super) fault: Arc<OnceLock<PageFault>>,
-}
-
-impl Length for PageReader {
-    fn len(&self) -> u64 {
-        self.source.len()
+/// Fills in the checksums; `None` where the table does not fit the pages.
+pub(super) fn fill_checksums(columns: &mut [Vec<Page>], table: &str) -> Option<()> {
+    let bytes = STANDARD.decode(table).ok()?;
+    let pages: usize = columns.iter().map(Vec::len).sum();
+    if bytes.len() != pages * 4 {
+        return None;
     }
-}
-
-impl ChunkReader for PageReader {
-    type T = Cursor<Bytes>;
-
-    fn get_read(&self, _start: u64) -> ParquetResult<Self::T> {
-        Err(ParquetError::General("a read that is no page".to_owned()))
+    for (page, bytes) in columns.iter_mut().flatten().zip(bytes.chunks_exact(4)) {
+        page.checksum = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     }
-
-    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
-        let found = self.pages.0.binary_search_by_key(&start, |page| page.start);
-        let Some(page) = found
-            .ok()
-            .map(|at| &self.pages.0[at])
-            .filter(|page| page.length == length)
-        else {
-            return Err(ParquetError::General("a read that is no page".to_owned()));
-        };
-        let external = |error: io::Error| ParquetError::External(Box::new(error));
-        let bytes = self.source.range(start, length).map_err(external)?;
-        if checksum(&bytes) != page.checksum {
-            let (column, first_row, end_row) = (page.column, page.first_row, page.end_row);
-            // Only the first fault counts; the reader stops there.
-            let _ = self.fault.set(PageFault {
-                column,
-                first_row,
-                end_row,
-            });
-            return Err(external(io::Error::other(
-                "a page's checksum does not match",
-            )));
-        }
-        Ok(bytes)
-    }
+    Some(())
 }

@@ -1,42 +1,25 @@
-//! The bytes of a shard to sequences.
+//! The rows of a shard to sequences.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
+use std::ops::Range;
+use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, GenericListArray, RecordBatch};
-use arrow::datatypes::{DataType, Float32Type, UInt32Type, UInt64Type};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader,
-    ParquetRecordBatchReaderBuilder, RowSelection, RowSelectionPolicy, RowSelector,
-};
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader, RowGroupMetaData};
-use xxhash_rust::xxh3::xxh3_64;
-
-use super::pages::{PAGES_KEY, PageFault, PageReader, Pages};
+use super::footer::{Column, Footer};
+use super::page::{OpenPage, PageFault};
 use super::schema::{
-    COEFFICIENTS, KEYS_CHECKSUM, LOSS_MASK, METADATA_KEY, POSITIONS, SOURCE, SPLIT_HASH,
-    STATISTICS, STATISTICS_CHECKSUM, ShardMetadata, TARGETS, TOKEN_DIGEST, TOKEN_IDS,
-    TOKENS_CHECKSUM, TOP_K, arrow_schema, hidden_column, keys_checksum, scales_key,
-    statistics_checksum, tokens_checksum,
+    COEFFICIENTS, KEYS_CHECKSUM, LOSS_MASK, POSITIONS, SOURCE, SPLIT_HASH, STATISTICS,
+    STATISTICS_CHECKSUM, TARGETS, TOKEN_DIGEST, TOKEN_IDS, TOKENS_CHECKSUM, TOP_K, hidden_column,
+    keys_checksum, statistics_checksum, tokens_checksum,
 };
-use super::write::data_end;
-use crate::cache::{Columns, Io};
+use crate::cache::Columns;
 use crate::error::{Error, Result};
-use crate::frame::Decoder;
-use crate::manifest::{FooterInfo, ShardInfo};
-use crate::sequence::{Sequence, Statistics, TokenDigest};
+use crate::frame::{Compared, Decoder};
+use crate::manifest::ShardInfo;
+use crate::sequence::{HiddenState, Sequence, Statistics, TokenDigest};
 use crate::source::Source;
-use crate::spec::{CacheSpec, HiddenCodec};
-use crate::store::Store;
+use crate::spec::CacheSpec;
 use crate::transform::{Basis, coefficients, ranked};
 use crate::{hidden, topk};
-
-/// Rows decoded together: enough to share the set-up, few enough to bound the memory of `Io::Read`.
-const ROWS_PER_BATCH: usize = 32;
 
 /// The small columns of one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,626 +30,410 @@ pub(crate) struct Key {
     pub(crate) targets: u32,
 }
 
-/// An open shard with its footer parsed.
+/// An open shard: its footer parsed, its pages located.
 #[derive(Debug)]
 pub(crate) struct Shard {
     file: String,
-    rows: usize,
-    source: Source,
-    metadata: ArrowReaderMetadata,
-    pages: Arc<Pages>,
-    spec: CacheSpec,
-    /// Per layer of the spec; empty for f16.
-    scales: Vec<Vec<f32>>,
+    pub(super) rows: u32,
+    pub(super) source: Source,
+    pub(super) footer: Footer,
+    spec: Arc<CacheSpec>,
     /// In the compact tier.
     basis: Option<Arc<Basis>>,
 }
 
+/// Buffers and contexts of one reading thread; serves any shard of any cache, one after the other.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    pages: Vec<OpenPage>,
+    decoder: Decoder,
+    statistics: Statistics,
+}
+
+impl Workspace {
+    /// `compared` is [`Compared::Page`] to compare every byte once, or [`Compared::Nothing`] to compare the blobs too.
+    pub(crate) fn new(compared: Compared) -> std::io::Result<Workspace> {
+        let mut decoder = Decoder::new()?;
+        decoder.compared = compared;
+        Ok(Workspace {
+            pages: Vec::new(),
+            decoder,
+            statistics: Statistics::default(),
+        })
+    }
+
+    #[cfg(test)]
+    pub(super) fn decompressor(&mut self) -> &mut zstd::bulk::Decompressor<'static> {
+        self.decoder.decompressor()
+    }
+
+    /// Forgets the pages of another call, keeps their buffers.
+    fn begin(&mut self, columns: usize) {
+        self.pages.resize_with(columns, OpenPage::default);
+        for page in &mut self.pages {
+            page.number = None;
+        }
+    }
+}
+
 impl Shard {
-    /// Checks the tail of the file, then parses it.
+    /// Compares the tail of the file with the manifest, then parses it.
     pub(crate) fn open(
-        spec: &CacheSpec,
+        spec: &Arc<CacheSpec>,
         index: usize,
         info: &ShardInfo,
         source: &Source,
         basis: Option<Arc<Basis>>,
     ) -> Result<Shard> {
-        let file = info.file.clone();
-        let tail = usize::try_from(info.footer.bytes)
-            .ok()
-            .filter(|tail| *tail as u64 <= info.bytes);
-        let Some(tail) = tail else {
-            return Err(Error::damaged(
-                &file,
-                "the manifest's footer is longer than the file",
-            ));
-        };
-        let bytes = source
-            .range(info.bytes - tail as u64, tail)
-            .map_err(|error| {
-                Error::damaged(&file, format!("the footer cannot be read: {error}"))
-            })?;
-        if format!("{:016x}", xxh3_64(&bytes)) != info.footer.checksum {
-            return Err(Error::damaged(
-                &file,
-                "the footer's checksum does not match",
-            ));
-        }
-        guarded(&file, || {
-            let list = DataType::BinaryView;
-            let options = ArrowReaderOptions::new()
-                .with_offset_index_policy(PageIndexPolicy::Required)
-                .with_column_index_policy(PageIndexPolicy::Skip)
-                .with_schema(arrow_schema(spec, &list));
-            let metadata = ArrowReaderMetadata::load(source, options)
-                .map_err(|error| Error::damaged(&file, error.to_string()))?;
-            check_metadata(spec, index, info, &metadata)?;
-            let scales = scales(spec, &file, &metadata)?;
-            let pages = Pages::load(&file, metadata.metadata(), value(&metadata, PAGES_KEY))?;
-            Ok(Shard {
-                file: file.clone(),
-                rows: info.sequences as usize,
-                source: source.clone(),
-                metadata,
-                pages: Arc::new(pages),
-                spec: spec.clone(),
-                scales,
-                basis,
-            })
+        let footer = Footer::load(spec, index, info, source)?;
+        Ok(Shard {
+            file: info.file.clone(),
+            // The footer holds as many rows as the manifest says, and they fit in 32 bits.
+            rows: info.sequences as u32,
+            source: source.clone(),
+            footer,
+            spec: spec.clone(),
+            basis,
         })
     }
 
+    /// Bytes that this shard takes in memory, its file apart.
+    pub(crate) fn footprint(&self) -> usize {
+        let pages: usize = self
+            .footer
+            .columns
+            .iter()
+            .map(|column| column.pages.capacity())
+            .sum();
+        let scales: usize = self.footer.scales.iter().map(Vec::capacity).sum();
+        pages * size_of::<super::pages::Page>() + scales * 4 + (4 << 10)
+    }
+
     /// The small columns of every row.
-    pub(crate) fn keys(&self) -> Result<Vec<Key>> {
-        let mut keys = Vec::with_capacity(self.rows);
-        let wanted = [TOKEN_DIGEST, SPLIT_HASH, POSITIONS, TARGETS, KEYS_CHECKSUM];
-        self.for_each_batch(&wanted, None, 8192, |batch| {
-            let digests = self.column(batch, TOKEN_DIGEST)?.as_fixed_size_binary_opt();
-            let digests =
-                digests.ok_or_else(|| self.damaged("column token_digest has another type"))?;
-            let splits = self.column(batch, SPLIT_HASH)?.as_primitive::<UInt64Type>();
-            let positions = self.column(batch, POSITIONS)?.as_primitive::<UInt32Type>();
-            let targets = self.column(batch, TARGETS)?.as_primitive::<UInt32Type>();
-            let checksums = self
-                .column(batch, KEYS_CHECKSUM)?
-                .as_primitive::<UInt64Type>();
-            for row in 0..batch.num_rows() {
-                let digest = digests.value(row).try_into();
-                let digest =
-                    digest.map_err(|_| self.damaged("column token_digest has another width"))?;
-                let key = Key {
-                    digest,
-                    split_hash: splits.value(row),
-                    positions: positions.value(row),
-                    targets: targets.value(row),
-                };
-                let found = keys_checksum(&key.digest, key.split_hash, key.positions, key.targets);
-                if found != checksums.value(row) {
-                    let column = "token_digest, split_hash, positions, targets";
-                    return Err(self.damaged_at(
-                        column,
-                        keys.len() as u64,
-                        "the checksum does not match",
-                    ));
-                }
-                keys.push(key);
+    pub(crate) fn keys(&self, workspace: &mut Workspace) -> Result<Vec<Key>> {
+        workspace.begin(self.footer.columns.len());
+        let [digests, splits, positions, targets, checksums] =
+            [TOKEN_DIGEST, SPLIT_HASH, POSITIONS, TARGETS, KEYS_CHECKSUM]
+                .map(|name| self.number(name));
+        let mut keys = Vec::new();
+        for row in 0..self.rows {
+            let (page, _) = self.seek(workspace, digests, row)?;
+            let key = Key {
+                digest: *page.scalar(&self.source, row),
+                split_hash: self.u64(workspace, splits, row)?,
+                positions: self.u32(workspace, positions, row)?,
+                targets: self.u32(workspace, targets, row)?,
+            };
+            let found = keys_checksum(&key.digest, key.split_hash, key.positions, key.targets);
+            if found != self.u64(workspace, checksums, row)? {
+                let column = "token_digest, split_hash, positions, targets";
+                return Err(self.damaged_at(column, row, "the checksum does not match"));
             }
-            Ok(())
-        })?;
-        if keys.len() != self.rows {
-            return Err(self.damaged(&format!("{} rows instead of {}", keys.len(), self.rows)));
+            keys.push(key);
         }
         Ok(keys)
     }
 
-    /// Rows in the order asked, each decoded once.
-    pub(crate) fn read(&self, rows: &[u32], columns: &Columns) -> Result<Vec<Sequence>> {
-        let mut sorted = rows.to_vec();
-        sorted.sort_unstable();
-        sorted.dedup();
-        if let Some(last) = sorted.last().filter(|last| **last as usize >= self.rows) {
+    /// Rows in the order asked, into `out`, whose buffers are used again. Each row is decoded once.
+    pub(crate) fn read(
+        &self,
+        workspace: &mut Workspace,
+        rows: &[u32],
+        columns: &Columns,
+        out: &mut Vec<Sequence>,
+    ) -> Result<()> {
+        if let Some(row) = rows.iter().find(|row| **row >= self.rows) {
             return Err(Error::InvalidRequest(format!(
-                "`{}` has {} rows, not row {last}",
+                "`{}` has {} rows, not row {row}",
                 self.file, self.rows
             )));
         }
-        let mut decoded = self.read_sorted(&sorted, columns)?;
-        if rows.windows(2).all(|pair| pair[0] < pair[1]) {
-            return Ok(decoded);
-        }
-        let mut uses = vec![0_u32; sorted.len()];
-        let places: Vec<usize> = rows
-            .iter()
-            .map(|row| sorted.partition_point(|other| other < row))
-            .collect();
-        for place in &places {
-            uses[*place] += 1;
-        }
-        Ok(places
-            .into_iter()
-            .map(|place| {
-                uses[place] -= 1;
-                if uses[place] == 0 {
-                    std::mem::take(&mut decoded[place])
-                } else {
-                    decoded[place].clone()
-                }
-            })
-            .collect())
-    }
-
-    fn read_sorted(&self, rows: &[u32], columns: &Columns) -> Result<Vec<Sequence>> {
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let layers = self.layers(columns)?;
-        let names: Vec<String> = layers
-            .iter()
-            .map(|index| hidden_column(self.spec.layers[*index].layer))
-            .collect();
-        let mut wanted = vec![SOURCE, TOKEN_IDS, LOSS_MASK, TOKENS_CHECKSUM];
-        // The top-k is stored relative to the maximum, which is a statistic.
-        if columns.statistics || columns.top_k {
-            wanted.extend(STATISTICS);
-            wanted.push(STATISTICS_CHECKSUM);
-        }
-        if columns.top_k {
-            wanted.push(TOP_K);
-        }
-        if columns.coefficients {
-            wanted.push(COEFFICIENTS);
-        }
-        wanted.extend(names.iter().map(String::as_str));
-
-        let mut decoder = Decoder::new().map_err(|error| self.damaged(&error.to_string()))?;
-        let mut sequences = Vec::with_capacity(rows.len());
-        self.for_each_batch(&wanted, Some(rows), ROWS_PER_BATCH, |batch| {
-            for row in 0..batch.num_rows() {
-                let place = RowOf {
-                    batch,
-                    row,
-                    number: u64::from(rows[sequences.len().min(rows.len() - 1)]),
-                };
-                sequences.push(self.decode(&place, columns, &layers, &mut decoder)?);
+        let wanted = self.wanted(columns)?;
+        workspace.begin(self.footer.columns.len());
+        out.resize_with(rows.len(), Sequence::default);
+        let mut before: Option<usize> = None;
+        let mut read = |place: usize| {
+            match before.replace(place) {
+                Some(before) if rows[before] == rows[place] => out[place] = out[before].clone(),
+                _ => self.decode(workspace, rows[place], &wanted, &mut out[place])?,
             }
             Ok(())
-        })?;
-        if sequences.len() != rows.len() {
-            return Err(self.damaged(&format!(
-                "{} rows came instead of {}",
-                sequences.len(),
-                rows.len()
-            )));
+        };
+        if rows.is_sorted() {
+            return (0..rows.len()).try_for_each(read);
         }
-        Ok(sequences)
+        // Pages are shared by neighbouring rows, so rows are decoded in their order on disk.
+        let mut places: Vec<usize> = (0..rows.len()).collect();
+        places.sort_by_key(|place| rows[*place]);
+        places.into_iter().try_for_each(&mut read)
     }
 
     fn decode(
         &self,
-        row: &RowOf<'_>,
-        columns: &Columns,
-        layers: &[usize],
-        decoder: &mut Decoder,
-    ) -> Result<Sequence> {
-        let source = self
-            .column(row.batch, SOURCE)?
-            .as_string::<i32>()
-            .value(row.row)
-            .to_owned();
-        let token_ids = self
-            .list(row, TOKEN_IDS)?
-            .as_primitive::<UInt32Type>()
-            .values()
-            .to_vec();
-        let loss_mask: Vec<bool> = self
-            .list(row, LOSS_MASK)?
-            .as_boolean()
-            .values()
-            .iter()
-            .collect();
-        let stored = self
-            .column(row.batch, TOKENS_CHECKSUM)?
-            .as_primitive::<UInt64Type>()
-            .value(row.row);
-        if token_ids.len() != loss_mask.len()
-            || tokens_checksum(&source, &token_ids, &loss_mask) != stored
-        {
-            return Err(self.damaged_at(
-                "source, token_ids, loss_mask",
-                row.number,
-                "the checksum does not match",
-            ));
-        }
-        let positions = token_ids.len();
-        let mut sequence = Sequence {
-            source,
-            token_ids,
-            loss_mask,
-            ..Sequence::default()
+        workspace: &mut Workspace,
+        row: u32,
+        wanted: &Wanted,
+        out: &mut Sequence,
+    ) -> Result<()> {
+        self.decode_tokens(workspace, row, wanted, out)?;
+        let positions = out.token_ids.len();
+        let mut statistics = match out.statistics.take() {
+            Some(statistics) if wanted.keeps_statistics => statistics,
+            _ => std::mem::take(&mut workspace.statistics),
         };
-        if columns.statistics || columns.top_k {
-            sequence.statistics = Some(self.decode_statistics(row, positions)?);
+        if let Some(columns) = &wanted.statistics {
+            self.decode_statistics(workspace, row, columns, positions, &mut statistics)?;
         }
-        if let (true, Some(statistics)) = (columns.top_k, &sequence.statistics) {
-            let blobs = self.list(row, TOP_K)?;
-            let blobs = blobs.as_binary_view().iter().flatten();
-            let (k, vocab_size) = (self.spec.top_k, self.spec.vocab_size);
-            let top_k = match &self.basis {
-                Some(basis) => ranked::decode(blobs, basis, &statistics.max),
-                None => topk::decode(decoder, blobs, &statistics.max, k, vocab_size),
+        out.top_k = match wanted.top_k {
+            Some(column) => {
+                let mut top_k = out.top_k.take().unwrap_or_default();
+                let (page, decoder) = self.seek(workspace, column, row)?;
+                let blobs = page.blobs(&self.source, row);
+                let (k, vocab_size) = (self.spec.top_k, self.spec.vocab_size);
+                let max = &statistics.max;
+                match &self.basis {
+                    Some(basis) => ranked::decode(decoder, blobs, basis, max, &mut top_k),
+                    None => topk::decode(decoder, blobs, max, k, vocab_size, &mut top_k),
+                }
+                .map_err(|fault| fault.at(&self.file, TOP_K, u64::from(row)))?;
+                Some(top_k)
             }
-            .map_err(|fault| fault.at(&self.file, TOP_K, row.number))?;
-            sequence.top_k = Some(top_k);
+            None => None,
+        };
+        out.coefficients = match (wanted.coefficients, &self.basis) {
+            (Some(column), Some(basis)) => {
+                let (page, decoder) = self.seek(workspace, column, row)?;
+                let blobs = page.blobs(&self.source, row);
+                let found = coefficients::decode(decoder, blobs, basis, positions)
+                    .map_err(|fault| fault.at(&self.file, COEFFICIENTS, u64::from(row)))?;
+                Some(found)
+            }
+            _ => None,
+        };
+        if wanted.keeps_statistics {
+            out.statistics = Some(statistics);
+        } else {
+            workspace.statistics = statistics;
         }
-        if let (true, Some(basis)) = (columns.coefficients, &self.basis) {
-            let blobs = self.list(row, COEFFICIENTS)?;
-            let blobs = blobs.as_binary_view().iter().flatten();
-            let found = coefficients::decode(blobs, basis, positions)
-                .map_err(|fault| fault.at(&self.file, COEFFICIENTS, row.number))?;
-            sequence.coefficients = Some(found);
-        }
-        if !columns.statistics {
-            sequence.statistics = None;
-        }
-        for index in layers {
+        out.hidden
+            .resize_with(wanted.layers.len(), HiddenState::default);
+        for ((index, column), state) in wanted.layers.iter().zip(&mut out.hidden) {
             let layer = &self.spec.layers[*index];
-            let name = hidden_column(layer.layer);
-            let blobs = self.list(row, &name)?;
-            let blobs = blobs.as_binary_view().iter().flatten();
-            let state = hidden::decode(decoder, blobs, layer, &self.scales[*index], positions)
-                .map_err(|fault| fault.at(&self.file, &name, row.number))?;
-            sequence.hidden.push(state);
+            let (page, decoder) = self.seek(workspace, *column, row)?;
+            let blobs = page.blobs(&self.source, row);
+            let scales = &self.footer.scales[*index];
+            hidden::decode(decoder, blobs, layer, scales, positions, state).map_err(|fault| {
+                fault.at(&self.file, &hidden_column(layer.layer), u64::from(row))
+            })?;
         }
-        Ok(sequence)
+        Ok(())
     }
 
-    fn decode_statistics(&self, row: &RowOf<'_>, positions: usize) -> Result<Statistics> {
-        let values = |name: &str| -> Result<Vec<f32>> {
-            Ok(self
-                .list(row, name)?
-                .as_primitive::<Float32Type>()
-                .values()
-                .to_vec())
+    fn decode_tokens(
+        &self,
+        workspace: &mut Workspace,
+        row: u32,
+        wanted: &Wanted,
+        out: &mut Sequence,
+    ) -> Result<()> {
+        let [source, token_ids, loss_mask, checksum] = wanted.tokens;
+        let (page, _) = self.seek(workspace, source, row)?;
+        let Ok(text) = std::str::from_utf8(page.binary(&self.source, row)) else {
+            return Err(self.damaged_at(SOURCE, row, "it is no UTF-8"));
         };
-        let statistics = Statistics {
-            mean: values(STATISTICS[0])?,
-            std: values(STATISTICS[1])?,
-            min: values(STATISTICS[2])?,
-            max: values(STATISTICS[3])?,
-            log_sum_exp: values(STATISTICS[4])?,
-        };
-        let stored = self
-            .column(row.batch, STATISTICS_CHECKSUM)?
-            .as_primitive::<UInt64Type>()
-            .value(row.row);
-        if statistics
-            .columns()
-            .iter()
-            .any(|column| column.len() != positions)
-            || statistics_checksum(&statistics) != stored
+        text.clone_into(&mut out.source);
+        let (page, _) = self.seek(workspace, token_ids, row)?;
+        page.integers(&self.source, row, &mut out.token_ids);
+        let (page, _) = self.seek(workspace, loss_mask, row)?;
+        page.bits(&self.source, row, &mut out.loss_mask);
+        let stored = self.u64(workspace, checksum, row)?;
+        if out.token_ids.len() != out.loss_mask.len()
+            || tokens_checksum(&out.source, &out.token_ids, &out.loss_mask) != stored
         {
-            return Err(self.damaged_at(
-                &STATISTICS.join(", "),
-                row.number,
-                "the checksum does not match",
-            ));
+            let column = "source, token_ids, loss_mask";
+            return Err(self.damaged_at(column, row, "the checksum does not match"));
         }
-        Ok(statistics)
+        Ok(())
     }
 
-    /// Compressed bytes per column; what is no column counts as `footer`.
+    fn decode_statistics(
+        &self,
+        workspace: &mut Workspace,
+        row: u32,
+        columns: &[usize; 6],
+        positions: usize,
+        out: &mut Statistics,
+    ) -> Result<()> {
+        let [mean, std, min, max, log_sum_exp, checksum] = *columns;
+        for (column, values) in [
+            (mean, &mut out.mean),
+            (std, &mut out.std),
+            (min, &mut out.min),
+            (max, &mut out.max),
+            (log_sum_exp, &mut out.log_sum_exp),
+        ] {
+            let (page, _) = self.seek(workspace, column, row)?;
+            page.floats(&self.source, row, values);
+        }
+        let stored = self.u64(workspace, checksum, row)?;
+        let is_complete = out.columns().iter().all(|column| column.len() == positions);
+        if !is_complete || statistics_checksum(out) != stored {
+            let columns = STATISTICS.join(", ");
+            return Err(self.damaged_at(&columns, row, "the checksum does not match"));
+        }
+        Ok(())
+    }
+
+    fn u32(&self, workspace: &mut Workspace, column: usize, row: u32) -> Result<u32> {
+        let (page, _) = self.seek(workspace, column, row)?;
+        Ok(u32::from_le_bytes(*page.scalar(&self.source, row)))
+    }
+
+    fn u64(&self, workspace: &mut Workspace, column: usize, row: u32) -> Result<u64> {
+        let (page, _) = self.seek(workspace, column, row)?;
+        Ok(u64::from_le_bytes(*page.scalar(&self.source, row)))
+    }
+
+    /// Opens the page of a column that holds `row`, unless it is open, and lends it with the decoder.
+    fn seek<'a>(
+        &self,
+        workspace: &'a mut Workspace,
+        number: usize,
+        row: u32,
+    ) -> Result<(&'a OpenPage, &'a mut Decoder)> {
+        let Workspace { pages, decoder, .. } = workspace;
+        let column = &self.footer.columns[number];
+        let open = &mut pages[number];
+        let holds = |page: usize| {
+            let range = self.rows_of(column, page);
+            range.contains(&row)
+        };
+        if !open.number.is_some_and(holds) {
+            // Rows mostly come in order: the next page is tried before the search.
+            let next = open.number.map_or(0, |page| page + 1);
+            let page = if next < column.pages.len() && holds(next) {
+                next
+            } else {
+                // The first page begins at row 0.
+                column.pages.partition_point(|page| page.first_row <= row) - 1
+            };
+            open.number = None;
+            let rows = self.rows_of(column, page);
+            open.load(
+                &self.source,
+                &column.pages[page],
+                rows.end - rows.start,
+                column.layout,
+                decoder.decompressor(),
+            )
+            .map_err(|fault| self.page_damaged(column, &rows, &fault))?;
+            open.number = Some(page);
+        }
+        Ok((open, decoder))
+    }
+
+    fn rows_of(&self, column: &Column, page: usize) -> Range<u32> {
+        let end = column.pages.get(page + 1);
+        column.pages[page].first_row..end.map_or(self.rows, |next| next.first_row)
+    }
+
+    fn page_damaged(&self, column: &Column, rows: &Range<u32>, fault: &PageFault) -> Error {
+        let is_one = rows.len() == 1;
+        Error::Damaged {
+            file: self.file.clone(),
+            column: Some(column.name.clone()),
+            row: is_one.then_some(u64::from(rows.start)),
+            message: if is_one {
+                fault.to_string()
+            } else {
+                format!("rows {} to {}: {fault}", rows.start, rows.end - 1)
+            },
+        }
+    }
+
+    /// Bytes per column; what is no column counts as `footer`.
     pub(crate) fn bytes_by_column(&self, file_bytes: u64, totals: &mut BTreeMap<String, u64>) {
         let mut left = file_bytes;
-        for chunk in self
-            .metadata
-            .metadata()
-            .row_groups()
-            .iter()
-            .flat_map(RowGroupMetaData::columns)
-        {
-            let bytes = u64::try_from(chunk.compressed_size())
-                .unwrap_or(0)
-                .min(left);
-            let name = chunk
-                .column_path()
-                .parts()
-                .first()
-                .cloned()
-                .unwrap_or_default();
-            *totals.entry(name).or_default() += bytes;
+        for column in &self.footer.columns {
+            let bytes = column.bytes.min(left);
+            *totals.entry(column.name.clone()).or_default() += bytes;
             left -= bytes;
         }
         *totals.entry("footer".to_owned()).or_default() += left;
     }
 
-    /// Positions of the asked layers in the spec, ascending.
-    fn layers(&self, columns: &Columns) -> Result<Vec<usize>> {
-        let available = || {
+    /// Number of a column that every shard has.
+    fn number(&self, name: &str) -> usize {
+        let mut columns = self.footer.columns.iter();
+        // The footer was compared with the schema that all these names come from.
+        columns
+            .position(|column| column.name == name)
+            .unwrap_or_default()
+    }
+
+    fn wanted(&self, columns: &Columns) -> Result<Wanted> {
+        let absent = |column: String| {
             let names = super::column_infos(&self.spec)
                 .into_iter()
                 .map(|column| column.name);
-            names
-                .chain(["statistics".to_owned()])
-                .collect::<Vec<_>>()
-                .join(", ")
+            let names: Vec<String> = names.chain(["statistics".to_owned()]).collect();
+            Err(Error::NoColumn {
+                column,
+                available: names.join(", "),
+            })
         };
         if columns.top_k && self.spec.top_k == 0 {
-            return Err(Error::NoColumn {
-                column: TOP_K.to_owned(),
-                available: available(),
-            });
+            return absent(TOP_K.to_owned());
         }
         if columns.coefficients && self.spec.code.is_none() {
-            return Err(Error::NoColumn {
-                column: COEFFICIENTS.to_owned(),
-                available: available(),
-            });
+            return absent(COEFFICIENTS.to_owned());
         }
-        let mut found = Vec::with_capacity(columns.layers.len());
+        let mut layers = Vec::with_capacity(columns.layers.len());
         for layer in &columns.layers {
-            match self
+            let found = self
                 .spec
                 .layers
                 .iter()
-                .position(|spec| spec.layer == *layer)
-            {
-                Some(index) => found.push(index),
-                None => {
-                    return Err(Error::NoColumn {
-                        column: hidden_column(*layer),
-                        available: available(),
-                    });
-                }
+                .position(|spec| spec.layer == *layer);
+            match found {
+                Some(index) => layers.push((index, self.number(&hidden_column(*layer)))),
+                None => return absent(hidden_column(*layer)),
             }
         }
-        found.sort_unstable();
-        found.dedup();
-        Ok(found)
-    }
-
-    fn for_each_batch(
-        &self,
-        wanted: &[&str],
-        rows: Option<&[u32]>,
-        batch_size: usize,
-        mut each: impl FnMut(&RecordBatch) -> Result<()>,
-    ) -> Result<()> {
-        let fault = Arc::new(OnceLock::new());
-        let failed = |message: String| match fault.get() {
-            Some(fault) => self.page_damaged(fault),
-            None => self.damaged(&message),
-        };
-        guarded(&self.file, || {
-            let reader = self.reader(wanted, rows, batch_size, fault.clone());
-            for batch in reader.map_err(|error| failed(error.to_string()))? {
-                each(&batch.map_err(|error| failed(error.to_string()))?)?;
-            }
-            Ok(())
+        layers.sort_unstable();
+        layers.dedup();
+        let [mean, std, min, max, log_sum_exp] = STATISTICS;
+        let statistics = [mean, std, min, max, log_sum_exp, STATISTICS_CHECKSUM];
+        // The top-k is stored relative to the maximum, which is a statistic.
+        let needs_statistics = columns.statistics || columns.top_k;
+        Ok(Wanted {
+            tokens: [SOURCE, TOKEN_IDS, LOSS_MASK, TOKENS_CHECKSUM].map(|name| self.number(name)),
+            statistics: needs_statistics.then(|| statistics.map(|name| self.number(name))),
+            keeps_statistics: columns.statistics,
+            top_k: columns.top_k.then(|| self.number(TOP_K)),
+            coefficients: columns.coefficients.then(|| self.number(COEFFICIENTS)),
+            layers,
         })
     }
 
-    fn page_damaged(&self, fault: &PageFault) -> Error {
-        let columns = self.metadata.parquet_schema().columns();
-        let parts = columns
-            .get(fault.column)
-            .and_then(|column| column.path().parts().first());
-        let is_one = fault.end_row - fault.first_row == 1;
-        Error::Damaged {
-            file: self.file.clone(),
-            column: parts.cloned(),
-            row: is_one.then_some(fault.first_row),
-            message: if is_one {
-                "the page's checksum does not match".to_owned()
-            } else {
-                format!(
-                    "the checksum of the page with rows {} to {} does not match",
-                    fault.first_row,
-                    fault.end_row - 1
-                )
-            },
-        }
-    }
-
-    fn reader(
-        &self,
-        wanted: &[&str],
-        rows: Option<&[u32]>,
-        batch_size: usize,
-        fault: Arc<OnceLock<PageFault>>,
-    ) -> parquet::errors::Result<ParquetRecordBatchReader> {
-        let fields = self.metadata.schema().fields();
-        let roots = fields
-            .iter()
-            .enumerate()
-            .filter(|(_, field)| wanted.contains(&field.name().as_str()));
-        let mask = ProjectionMask::roots(
-            self.metadata.parquet_schema(),
-            roots.map(|(index, _)| index),
-        );
-        let source = PageReader {
-            source: self.source.clone(),
-            pages: self.pages.clone(),
-            fault,
-        };
-        let builder =
-            ParquetRecordBatchReaderBuilder::new_with_metadata(source, self.metadata.clone())
-                .with_projection(mask)
-                .with_batch_size(batch_size)
-                // A mask would decode whole pages to drop most of them again.
-                .with_row_selection_policy(RowSelectionPolicy::Selectors);
-        match rows {
-            Some(rows) if rows.len() < self.rows => {
-                builder.with_row_selection(selection(rows)).build()
-            }
-            _ => builder.build(),
-        }
-    }
-
-    fn column<'a>(&self, batch: &'a RecordBatch, name: &str) -> Result<&'a dyn Array> {
-        match batch.column_by_name(name) {
-            Some(column) if column.null_count() == 0 => Ok(column.as_ref()),
-            _ => Err(self.damaged(&format!("column {name} is absent or has nulls"))),
-        }
-    }
-
-    fn list(&self, row: &RowOf<'_>, name: &str) -> Result<arrow::array::ArrayRef> {
-        let column = self.column(row.batch, name)?;
-        let lists: Option<&GenericListArray<i32>> = column.as_list_opt();
-        match lists {
-            Some(lists) if lists.values().null_count() == 0 => Ok(lists.value(row.row)),
-            _ => Err(self.damaged(&format!("column {name} is no list, or has nulls"))),
-        }
-    }
-
-    fn damaged(&self, message: &str) -> Error {
-        Error::damaged(&self.file, message)
-    }
-
-    fn damaged_at(&self, column: &str, row: u64, message: &str) -> Error {
+    fn damaged_at(&self, column: &str, row: u32, message: &str) -> Error {
         Error::Damaged {
             file: self.file.clone(),
             column: Some(column.to_owned()),
-            row: Some(row),
+            row: Some(u64::from(row)),
             message: message.to_owned(),
         }
     }
 }
 
-/// One row of a batch, and its number in the shard.
-struct RowOf<'a> {
-    batch: &'a RecordBatch,
-    row: usize,
-    number: u64,
-}
-
-/// Ascending distinct rows as runs to skip and to select.
-fn selection(rows: &[u32]) -> RowSelection {
-    let mut selectors: Vec<RowSelector> = Vec::new();
-    let mut next = 0;
-    for run in rows.chunk_by(|a, b| a + 1 == *b) {
-        let first = run[0] as usize;
-        if first > next {
-            selectors.push(RowSelector::skip(first - next));
-        }
-        selectors.push(RowSelector::select(run.len()));
-        next = first + run.len();
-    }
-    selectors.into()
-}
-
-/// Runs code that hands bytes from the disk to the Parquet library, which panics on some kinds of garbage.
-fn guarded<T>(file: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(Error::damaged(
-            file,
-            "the Parquet library cannot make sense of it",
-        ))
-    })
-}
-
-fn check_metadata(
-    spec: &CacheSpec,
-    index: usize,
-    info: &ShardInfo,
-    metadata: &ArrowReaderMetadata,
-) -> Result<()> {
-    let wrong = |message: String| Err(Error::damaged(&info.file, message));
-    let groups = metadata.metadata().row_groups();
-    let rows = groups.first().map_or(0, RowGroupMetaData::num_rows);
-    if groups.len() != 1 || u64::try_from(rows) != Ok(info.sequences) {
-        return wrong(format!(
-            "{} row groups, {rows} rows in the first, expected {}",
-            groups.len(),
-            info.sequences
-        ));
-    }
-    let Some(text) = value(metadata, METADATA_KEY) else {
-        return wrong("it is no caskd shard".to_owned());
-    };
-    let found: ShardMetadata = match serde_json::from_str(text) {
-        Ok(found) => found,
-        Err(error) => return wrong(format!("its metadata cannot be parsed: {error}")),
-    };
-    if found != ShardMetadata::new(spec, index, info.sequences, info.positions) {
-        return wrong("its metadata contradicts the manifest".to_owned());
-    }
-    Ok(())
-}
-
-fn value<'a>(metadata: &'a ArrowReaderMetadata, key: &str) -> Option<&'a str> {
-    let pairs = metadata.metadata().file_metadata().key_value_metadata()?;
-    pairs.iter().find(|pair| pair.key == key)?.value.as_deref()
-}
-
-fn scales(spec: &CacheSpec, file: &str, metadata: &ArrowReaderMetadata) -> Result<Vec<Vec<f32>>> {
-    let mut all = Vec::with_capacity(spec.layers.len());
-    for layer in &spec.layers {
-        if layer.codec == HiddenCodec::F16 {
-            all.push(Vec::new());
-            continue;
-        }
-        let bytes =
-            value(metadata, &scales_key(layer.layer)).and_then(|text| STANDARD.decode(text).ok());
-        let scales: Vec<f32> = bytes
-            .unwrap_or_default()
-            .chunks_exact(4)
-            .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-            .collect();
-        if scales.len() != layer.width || scales.iter().any(|scale| !scale.is_finite()) {
-            return Err(Error::damaged(
-                file,
-                format!("the scales of layer {} are absent or wrong", layer.layer),
-            ));
-        }
-        all.push(scales);
-    }
-    Ok(all)
-}
-
-/// What the manifest will say of a shard that an earlier process wrote; `None` if it does not belong to this spec.
-pub(crate) fn describe(
-    store: &Store,
-    spec: &CacheSpec,
-    index: usize,
-    file: &str,
-    digest: String,
-) -> Result<Option<ShardInfo>> {
-    let Some(bytes) = store.length(file)? else {
-        return Ok(None);
-    };
-    let source = store.open(file, bytes, Io::Read)?;
-    let parsed = guarded(file, || {
-        ParquetMetaDataReader::new()
-            .parse_and_finish(&source)
-            .map_err(|error| Error::damaged(file, error.to_string()))
-    });
-    let Ok(parsed) = parsed else { return Ok(None) };
-    let pairs = parsed.file_metadata().key_value_metadata();
-    let text = pairs
-        .into_iter()
-        .flatten()
-        .find(|pair| pair.key == METADATA_KEY)
-        .and_then(|pair| pair.value.as_deref());
-    let Some(found) = text.and_then(|text| serde_json::from_str::<ShardMetadata>(text).ok()) else {
-        return Ok(None);
-    };
-    let sequences = spec.sequences_in_shard(index) as u64;
-    if found != ShardMetadata::new(spec, index, sequences, found.positions) {
-        return Ok(None);
-    }
-    let tail = data_end(&parsed).min(bytes as usize);
-    let footer = source
-        .range(tail as u64, bytes as usize - tail)
-        .map_err(|error| Error::damaged(file, error.to_string()))?;
-    Ok(Some(ShardInfo {
-        file: file.to_owned(),
-        digest,
-        bytes,
-        sequences,
-        positions: found.positions,
-        footer: FooterInfo {
-            bytes: footer.len() as u64,
-            checksum: format!("{:016x}", xxh3_64(&footer)),
-        },
-    }))
+/// What one call reads, as numbers of columns.
+struct Wanted {
+    tokens: [usize; 4],
+    /// The five statistics and their checksum.
+    statistics: Option<[usize; 6]>,
+    keeps_statistics: bool,
+    top_k: Option<usize>,
+    coefficients: Option<usize>,
+    /// Positions in the spec's layers, ascending, with their columns.
+    layers: Vec<(usize, usize)>,
 }

@@ -1,6 +1,7 @@
 //! Columns, encodings and metadata of a shard, and the checksums of its native columns.
 
 use std::collections::HashMap;
+use std::hash::Hasher;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -8,8 +9,9 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::schema::types::ColumnPath;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use twox_hash::XxHash3_64;
 
+use super::page::{Layout, Values};
 use crate::FORMAT_VERSION;
 use crate::frame::{Codec, TOP_K_F16_STEPS, TOP_K_RANKED, TRANSFORM_RANS};
 use crate::hidden::codec_of;
@@ -131,7 +133,7 @@ pub(super) fn element(data_type: DataType) -> Arc<Field> {
     Arc::new(Field::new("element", data_type, false))
 }
 
-/// The Arrow schema; `blob` is `Binary` to write and `BinaryView` to read without copying.
+/// The Arrow schema; `blob` is the type of bulk columns.
 pub(super) fn arrow_schema(spec: &CacheSpec, blob: &DataType) -> SchemaRef {
     let mut fields = vec![
         Field::new(SOURCE, DataType::Utf8, false),
@@ -155,6 +157,32 @@ pub(super) fn arrow_schema(spec: &CacheSpec, blob: &DataType) -> SchemaRef {
         fields.push(Field::new(&column.name, list_of(blob.clone()), false).with_metadata(metadata));
     }
     Arc::new(Schema::new(fields))
+}
+
+/// Name of every column in file order, and how its values stand in pages.
+pub(super) fn layouts(spec: &CacheSpec) -> Vec<(String, Layout)> {
+    let values = |data_type: &DataType| match data_type {
+        DataType::Boolean => Values::Bits,
+        DataType::Float32 => Values::Split,
+        DataType::UInt64 => Values::Fixed(8),
+        DataType::FixedSizeBinary(width) => Values::Fixed(*width as usize),
+        DataType::Utf8 | DataType::Binary => Values::Binary,
+        _ => Values::Fixed(4),
+    };
+    let schema = arrow_schema(spec, &DataType::Binary);
+    let fields = schema.fields().iter().map(|field| {
+        let (is_list, element) = match field.data_type() {
+            DataType::List(element) => (true, element.data_type()),
+            other => (false, other),
+        };
+        let layout = Layout {
+            values: values(element),
+            is_list,
+            is_compressed: *element != DataType::Binary,
+        };
+        (field.name().clone(), layout)
+    });
+    fields.collect()
 }
 
 pub(super) fn writer_properties(spec: &CacheSpec) -> WriterProperties {
@@ -204,23 +232,23 @@ pub(super) fn keys_checksum(
     bytes[32..40].copy_from_slice(&split_hash.to_le_bytes());
     bytes[40..44].copy_from_slice(&positions.to_le_bytes());
     bytes[44..].copy_from_slice(&targets.to_le_bytes());
-    xxh3_64(&bytes)
+    XxHash3_64::oneshot(&bytes)
 }
 
 pub(super) fn tokens_checksum(source: &str, token_ids: &[u32], loss_mask: &[bool]) -> u64 {
-    let mut hasher = Xxh3::new();
-    hasher.update(&(source.len() as u32).to_le_bytes());
-    hasher.update(source.as_bytes());
-    hasher.update(&(token_ids.len() as u32).to_le_bytes());
-    hasher.update(bytemuck::cast_slice(token_ids));
-    hasher.update(bytemuck::cast_slice(loss_mask));
-    hasher.digest()
+    let mut hasher = XxHash3_64::new();
+    hasher.write(&(source.len() as u32).to_le_bytes());
+    hasher.write(source.as_bytes());
+    hasher.write(&(token_ids.len() as u32).to_le_bytes());
+    hasher.write(bytemuck::cast_slice(token_ids));
+    hasher.write(bytemuck::cast_slice(loss_mask));
+    hasher.finish()
 }
 
 pub(super) fn statistics_checksum(statistics: &Statistics) -> u64 {
-    let mut hasher = Xxh3::new();
+    let mut hasher = XxHash3_64::new();
     for column in statistics.columns() {
-        hasher.update(bytemuck::cast_slice(column));
+        hasher.write(bytemuck::cast_slice(column));
     }
-    hasher.digest()
+    hasher.finish()
 }

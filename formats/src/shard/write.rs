@@ -17,9 +17,10 @@ use parquet::file::metadata::{
     RowGroupMetaData,
 };
 use parquet::file::writer::TrackedWrite;
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
-use super::pages::{self, PAGES_KEY};
+use super::footer::chunk_range;
+use super::pages::{PAGES_KEY, checksum, table};
 use super::schema::{
     COEFFICIENTS, METADATA_KEY, ShardMetadata, TOP_K, arrow_schema, element, hidden_column,
     keys_checksum, scales_key, statistics_checksum, tokens_checksum, writer_properties,
@@ -82,7 +83,7 @@ pub(crate) fn encode_shard(
         })?;
     let footer = FooterInfo {
         bytes: (bytes.len() - tail) as u64,
-        checksum: format!("{:016x}", xxh3_64(&bytes[tail..])),
+        checksum: format!("{:016x}", XxHash3_64::oneshot(&bytes[tail..])),
     };
     Ok(EncodedShard {
         bytes,
@@ -138,8 +139,8 @@ fn add_metadata(
         let text = STANDARD.encode(bytemuck::cast_slice::<f32, u8>(scales));
         pairs.push(KeyValue::new(scales_key(layer.layer), text));
     }
-    let table = pages::table(&data, metadata).ok_or("the library wrote no page index")?;
-    pairs.push(KeyValue::new(PAGES_KEY.to_owned(), table));
+    let checksums = page_checksums(&data, metadata).ok_or("the library wrote no page index")?;
+    pairs.push(KeyValue::new(PAGES_KEY.to_owned(), table(checksums)));
     let file = FileMetaData::new(
         file.version(),
         file.num_rows(),
@@ -160,19 +161,28 @@ fn add_metadata(
     Ok((tail, bytes))
 }
 
+/// Checksums of all pages, columns in file order; `None` where the library's index makes no sense.
+fn page_checksums(data: &[u8], metadata: &ParquetMetaData) -> Option<Vec<u32>> {
+    let index = metadata.page_index_for_row_group(0);
+    let mut checksums = Vec::new();
+    for column in 0..metadata.row_groups().first()?.num_columns() {
+        for location in index.page_locations(column)? {
+            let start = usize::try_from(location.offset).ok()?;
+            let length = usize::try_from(location.compressed_page_size).ok()?;
+            checksums.push(checksum(data.get(start..start.checked_add(length)?)?));
+        }
+    }
+    Some(checksums)
+}
+
 /// Where the last column chunk ends and the tail begins.
 pub(super) fn data_end(metadata: &ParquetMetaData) -> usize {
     let chunks = metadata
         .row_groups()
         .iter()
         .flat_map(RowGroupMetaData::columns);
-    chunks
-        .map(|chunk| {
-            let (start, length) = chunk.byte_range();
-            (start + length) as usize
-        })
-        .max()
-        .unwrap_or(0)
+    let ends = chunks.filter_map(|chunk| Some(chunk_range(chunk)?.end as usize));
+    ends.max().unwrap_or(0)
 }
 
 fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
@@ -215,6 +225,10 @@ fn check(spec: &CacheSpec, sequence: &Sequence) -> Result<()> {
         Some(top_k) if spec.top_k > 0 => {
             topk::check(top_k, &statistics.max, spec.top_k, spec.vocab_size)
                 .map_err(|message| Error::invalid(&sequence.source, TOP_K, message))?;
+            // The grid of the compact tier makes ties of its own, so there they mean nothing.
+            if spec.code.is_none() {
+                topk::check_ties(top_k).or_else(|message| wrong(TOP_K, message))?;
+            }
         }
         None if spec.top_k == 0 => {}
         Some(_) => return wrong(TOP_K, "present, but the plan keeps none".to_owned()),

@@ -81,6 +81,7 @@ pub(crate) fn encode(
 
 /// Decodes the blobs of one row of `positions` positions.
 pub(crate) fn decode<'a>(
+    decoder: &Decoder,
     blobs: impl Iterator<Item = &'a [u8]>,
     basis: &Basis,
     positions: usize,
@@ -92,7 +93,7 @@ pub(crate) fn decode<'a>(
     for blob in blobs {
         let expected = header(rank, first, 0);
         let (count, mut payload) =
-            Decoder::open(blob, expected, positions - first, bytes_per_position(rank))?;
+            decoder.open(blob, expected, positions - first, bytes_per_position(rank))?;
         rans::decode(
             rans::take(&mut payload)?,
             count,

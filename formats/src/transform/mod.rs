@@ -14,4 +14,4 @@ pub(crate) mod rans;
 pub use basis::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -82,24 +82,24 @@ pub(crate) fn encode(encoder: &mut Encoder, basis: &Basis, top_k: &TopK) -> Vec<
     blobs
 }
 
-/// Decodes the blobs of one row; `max` is the row's statistic \[T\].
+/// Decodes the blobs of one row into `out`, whose memory is used again; `max` is the row's statistic \[T\].
 pub(crate) fn decode<'a>(
+    decoder: &Decoder,
     blobs: impl Iterator<Item = &'a [u8]>,
     basis: &Basis,
     max: &[f32],
-) -> Result<TopK, Fault> {
+    out: &mut TopK,
+) -> Result<(), Fault> {
     let k = basis.k();
-    let mut out = TopK {
-        k,
-        ids: Vec::new(),
-        logits: Vec::new(),
-    };
+    out.k = k;
+    out.ids.clear();
+    out.logits.clear();
     let (mut symbols, mut gaps) = (Vec::new(), Vec::new());
     let mut first = 0;
     for blob in blobs {
         let expected = header(k, first, 0);
         let (count, mut payload) =
-            Decoder::open(blob, expected, max.len() - first, bytes_per_position(k))?;
+            decoder.open(blob, expected, max.len() - first, bytes_per_position(k))?;
         rans::decode(
             rans::take(&mut payload)?,
             count,
@@ -116,7 +116,7 @@ pub(crate) fn decode<'a>(
             gaps.extend(row[k..].iter().map(|gap| u32::from(*gap)));
         }
         let mut plain = BitReader::new(payload.take(plain_bits.div_ceil(8))?);
-        out.ids.reserve_exact(count * k);
+        out.ids.reserve(count * k);
         for row in symbols.chunks_exact(2 * k - 1) {
             for bucket in &row[..k] {
                 let rank = match u32::from(*bucket) {
@@ -141,7 +141,7 @@ pub(crate) fn decode<'a>(
             }
         }
         payload.end()?;
-        out.logits.reserve_exact(count * k);
+        out.logits.reserve(count * k);
         for (position, max) in max[first..first + count].iter().enumerate() {
             let mut steps = 0_u32;
             out.logits.push(*max);
@@ -158,5 +158,5 @@ pub(crate) fn decode<'a>(
             max.len()
         ));
     }
-    Ok(out)
+    Ok(())
 }

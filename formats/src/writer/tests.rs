@@ -1,9 +1,9 @@
 //! Builds killed before every single change of the disk.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 
 use super::*;
+use crate::store::Local;
 use crate::{Cache, Io, verify};
 
 #[path = "../../tests/sample/mod.rs"]
@@ -14,9 +14,9 @@ use sample::{small, tree};
 /// Runs a whole build that is killed before change number `changes`.
 fn build(dir: &Path, resume: bool, changes: i64) -> Result<Manifest> {
     let sample = small();
-    let mut store = Store::new(dir);
-    store.fuse = Some(Arc::new(AtomicI64::new(changes)));
-    let mut writer = CacheWriter::open_in(store, &sample.spec, resume)?;
+    let mut local = Local::new(dir);
+    local.fuse = Some(AtomicI64::new(changes));
+    let mut writer = CacheWriter::open_in(Arc::new(local), &sample.spec, resume)?;
     sample.fill(&mut writer)?;
     writer.finish()
 }

@@ -248,6 +248,7 @@ fn sequence(shape: &Shape, index: usize, length: usize, noise: &mut Noise) -> Se
             .log_sum_exp
             .push(max + noise.unit() * (vocab as f32).ln());
     }
+    sort_ties(&mut top_k);
     let token_ids = (0..length).map(|_| noise.below(vocab) as u32).collect();
     let hidden = shape.layers.iter().map(|(layer, width, _)| HiddenState {
         layer: *layer,
@@ -262,6 +263,18 @@ fn sequence(shape: &Shape, index: usize, length: usize, noise: &mut Noise) -> Se
         top_k: (k > 0).then_some(top_k),
         hidden: hidden.collect(),
         coefficients: None,
+    }
+}
+
+/// Of equal logits the lower token id comes first.
+pub fn sort_ties(top_k: &mut TopK) {
+    let k = top_k.k.max(1);
+    for (logits, ids) in top_k.logits.chunks(k).zip(top_k.ids.chunks_mut(k)) {
+        let mut first = 0;
+        for tie in logits.chunk_by(|a, b| a == b) {
+            ids[first..first + tie.len()].sort_unstable();
+            first += tie.len();
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
     read_with_pyarrow.py CACHE EXPECTED.json
 
-EXPECTED.json is a list of what the Rust reader decoded, a `null` among numbers stands for minus infinity. Prints a line
+EXPECTED.json is a list of what the Rust reader decoded, a `null` among logits stands for minus infinity. Prints a line
 per check and exits with 1 at the first difference.
 """
 
@@ -18,7 +18,7 @@ from caskd_reader import STATISTICS, Cache  # noqa: E402
 
 
 def floats(values):
-    return np.array([-np.inf if value is None else value for value in values], np.float64).astype(np.float32)
+    return np.array([-np.inf if value is None else float(value) for value in values], np.float64).astype(np.float32)
 
 
 def same(what, found, expected):

@@ -1,0 +1,397 @@
+//! Decoding a cache, measured: the Rust half of `runs/bench_cache.py`.
+//!
+//!     decode_speed make FOLDER POSITIONS     writes a cache: tier sparse, K = 64, one f16 layer of width 576
+//!     decode_speed serve FOLDER              answers commands on stdin, a JSON line each
+//!
+//! Commands: `scan` (every row, every column), `native` (tokens and statistics only), `copy` (a plain copy of as many
+//! bytes as `scan` hands out), `subset` (5% of the rows, drawn at random), `threads` (two threads, half of the shards
+//! each), `rows` (the small columns of every row). `seconds` is CPU time of the threads that work, `wall` is wall time,
+//! `anonymous` the process's private memory in bytes.
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a measuring program that may stop at the first surprise"
+)]
+
+use std::io::BufRead;
+use std::path::Path;
+use std::time::Instant;
+
+use caskd_formats::{
+    Cache, CacheSpec, CacheWriter, Columns, DataInfo, HiddenCodec, HiddenState, Io, LayerSpec,
+    Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+};
+use serde_json::{Value, json};
+
+const TOP_K: usize = 64;
+const VOCABULARY: usize = 49_152;
+const WIDTH: usize = 576;
+const ROWS_PER_SHARD: usize = 256;
+
+/// A command is repeated until so much time has gone by.
+const LEAST_SECONDS: f64 = 0.4;
+
+/// Rows of one read, as a batch of the trainer.
+const ROWS_PER_READ: usize = 16;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments
+        .iter()
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .as_slice()
+    {
+        ["make", folder, positions] => make(Path::new(folder), positions.parse().unwrap()),
+        ["serve", folder] => serve(Path::new(folder)),
+        _ => {
+            eprintln!("decode_speed make FOLDER POSITIONS | decode_speed serve FOLDER");
+            std::process::exit(2);
+        }
+    }
+}
+
+fn serve(folder: &Path) {
+    let cache = Cache::open(folder, Io::Mmap).unwrap();
+    let mut out = Vec::new();
+    let mut copies = (Vec::new(), Vec::new());
+    for command in std::io::stdin().lock().lines() {
+        let command = command.unwrap();
+        // Again and again for a while: the scheduler's account is a few milliseconds coarse.
+        let (started, cpu) = (Instant::now(), thread_seconds());
+        let (mut repeats, mut own) = (0.0, (0.0, 0.0));
+        let mut answer = loop {
+            let answer = answer(&cache, &command, &mut out, &mut copies);
+            repeats += 1.0;
+            let number = |name: &str| answer[name].as_f64().unwrap_or_default();
+            own = (own.0 + number("seconds"), own.1 + number("wall"));
+            if started.elapsed().as_secs_f64() > LEAST_SECONDS {
+                break answer;
+            }
+        };
+        let fields = answer.as_object_mut().unwrap();
+        let (seconds, wall) = if fields.contains_key("seconds") {
+            own
+        } else {
+            (thread_seconds() - cpu, started.elapsed().as_secs_f64())
+        };
+        fields.insert("seconds".to_owned(), json!(seconds / repeats));
+        fields.insert("wall".to_owned(), json!(wall / repeats));
+        fields.insert("anonymous".to_owned(), json!(anonymous_bytes()));
+        println!("{answer}");
+    }
+}
+
+/// One command; those that measure themselves say `seconds` and `wall`.
+fn answer(
+    cache: &Cache,
+    command: &str,
+    out: &mut Vec<Sequence>,
+    copies: &mut (Vec<u8>, Vec<u8>),
+) -> Value {
+    let native = Columns {
+        statistics: true,
+        ..Columns::default()
+    };
+    match command {
+        "scan" => scan(cache, &all(cache), 0..shards(cache), out).as_json(),
+        "native" => scan(cache, &native, 0..shards(cache), out).as_json(),
+        "subset" => subset(cache, out).as_json(),
+        "copy" => copy(cache, out, copies),
+        "threads" => threads(cache),
+        "rows" => json!({ "rows": cache.rows().unwrap().len() }),
+        other => json!({ "error": format!("no command {other}") }),
+    }
+}
+
+fn all(cache: &Cache) -> Columns {
+    Columns::all(cache.manifest())
+}
+
+fn shards(cache: &Cache) -> usize {
+    cache.manifest().shards.len()
+}
+
+/// What was handed out.
+#[derive(Clone, Copy, Default)]
+struct Counted {
+    positions: usize,
+    bytes: usize,
+}
+
+impl Counted {
+    fn add(&mut self, sequences: &[Sequence]) {
+        for sequence in sequences {
+            let positions = sequence.token_ids.len();
+            self.positions += positions;
+            self.bytes += positions * (4 + 1);
+            if sequence.statistics.is_some() {
+                self.bytes += positions * 5 * 4;
+            }
+            if let Some(top_k) = &sequence.top_k {
+                self.bytes += (top_k.ids.len() + top_k.logits.len()) * 4;
+            }
+            for state in &sequence.hidden {
+                self.bytes += state.values.len() * 4;
+            }
+        }
+    }
+
+    fn as_json(self) -> Value {
+        json!({ "positions": self.positions, "bytes": self.bytes })
+    }
+}
+
+fn scan(
+    cache: &Cache,
+    columns: &Columns,
+    shards: std::ops::Range<usize>,
+    out: &mut Vec<Sequence>,
+) -> Counted {
+    let mut counted = Counted::default();
+    for shard in shards {
+        let rows: Vec<u32> = (0..cache.manifest().shards[shard].sequences as u32).collect();
+        for rows in rows.chunks(ROWS_PER_READ) {
+            cache.read_into(shard as u32, rows, columns, out).unwrap();
+            counted.add(out);
+        }
+    }
+    counted
+}
+
+/// Every twentieth row on average, other rows in every shard.
+fn subset(cache: &Cache, out: &mut Vec<Sequence>) -> Counted {
+    let mut noise = Noise(20);
+    let mut counted = Counted::default();
+    for (shard, info) in cache.manifest().shards.iter().enumerate() {
+        let rows: Vec<u32> = (0..info.sequences as u32)
+            .filter(|_| noise.below(20) == 0)
+            .collect();
+        for rows in rows.chunks(ROWS_PER_READ) {
+            cache
+                .read_into(shard as u32, rows, &all(cache), out)
+                .unwrap();
+            counted.add(out);
+        }
+    }
+    counted
+}
+
+/// Copies as many bytes as a scan hands out, in pieces of one read, between buffers that are as warm as a reader's.
+fn copy(cache: &Cache, out: &mut Vec<Sequence>, copies: &mut (Vec<u8>, Vec<u8>)) -> Value {
+    let rows: Vec<u32> = (0..ROWS_PER_READ as u32).collect();
+    cache.read_into(0, &rows, &all(cache), out).unwrap();
+    let mut piece = Counted::default();
+    piece.add(out);
+    let total = cache.manifest().data.positions as usize * (piece.bytes / piece.positions);
+    // The source is as large as the cache's files (they come from memory, not from the processor's cache).
+    let source_bytes = cache
+        .manifest()
+        .shards
+        .iter()
+        .map(|info| info.bytes as usize)
+        .sum::<usize>();
+    copies.0.resize(source_bytes.max(piece.bytes), 1);
+    copies.1.resize(piece.bytes, 0);
+    let started = (Instant::now(), thread_seconds());
+    let (mut copied, mut at) = (0, 0);
+    while copied < total {
+        let length = piece.bytes.min(total - copied);
+        if at + length > copies.0.len() {
+            at = 0;
+        }
+        copies.1[..length].copy_from_slice(&copies.0[at..at + length]);
+        std::hint::black_box(&mut copies.1);
+        copied += length;
+        at += length;
+    }
+    let cpu = thread_seconds() - started.1;
+    let wall = started.0.elapsed().as_secs_f64();
+    // Kept out of the private memory of the measurements to come.
+    *copies = (Vec::new(), Vec::new());
+    json!({ "bytes": copied, "seconds": cpu, "wall": wall })
+}
+
+/// Two threads, half of the shards each.
+fn threads(cache: &Cache) -> Value {
+    let half = shards(cache) / 2;
+    let started = Instant::now();
+    let results: Vec<(Counted, f64)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = [0..half, half..shards(cache)]
+            .into_iter()
+            .map(|range| {
+                scope.spawn(move || {
+                    let cpu = thread_seconds();
+                    let counted = scan(cache, &all(cache), range, &mut Vec::new());
+                    (counted, thread_seconds() - cpu)
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap())
+            .collect()
+    });
+    let positions: usize = results.iter().map(|result| result.0.positions).sum();
+    let seconds: f64 = results.iter().map(|result| result.1).sum();
+    json!({ "positions": positions, "seconds": seconds, "wall": started.elapsed().as_secs_f64() })
+}
+
+/// CPU seconds of the calling thread, to a nanosecond: from the scheduler, because a busy machine's clock says little.
+fn thread_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds = text
+        .split(' ')
+        .next()
+        .and_then(|first| first.parse::<f64>().ok());
+    nanoseconds.unwrap_or_default() / 1e9
+}
+
+fn anonymous_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("RssAnon"));
+    let kibibytes = line
+        .and_then(|line| line.split_whitespace().nth(1))
+        .and_then(|number| number.parse::<u64>().ok());
+    kibibytes.unwrap_or_default() * 1024
+}
+
+/// SplitMix64.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in 0..1.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1_u64 << 24) as f32
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Nearly normal: four uniform 16-bit numbers.
+    fn normal(&mut self) -> f32 {
+        let bits = self.next();
+        let sum: u64 = (0..4).map(|part| bits >> (16 * part) & 0xFFFF).sum();
+        (sum as f32 / 65_536.0 - 2.0) * 1.732
+    }
+}
+
+/// Values like a language model's: logits that fall fast and then slowly, frequent tokens with small numbers, channels of
+/// different size.
+fn make(folder: &Path, positions: usize) {
+    let mut noise = Noise(1);
+    let mut lengths = Vec::new();
+    let mut left = positions;
+    while left > 0 {
+        let length = (40 + noise.below(130)).min(left);
+        lengths.push(length);
+        left -= length;
+    }
+    let targets = lengths.iter().map(|length| *length as u64 / 2).sum();
+    let spec = spec(lengths.len() as u64, positions as u64, targets);
+    let scales: Vec<f32> = (0..WIDTH).map(|_| (noise.normal() * 0.5).exp()).collect();
+    let mut writer = CacheWriter::open(folder, &spec, false).unwrap();
+    for (shard, lengths) in lengths.chunks(ROWS_PER_SHARD).enumerate() {
+        let sequences: Vec<Sequence> = lengths
+            .iter()
+            .map(|length| sequence(*length, &scales, &mut noise))
+            .collect();
+        writer.write_shard(shard, &sequences).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn sequence(positions: usize, scales: &[f32], noise: &mut Noise) -> Sequence {
+    let mut statistics = Statistics::default();
+    let mut top_k = TopK {
+        k: TOP_K,
+        ..TopK::default()
+    };
+    for _ in 0..positions {
+        let mut logit = 15.0 + 3.0 * noise.normal();
+        statistics.max.push(logit);
+        statistics.mean.push(noise.normal());
+        statistics.std.push(2.0 + 0.3 * noise.normal());
+        statistics.min.push(-12.0 + noise.normal());
+        statistics.log_sum_exp.push(logit + 1.5 * noise.unit());
+        let first = top_k.ids.len();
+        while top_k.ids.len() < first + TOP_K {
+            let id = (VOCABULARY as f32).powf(noise.unit()) as u32 - 1;
+            if !top_k.ids[first..].contains(&id) {
+                top_k.ids.push(id);
+                top_k.logits.push(logit);
+                let rank = (top_k.ids.len() - first) as f32;
+                logit -= 1e-4 - noise.unit().max(1e-6).ln() * 2.0 / (1.0 + rank);
+            }
+        }
+    }
+    let hidden = HiddenState {
+        layer: 15,
+        width: WIDTH,
+        values: (0..positions)
+            .flat_map(|_| scales)
+            .map(|scale| scale * noise.normal())
+            .collect(),
+    };
+    Sequence {
+        source: format!("made.jsonl:{}", noise.below(100_000)),
+        token_ids: (0..positions)
+            .map(|_| (VOCABULARY as f32).powf(noise.unit()) as u32 - 1)
+            .collect(),
+        loss_mask: (0..positions)
+            .map(|position| position > positions / 2)
+            .collect(),
+        statistics: Some(statistics),
+        top_k: Some(top_k),
+        hidden: vec![hidden],
+        coefficients: None,
+    }
+}
+
+fn spec(sequences: u64, positions: u64, targets: u64) -> CacheSpec {
+    CacheSpec {
+        tier: Tier::Sparse,
+        top_k: TOP_K,
+        vocab_size: VOCABULARY,
+        layers: vec![LayerSpec {
+            layer: 15,
+            width: WIDTH,
+            codec: HiddenCodec::F16,
+        }],
+        code: None,
+        sequences_per_shard: ROWS_PER_SHARD,
+        max_len: 1024,
+        teacher: TeacherInfo {
+            name: "made up".to_owned(),
+            architecture: "llama".to_owned(),
+            digest: "00".repeat(32),
+            compute_dtype: "f32".to_owned(),
+            num_layers: 30,
+            hidden_size: WIDTH,
+            num_parameters: 0,
+        },
+        tokenizer: TokenizerInfo {
+            fingerprint: "00".repeat(32),
+            vocab_size: VOCABULARY,
+        },
+        data: DataInfo {
+            digest: "00".repeat(32),
+            files: Vec::new(),
+            sequences,
+            positions,
+            targets,
+            truncated: 0,
+            skipped: 0,
+            prompt_form: "none".to_owned(),
+        },
+    }
+}

@@ -1,0 +1,107 @@
+//! Files in memory: for tests and fuzzing, where a disk would be the slowest part.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use super::{Guard, Storage, is_taken, split};
+use crate::cache::Io;
+use crate::error::{Error, Result};
+use crate::source::Source;
+
+/// A cache in memory. A clone is the same cache.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    files: Arc<Mutex<BTreeMap<String, Bytes>>>,
+    lock: Arc<Mutex<bool>>,
+}
+
+impl Memory {
+    /// A cache of these files, by their names in the cache's folder.
+    pub fn new(files: impl IntoIterator<Item = (String, Bytes)>) -> Memory {
+        Memory {
+            files: Arc::new(Mutex::new(files.into_iter().collect())),
+            lock: Arc::default(),
+        }
+    }
+
+    /// Every file with its name, in order.
+    pub fn files(&self) -> Vec<(String, Bytes)> {
+        let files = self.held();
+        let pairs = files
+            .iter()
+            .map(|(name, bytes)| (name.clone(), bytes.clone()));
+        pairs.collect()
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<String, Bytes>> {
+        // No code that holds the lock can leave the map half changed.
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Storage for Memory {
+    fn root(&self) -> &Path {
+        Path::new("memory")
+    }
+
+    fn length(&self, name: &str) -> Result<Option<u64>> {
+        Ok(self.held().get(name).map(|bytes| bytes.len() as u64))
+    }
+
+    fn open(&self, name: &str, _io: Io) -> Result<Option<Source>> {
+        Ok(self.held().get(name).cloned().map(Source::Mapped))
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<String>> {
+        let files = self.held();
+        let names = files.keys().map(|name| split(name));
+        let inside = names.filter(|(of, _)| *of == folder);
+        Ok(inside.map(|(_, name)| name.to_owned()).collect())
+    }
+
+    fn create_folder(&self, _folder: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn publish(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
+        let mut files = self.held();
+        if files.contains_key(name) {
+            return Err(is_taken(self.root().join(name)));
+        }
+        files.insert(name.to_owned(), parts.concat().into());
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.held().remove(name);
+        Ok(())
+    }
+
+    fn sync(&self, _folder: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<Box<dyn Guard>> {
+        let mut is_locked = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *is_locked, true) {
+            return Err(Error::Locked {
+                dir: self.root().to_owned(),
+            });
+        }
+        Ok(Box::new(Held(self.lock.clone())))
+    }
+}
+
+#[derive(Debug)]
+struct Held(Arc<Mutex<bool>>);
+
+impl Guard for Held {}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+}
