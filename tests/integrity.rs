@@ -86,6 +86,8 @@ fn rewrite(from: &Path, to: &Path, change: impl Fn(&mut Sequence)) {
     writer.finish().unwrap();
 }
 
+type Change = fn(&mut Sequence);
+
 #[test]
 fn the_teacher_confirms_its_cache_and_nobody_elses() {
     let bench = Bench::new();
@@ -107,7 +109,7 @@ fn the_teacher_confirms_its_cache_and_nobody_elses() {
         assert_eq!(deviations.len(), 5 + 1 + 2);
 
         // A cache of other values whose checksums are all right.
-        let changes: [(&str, fn(&mut Sequence)); 3] = [
+        let changes: [(&str, Change); 3] = [
             ("mean", |sequence| {
                 for mean in &mut sequence.statistics.as_mut().unwrap().mean {
                     *mean *= 0.5;

@@ -21,7 +21,7 @@ use crate::unchecked::counting::peak;
 use crate::{Cache, CacheWriter, Error, HiddenCodec, Tier};
 
 #[path = "../tests/sample/mod.rs"]
-mod sample;
+pub(crate) mod sample;
 
 pub(crate) use sample::Noise;
 use sample::{Sample, Shape};
@@ -42,16 +42,14 @@ fn run(name: &str, weight: u64, ratio: usize, mut case: impl FnMut(&mut Noise) -
     for index in 0..cases {
         let mut noise = Noise(seed << 40 ^ index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let work = AssertUnwindSafe(|| peak(|| case(&mut noise)));
-        match catch_unwind(work) {
-            Ok((given, allocated)) => {
-                let bound = (256 << 10) + ratio * given;
-                assert!(
-                    allocated <= bound,
-                    "{name}, seed {seed}, case {index}: {allocated} bytes allocated for {given}"
-                );
-            }
-            Err(_) => panic!("{name}, seed {seed}, case {index} panicked"),
-        }
+        let Ok((given, allocated)) = catch_unwind(work) else {
+            panic!("{name}, seed {seed}, case {index} panicked");
+        };
+        let bound = (256 << 10) + ratio * given;
+        assert!(
+            allocated <= bound,
+            "{name}, seed {seed}, case {index}: {allocated} bytes allocated for {given}"
+        );
         done.fetch_add(1, Ordering::Relaxed);
     }
     done.store(u64::MAX, Ordering::Relaxed);
@@ -65,7 +63,7 @@ fn watched(name: &str) -> Arc<AtomicU64> {
     std::thread::spawn(move || {
         let mut before = None;
         loop {
-            std::thread::sleep(Duration::from_secs(180));
+            std::thread::sleep(Duration::from_mins(3));
             let now = watched.load(Ordering::Relaxed);
             if now == u64::MAX {
                 return;

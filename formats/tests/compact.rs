@@ -83,7 +83,9 @@ fn logits_are_the_top_k_over_what_the_basis_gives() {
             })
             .collect();
         let shift = f64::from(statistics.mean[t]) - row.iter().sum::<f64>() / 50.0;
-        row.iter_mut().for_each(|logit| *logit += shift);
+        for logit in &mut row {
+            *logit += shift;
+        }
         for rank in t * 3..(t + 1) * 3 {
             row[top_k.ids[rank] as usize] = f64::from(top_k.logits[rank]);
         }

@@ -171,7 +171,7 @@ pub(crate) fn forge_index(shards: &[Sound], noise: &mut Noise) -> usize {
     let shard = sound.shard(sound.bytes.clone()).unwrap();
     let column = &shard.footer.columns[noise.below(shard.footer.columns.len())];
     // One location: a field header and a varint each.
-    let mut index = vec![0x19, (column.pages.len().min(14) as u8) << 4 | 12];
+    let mut index = vec![0x19, ((column.pages.len().min(14) as u8) << 4) | 0x0C];
     for page in column.pages.iter().take(14) {
         let varint = |mut value: u64| {
             let mut bytes = Vec::new();

@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn bits_come_back() {
         let values: Vec<(u32, u32)> = (0..200)
-            .map(|i| (i * 2_654_435_761_u32 >> (i % 31), 32 - i % 32))
+            .map(|i| ((i * 2_654_435_761_u32) >> (i % 31), 32 - i % 32))
             .collect();
         let mut writer = BitWriter::default();
         for (value, count) in &values {

@@ -6,10 +6,7 @@ use super::*;
 use crate::store::Local;
 use crate::{Cache, Io, verify};
 
-#[path = "../../tests/sample/mod.rs"]
-mod sample;
-
-use sample::{small, tree};
+use crate::fuzz::sample::{small, tree};
 
 /// Runs a whole build that is killed before change number `changes`.
 fn build(dir: &Path, resume: bool, changes: i64) -> Result<Manifest> {
