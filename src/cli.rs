@@ -408,6 +408,7 @@ With --command a trial is a program, run by sh: {params.json} is the path of a f
 same as text, {trial}, {seed}, {fraction}, {budget} and {dir} what they say; the environment has them too \
 (CASKD_PARAM_NAME, CASKD_TRIAL …). The last line of its output is the value: a number, or JSON with \"value\". An \
 exit code other than 0 is a failed trial.")]
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct SearchArgs {
     /// The teacher's cache
     #[arg(long, value_name = "CACHE", requires = "student")]

@@ -197,12 +197,11 @@ impl Objective for DistillationObjective {
 
     fn discrepancy(&mut self, params: &Params) -> Result<Discrepancy, BoxError> {
         let config = self.plan.config_of(params)?;
-        let measured = match self.probe.take() {
-            Some(measured) => measured,
-            None => {
-                let opened = self.open()?;
-                probe(&opened.student, &opened.cache, PROBE_SEQUENCES)?
-            }
+        let measured = if let Some(measured) = self.probe.take() {
+            measured
+        } else {
+            let opened = self.open()?;
+            probe(&opened.student, &opened.cache, PROBE_SEQUENCES)?
         };
         let (logits, hidden) = self.probe.insert(measured).discrepancy(&config)?;
         Ok(Discrepancy { logits, hidden })

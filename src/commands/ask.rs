@@ -26,19 +26,16 @@ pub(crate) fn run(args: &AskArgs) -> Outcome {
     let holder = Holder::External {
         seconds: args.lease,
     };
-    let asked = match (&args.cache, &args.student) {
-        (Some(cache), Some(student)) => {
-            let mut objective = DistillationObjective::new(Distillation::new(cache, student));
-            study.ask_measured(holder, &mut objective)?
+    let asked = if let (Some(cache), Some(student)) = (&args.cache, &args.student) {
+        let mut objective = DistillationObjective::new(Distillation::new(cache, student));
+        study.ask_measured(holder, &mut objective)?
+    } else {
+        if new && study.config().sampler == SamplerKind::Sabo {
+            say(
+                "note: without --cache and --student S(x) is not measured: sabo goes by expected improvement alone",
+            );
         }
-        _ => {
-            if new && study.config().sampler == SamplerKind::Sabo {
-                say(
-                    "note: without --cache and --student S(x) is not measured: sabo goes by expected improvement alone",
-                );
-            }
-            study.ask(holder)?
-        }
+        study.ask(holder)?
     };
     if args.json {
         print_json(&Answer {

@@ -115,7 +115,11 @@ impl ComparisonSection {
         Ok(Self {
             path: folder.display().to_string(),
             curve: charts::regret(&comparison),
-            verdicts: comparison.tests.iter().map(|test| test.verdict()).collect(),
+            verdicts: comparison
+                .tests
+                .iter()
+                .map(super::search::compare::Test::verdict)
+                .collect(),
             comparison,
         })
     }

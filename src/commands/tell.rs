@@ -8,6 +8,7 @@ use crate::cli::TellArgs;
 use crate::exit::{Exit, Failure, Outcome};
 
 #[derive(Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names of the JSON object")]
 struct Recorded {
     trial: u64,
     /// False where the same result had been told before, or the trial had gone to somebody else.

@@ -90,6 +90,7 @@ fn text_is_scored_by_rolling_windows() {
 /// Packed side by side with shared contexts, requests get what each gets alone.
 #[test]
 fn packed_requests_score_as_each_alone() {
+    const MAX_LEN: usize = 12;
     let tiny = Tiny::new();
     let model = load_student(&tiny.student());
     let tokens =
@@ -97,14 +98,13 @@ fn packed_requests_score_as_each_alone() {
     let mut requests = Vec::new();
     for item in 0..40 {
         let context = tokens(item, 1 + item % 13);
-        for choice in 0..1 + item % 4 {
+        for choice in 0..=(item % 4) {
             requests.push(Request {
                 context: context.clone(),
                 continuation: tokens(item + 3 * choice, 1 + (item + choice) % 5),
             });
         }
     }
-    const MAX_LEN: usize = 12;
     let scores = loglikelihoods(&model, &requests, MAX_LEN, &mut |_, _| {}).unwrap();
     assert_eq!(scores.len(), requests.len());
     let mut greedy = 0;

@@ -17,6 +17,7 @@ const NOTE: &str = "plan";
 
 /// How a trial is evaluated.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one plan in a process")]
 pub(crate) enum Plan {
     /// By training a student from a cache.
     Distillation(Distillation),

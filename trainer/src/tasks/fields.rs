@@ -83,7 +83,7 @@ fn from_dataset(task: Task, line: &Value) -> Parsed<Item> {
         )),
         Task::HellaSwag => {
             let context = format!("{} {}", of("ctx_a")?, capitalized(of("ctx_b")?));
-            let query = cleaned(&format!("{}: {context}", of("activity_label")?));
+            let query = cleaned(format!("{}: {context}", of("activity_label")?));
             let endings: Vec<String> = strings(line, "endings")?.into_iter().map(cleaned).collect();
             let endings: Vec<&str> = endings.iter().map(String::as_str).collect();
             Ok(chosen(&query, &endings, index(line, "label")?))
