@@ -11,7 +11,7 @@ use caskd_search::{Location, read_study};
 use caskd_trainer::is_run;
 use serde::Serialize;
 
-use super::search::{COMPARISON_FILE, Comparison};
+use super::search::{COMPARISON_FILE, Comparison, Test};
 use super::{print_json, write_file};
 use crate::cli::ReportArgs;
 use crate::exit::{Exit, Failure, Outcome};
@@ -115,11 +115,7 @@ impl ComparisonSection {
         Ok(Self {
             path: folder.display().to_string(),
             curve: charts::regret(&comparison),
-            verdicts: comparison
-                .tests
-                .iter()
-                .map(super::search::compare::Test::verdict)
-                .collect(),
+            verdicts: comparison.tests.iter().map(Test::verdict).collect(),
             comparison,
         })
     }

@@ -17,7 +17,7 @@ use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::setting_text;
 use crate::terminal::{self, duration, say};
 
-pub(crate) use compare::{COMPARISON_FILE, Comparison, best_so_far};
+pub(crate) use compare::{COMPARISON_FILE, Comparison, Test, best_so_far};
 use plan::Evaluator;
 pub(crate) use plan::Plan;
 
