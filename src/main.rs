@@ -24,6 +24,7 @@ fn run(command: &Command) -> Outcome {
     terminal::install_stop_handler()?;
     match command {
         Command::Build(args) => commands::build::run(args),
+        Command::Import(args) => commands::import::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Verify(args) => commands::verify::run(args),
         Command::Fidelity(args) => commands::fidelity::run(args),

@@ -435,6 +435,7 @@ fn cache_spec(
         .layers
         .resolve(num_layers, width, options.tier, options.hidden_codec)?;
     Ok(CacheSpec {
+        origin: None,
         tier: options.tier,
         top_k,
         vocab_size,

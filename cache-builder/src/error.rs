@@ -32,6 +32,27 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// A file that another program wrote is not what it should be.
+    #[error("`{path}`{place}: {problem}")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Where in it, for instance ` line 17`; may be empty.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A file is another one than when it was first read.
+    #[error("`{path}` changed while it was imported")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Stopped before anything was written.
+    #[error("stopped before anything was written")]
+    Stopped,
     /// No sequence with a target is left.
     #[error(
         "the data hold no sequence to learn from ({records} records read, {skipped} without a target within --max-len {max_len})"
@@ -95,7 +116,9 @@ impl Error {
         match self {
             Self::DataFile { .. } => Some("check the path given to --data".into()),
             Self::DataKind { .. } => Some("give Alpaca records or token ids as .jsonl, running text as .txt".into()),
-            Self::Record { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
+            Self::Record { hint, .. } | Self::Foreign { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
+            Self::Changed { .. } => Some("let nobody write to it meanwhile, and run the command again".into()),
+            Self::Stopped => None,
             Self::EmptyData { .. } => Some("give more data, or a larger --max-len".into()),
             Self::Tokenizer { .. } => None,
             Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),

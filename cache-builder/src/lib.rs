@@ -7,6 +7,7 @@
 mod build;
 mod error;
 mod fidelity;
+mod import;
 mod options;
 mod rebuild;
 mod recheck;
@@ -18,6 +19,10 @@ mod transform_fit;
 pub use build::{BuildReport, Progress, Stage, build};
 pub use error::{Error, Result};
 pub use fidelity::{measure_cache, pruned_teacher};
+pub use import::{
+    Format, GivenValues, ImportOptions, ImportProgress, ImportReport, ImportStage, WindowStart,
+    import,
+};
 pub use options::{BuildOptions, LayerChoice};
 pub use recheck::{Deviation, Recheck, recheck};
 pub use records::{Record, RecordBody, read_records};

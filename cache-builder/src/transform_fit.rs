@@ -238,6 +238,7 @@ impl Trial<'_> {
     fn bytes_per_position(&self, basis: &Basis) -> Result<f64> {
         let (_, info) = basis.to_file();
         let spec = CacheSpec {
+            origin: None,
             top_k: basis.k(),
             layers: Vec::new(),
             code: Some(CodeSpec {

@@ -359,6 +359,7 @@ fn sequence(positions: usize, scales: &[f32], noise: &mut Noise) -> Sequence {
 
 fn spec(sequences: u64, positions: u64, targets: u64) -> CacheSpec {
     CacheSpec {
+        origin: None,
         tier: Tier::Sparse,
         top_k: TOP_K,
         vocab_size: VOCABULARY,

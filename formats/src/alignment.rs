@@ -53,6 +53,10 @@ impl AlignmentCheck {
             ) else {
                 return;
             };
+            // A flat row ranks no label; importers fill positions with one where they know nothing.
+            if logits.len() > 1 && logits.first() == logits.last() {
+                continue;
+            }
             let scores = OFFSETS.map(|offset| {
                 let label = tokens[(position as i64 + 1 + offset) as usize];
                 let rank = ids.iter().position(|id| *id == label);
@@ -65,6 +69,11 @@ impl AlignmentCheck {
             }
             self.positions += 1;
         }
+    }
+
+    /// Positions scored so far.
+    pub fn positions(&self) -> u64 {
+        self.positions
     }
 
     /// The verdict; `None` where there is too little to judge by.

@@ -52,7 +52,7 @@ pub use sequence::{
 pub use source::Source;
 pub use spec::{
     BasisInfo, CacheSpec, CodeSpec, CodeTarget, DataFile, DataInfo, HeadDtype, HiddenCodec,
-    LayerSpec, TeacherInfo, Tier, TokenizerInfo,
+    KnownPositions, LayerSpec, Origin, Statistic, TeacherInfo, Tier, TokenizerInfo, ValueKind,
 };
 pub use store::{Guard, Local, Memory, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};

@@ -10,7 +10,8 @@ use crate::fidelity::Fidelity;
 use crate::frame::CODECS;
 use crate::shard;
 use crate::spec::{
-    CacheSpec, CodeSpec, DataInfo, HeadDtype, LayerSpec, TeacherInfo, Tier, TokenizerInfo,
+    CacheSpec, CodeSpec, DataInfo, HeadDtype, LayerSpec, Origin, Statistic, TeacherInfo, Tier,
+    TokenizerInfo, knows,
 };
 use crate::store::{MANIFEST, Store};
 
@@ -99,6 +100,9 @@ pub struct Manifest {
     pub max_len: usize,
     /// See [`CacheSpec::teacher`].
     pub teacher: TeacherInfo,
+    /// See [`CacheSpec::origin`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// See [`CacheSpec::tokenizer`].
     pub tokenizer: TokenizerInfo,
     /// See [`CacheSpec::data`].
@@ -128,9 +132,15 @@ impl Manifest {
             sequences_per_shard: self.sequences_per_shard,
             max_len: self.max_len,
             teacher: self.teacher.clone(),
+            origin: self.origin.clone(),
             tokenizer: self.tokenizer.clone(),
             data: self.data.clone(),
         }
+    }
+
+    /// See [`CacheSpec::knows`].
+    pub fn knows(&self, statistic: Statistic) -> bool {
+        knows(self.origin.as_ref(), statistic)
     }
 
     /// The file's bytes, with the checksum filled in.

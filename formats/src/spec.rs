@@ -177,8 +177,63 @@ pub struct DataInfo {
     pub prompt_form: String,
 }
 
+/// One of the five statistics of a position.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[serde(rename_all = "snake_case")]
+pub enum Statistic {
+    /// Mean over the vocabulary.
+    Mean,
+    /// Standard deviation over the vocabulary.
+    Std,
+    /// Smallest value of the vocabulary.
+    Min,
+    /// Largest value of the vocabulary.
+    Max,
+    /// ln Σ exp over the vocabulary.
+    LogSumExp,
+}
+
+/// What another program gave for every token.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum ValueKind {
+    /// ln p, normalised over the whole vocabulary.
+    LogProbabilities,
+    /// ln p, normalised over the kept entries only: what the others weigh is lost.
+    RenormalisedLogProbabilities,
+    /// Logits, up to a constant that may differ from position to position.
+    Logits,
+}
+
+/// Which positions of an imported cache hold values.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum KnownPositions {
+    /// All but the last of a sequence.
+    All,
+    /// At least those before a target. Where nothing is known the kept entries are the tokens 0 … K−1, each with
+    /// value −ln V.
+    Targets,
+}
+
+/// What is known of values that another program computed; absent where caskd ran the teacher.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The format that was read, for instance `vllm`.
+    pub format: String,
+    /// What its numbers are.
+    pub values: ValueKind,
+    /// Temperature at which the other program gave them. What is stored is at temperature 1.
+    pub temperature: f64,
+    /// The statistics that are known, ascending; the others hold placeholders (see `docs/FORMAT.md`).
+    pub statistics: Vec<Statistic>,
+    /// Where there are values.
+    pub positions: KnownPositions,
+}
+
 /// Everything that decides the bytes of a cache: the same spec and the same sequences give the same files.
-#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct CacheSpec {
     /// What the cache can give back.
@@ -198,6 +253,9 @@ pub struct CacheSpec {
     pub max_len: usize,
     /// The model that was asked.
     pub teacher: TeacherInfo,
+    /// Where the values come from, if not from a teacher that caskd ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// The tokenizer that made the token ids.
     pub tokenizer: TokenizerInfo,
     /// The text that the teacher read.
@@ -205,6 +263,11 @@ pub struct CacheSpec {
 }
 
 impl CacheSpec {
+    /// Whether a statistic's column says what its name does; in an imported cache it may hold placeholders.
+    pub fn knows(&self, statistic: Statistic) -> bool {
+        knows(self.origin.as_ref(), statistic)
+    }
+
     /// Number of shards: sequences divided by `sequences_per_shard`, rounded up.
     pub fn num_shards(&self) -> usize {
         self.data
@@ -251,6 +314,7 @@ impl CacheSpec {
             );
         }
         self.check_code()?;
+        self.check_origin()?;
         if self.max_len == 0 || self.max_len > MAX_DIMENSION {
             return wrong(
                 "max_len",
@@ -306,6 +370,29 @@ impl CacheSpec {
         Ok(())
     }
 
+    fn check_origin(&self) -> Result<()> {
+        let wrong = |message: &str| {
+            Err(Error::InvalidSpec {
+                field: "origin".to_owned(),
+                message: message.to_owned(),
+            })
+        };
+        let Some(origin) = &self.origin else {
+            return Ok(());
+        };
+        if self.tier != Tier::Sparse || !self.layers.is_empty() {
+            return wrong("imported values fill the sparse tier, without hidden states");
+        }
+        if !(origin.temperature.is_finite() && origin.temperature > 0.0) {
+            return wrong("its temperature is not a positive number");
+        }
+        let ascend = origin.statistics.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascend || !origin.statistics.contains(&Statistic::Max) {
+            return wrong("its statistics must ascend and contain the maximum");
+        }
+        Ok(())
+    }
+
     fn check_code(&self) -> Result<()> {
         let wrong = |message: String| {
             Err(Error::InvalidSpec {
@@ -330,4 +417,9 @@ impl CacheSpec {
         }
         Ok(())
     }
+}
+
+/// Whether a statistic is known, given what an importer said.
+pub(crate) fn knows(origin: Option<&Origin>, statistic: Statistic) -> bool {
+    origin.is_none_or(|origin| origin.statistics.contains(&statistic))
 }

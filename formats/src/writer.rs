@@ -340,6 +340,7 @@ impl CacheWriter {
             sequences_per_shard: spec.sequences_per_shard,
             max_len: spec.max_len,
             teacher: spec.teacher,
+            origin: spec.origin,
             tokenizer: spec.tokenizer,
             data: spec.data,
             shards: self.shards.values().cloned().collect(),

@@ -75,7 +75,10 @@ pub(crate) struct FidelityArgs {
 #[command(after_help = "\
 Examples:
   caskd export cache --to safetensors --out cache.safetensors --logits --limit 8
-  caskd export cache --to jsonl --out cache.jsonl
+  caskd export cache --to jsonl --training-only --out train.jsonl
+
+JSONL: one sequence a line, as Axolotl's KD plugin trains from (input_ids, attention_mask, labels, target_token_ids, \
+target_logprobs, target_mask; row t is about token t + 1), with everything else that the cache holds unless --training-only.
 
 Tensors: input_ids, loss_mask [B,T], lengths [B], statistics.* [B,T], top_k.ids and top_k.logits [B,T,K], \
 hidden.N [B,T,D], and with --logits the rebuilt logits [B,T,V] in f32. Shorter sequences are padded with 0.")]
@@ -92,6 +95,15 @@ pub(crate) struct ExportArgs {
     /// Rebuild and write the logits of the whole vocabulary (4·V bytes a position)
     #[arg(long)]
     pub(crate) logits: bool,
+    /// JSONL: only what other trainers read, without statistics, top-k logits and hidden states
+    #[arg(long)]
+    pub(crate) training_only: bool,
+    /// JSONL: target_logprobs normalised over the kept tokens
+    #[arg(long)]
+    pub(crate) renormalize: bool,
+    /// JSONL: target_logprobs at temperature T, normalised over the kept tokens (Axolotl's kd_temperature)
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f64>,
     /// Only the first N sequences
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<usize>,

@@ -3,6 +3,7 @@
 mod build;
 mod cache;
 mod demo;
+mod import;
 mod search;
 mod student;
 
@@ -11,6 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 pub(crate) use build::BuildArgs;
 pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, VerifyArgs};
 pub(crate) use demo::DemoArgs;
+pub(crate) use import::{ImportArgs, ImportFormat, ValuesArg};
 pub(crate) use search::{
     AskArgs, LadderArgs, ReportArgs, SaboArgs, SearchArgs, StatusArgs, TellArgs,
 };
@@ -35,6 +37,8 @@ Exit codes: 0 done, 2 an error that you can mend, 1 a fault of caskd, 75 stopped
 pub(crate) enum Command {
     /// Run the teacher once and write its cache
     Build(BuildArgs),
+    /// Make a cache from values that another program computed: vLLM, llama.cpp, DistillKit, NumPy …
+    Import(Box<ImportArgs>),
     /// Print a cache's card: who made it from what, tier, bytes by column, losses it serves
     Inspect(InspectArgs),
     /// Check every file, blob and row of a cache

@@ -98,11 +98,13 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
             let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| {
                 format!("{kl:.4} nats")
             });
+            let teacher = score
+                .teacher_perplexity
+                .map_or("not known".to_string(), |teacher| format!("{teacher:.3}"));
             print_text(format!(
-                "{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets",
+                "{}: perplexity {:.3} (teacher {teacher}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets",
                 path.display(),
                 score.perplexity,
-                score.teacher_perplexity,
                 100.0 * score.top1_agreement,
                 score.targets,
             ));

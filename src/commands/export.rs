@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use caskd_formats::{Cache, Columns, Head, Io, RowInfo, Sequence, Tier};
+use caskd_formats::{Cache, Columns, Head, Io, Manifest, RowInfo, Sequence, Statistic, Tier, TopK};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -35,6 +35,7 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome {
             "give --limit 1 or more",
         ));
     }
+    let jsonl = jsonl_form(args, cache.manifest())?;
     let source = Source {
         cache: &cache,
         head,
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome {
     let written = write_file(&args.out, |sink| {
         let exported = match args.to {
             ExportFormat::Safetensors => write_safetensors(&source, sink),
-            ExportFormat::Jsonl => write_jsonl(&source, sink),
+            ExportFormat::Jsonl => write_jsonl(&source, &jsonl, sink),
         };
         exported.map_err(|error| match error {
             ExportError::Io(error) => error,
@@ -350,16 +351,85 @@ fn row_values(
     })
 }
 
+/// What a line of JSON holds beside the tokens.
+struct JsonlForm {
+    /// Statistics, top-k logits and hidden states too.
+    everything: bool,
+    targets: TargetForm,
+}
+
+/// How the teacher's log-probabilities are written.
+#[derive(Clone, Copy)]
+enum TargetForm {
+    /// Over the whole vocabulary, at temperature 1.
+    WholeVocabulary,
+    /// Over the kept tokens, at some temperature.
+    KeptTokens { temperature: f32 },
+}
+
+fn jsonl_form(args: &ExportArgs, manifest: &Manifest) -> Result<JsonlForm, Failure> {
+    let temperature = args.temperature.unwrap_or(1.0);
+    if !(temperature.is_finite() && temperature > 0.0) {
+        return Err(Failure::user(
+            format!("--temperature {temperature} is not a positive number"),
+            "give the temperature that the student will train at",
+        ));
+    }
+    let wants_form = args.temperature.is_some() || args.renormalize || args.training_only;
+    if wants_form && args.to != ExportFormat::Jsonl {
+        return Err(Failure::user(
+            "--temperature, --renormalize and --training-only are for jsonl",
+            "add --to jsonl, or leave them out",
+        ));
+    }
+    let has_mass = manifest.knows(Statistic::LogSumExp);
+    if args.to == ExportFormat::Jsonl && manifest.top_k == 0 {
+        say(
+            "warning: the cache keeps no top-k, so the lines have no target_logprobs for other trainers",
+        );
+    } else if args.to == ExportFormat::Jsonl && !has_mass && !args.renormalize {
+        say(
+            "what the kept tokens weigh among all is not known: target_logprobs are normalised over the kept ones",
+        );
+    }
+    // At another temperature than 1 the mass of the other tokens is unknown, as everywhere with top-k.
+    let kept = args.renormalize || temperature != 1.0 || !has_mass;
+    Ok(JsonlForm {
+        everything: !args.training_only,
+        targets: if kept {
+            TargetForm::KeptTokens {
+                temperature: temperature as f32,
+            }
+        } else {
+            TargetForm::WholeVocabulary
+        },
+    })
+}
+
 /// A line a sequence.
-fn write_jsonl(source: &Source<'_>, sink: &mut dyn Write) -> Written {
+fn write_jsonl(source: &Source<'_>, form: &JsonlForm, sink: &mut dyn Write) -> Written {
     let manifest = source.cache.manifest();
-    let columns = Columns::all(manifest);
+    let columns = if form.everything || source.head.is_some() {
+        Columns::all(manifest)
+    } else {
+        Columns {
+            statistics: true,
+            top_k: manifest.top_k > 0,
+            ..Columns::default()
+        }
+    };
     let mut bar = Progress::new("exporting");
     let started = std::time::Instant::now();
     for (index, row) in source.rows.iter().enumerate() {
         let sequence = source.read(row, &columns)?;
         let logits = source.logits(&sequence)?;
-        let line = json_line(&sequence, logits.as_deref(), manifest.vocab_size);
+        let mut line = json_line(&sequence, form.targets);
+        if form.everything {
+            add_values(&mut line, &sequence);
+        }
+        if let Some(logits) = logits {
+            line["logits"] = json!(logits.chunks(manifest.vocab_size).collect::<Vec<_>>());
+        }
         serde_json::to_writer(&mut *sink, &line).map_err(std::io::Error::from)?;
         sink.write_all(b"\n")?;
         let rate = (index + 1) as f64 / started.elapsed().as_secs_f64().max(1e-9);
@@ -373,18 +443,75 @@ fn write_jsonl(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     Ok(())
 }
 
-fn json_line(sequence: &Sequence, logits: Option<&[f32]>, vocab_size: usize) -> Value {
+/// Stands for a probability of 0, as in the collators of other trainers; JSON has no infinity.
+const NO_PROBABILITY: f32 = -1e9;
+
+/// A sequence as Axolotl's KD plugin takes prepared ones: row t of the targets is about token t + 1.
+fn json_line(sequence: &Sequence, targets: TargetForm) -> Value {
+    let tokens = &sequence.token_ids;
+    let is_target = |position: usize| sequence.loss_mask.get(position).copied().unwrap_or(false);
+    let labels = tokens.iter().enumerate().map(|(position, &id)| {
+        if is_target(position) {
+            i64::from(id)
+        } else {
+            -100
+        }
+    });
     let mut line = json!({
         "source": sequence.source,
-        "input_ids": sequence.token_ids,
+        "input_ids": tokens,
+        "attention_mask": vec![1; tokens.len()],
+        "labels": labels.collect::<Vec<_>>(),
         "loss_mask": sequence.loss_mask.iter().map(|&target| u8::from(target)).collect::<Vec<_>>(),
     });
+    if let (Some(top_k), Some(statistics)) = (&sequence.top_k, &sequence.statistics) {
+        let rows = top_k.logits.chunks(top_k.k).zip(&statistics.log_sum_exp);
+        let values: Vec<Vec<f32>> = rows
+            .map(|(row, log_sum_exp)| log_probabilities(row, *log_sum_exp, targets))
+            .collect();
+        let mask: Vec<Vec<u8>> = (1..=tokens.len())
+            .map(|next| vec![u8::from(is_target(next)); top_k.k])
+            .collect();
+        line["target_token_ids"] = json!(rows_of_ids(top_k));
+        line["target_logprobs"] = json!(values);
+        line["target_mask"] = json!(mask);
+    }
+    line
+}
+
+fn rows_of_ids(top_k: &TopK) -> Vec<&[u32]> {
+    top_k.ids.chunks(top_k.k).collect()
+}
+
+/// ln p of a position's kept logits \[K\].
+fn log_probabilities(row: &[f32], log_sum_exp: f32, targets: TargetForm) -> Vec<f32> {
+    let (temperature, normaliser) = match targets {
+        TargetForm::WholeVocabulary => (1.0, log_sum_exp),
+        TargetForm::KeptTokens { temperature } => {
+            let max = row.first().copied().unwrap_or(0.0);
+            let sum: f64 = row
+                .iter()
+                .map(|logit| f64::from((logit - max) / temperature).exp())
+                .sum();
+            (
+                temperature,
+                (f64::from(max / temperature) + sum.ln()) as f32,
+            )
+        }
+    };
+    row.iter()
+        .map(|logit| (logit / temperature - normaliser).max(NO_PROBABILITY))
+        .collect()
+}
+
+/// Everything else that the cache holds of a sequence.
+fn add_values(line: &mut Value, sequence: &Sequence) {
     if let Some(all) = &sequence.statistics {
         line["statistics"] = json!({"mean": all.mean, "std": all.std, "min": all.min, "max": all.max, "log_sum_exp": all.log_sum_exp});
     }
     if let Some(top_k) = &sequence.top_k {
         line["top_k"] = json!({
-            "ids": top_k.ids.chunks(top_k.k).collect::<Vec<_>>(),
+            "ids": rows_of_ids(top_k),
             "logits": top_k.logits.chunks(top_k.k).collect::<Vec<_>>(),
         });
     }
@@ -401,8 +528,4 @@ fn json_line(sequence: &Sequence, logits: Option<&[f32]>, vocab_size: usize) -> 
     if !hidden.is_empty() {
         line["hidden"] = json!(hidden);
     }
-    if let Some(logits) = logits {
-        line["logits"] = json!(logits.chunks(vocab_size).collect::<Vec<_>>());
-    }
-    line
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use caskd_formats::{Cache, CodeTarget, Io, Manifest, Tier};
+use caskd_formats::{Cache, CodeTarget, Io, KnownPositions, Manifest, Origin, Statistic, Tier};
 use serde::Serialize;
 
 use super::{print_json, print_text};
@@ -63,6 +63,9 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
 /// The command that makes this cache. Rebuilt from the plan and not remembered: what was typed holds folders of one
 /// machine, and a cache has the same bytes on all of them.
 fn command(manifest: &Manifest) -> String {
+    if let Some(origin) = &manifest.origin {
+        return import_command(manifest, origin);
+    }
     let mut words = vec![
         "caskd build --teacher".to_owned(),
         word(&manifest.teacher.name),
@@ -97,6 +100,44 @@ fn command(manifest: &Manifest) -> String {
     words.join(" ")
 }
 
+fn import_command(manifest: &Manifest, origin: &Origin) -> String {
+    let mut words = vec![format!("caskd import --from {}", origin.format)];
+    words.extend(manifest.data.files.iter().map(|file| word(&file.name)));
+    words.push(format!(
+        "--top-k {} --max-len {}",
+        manifest.top_k, manifest.max_len
+    ));
+    if origin.temperature != 1.0 {
+        words.push(format!("--temperature {}", origin.temperature));
+    }
+    words.join(" ")
+}
+
+/// What is known of imported values, as a sentence.
+fn describe_origin(origin: &Origin) -> String {
+    let statistics: Vec<String> = origin
+        .statistics
+        .iter()
+        .map(|statistic| {
+            serde_json::json!(statistic)
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        })
+        .collect();
+    format!(
+        "{}, given at temperature {}, imported from {}; known at {}; of the statistics {}",
+        super::import::value_kind(origin.values),
+        origin.temperature,
+        origin.format,
+        match origin.positions {
+            KnownPositions::All => "all positions but the last of each sequence",
+            KnownPositions::Targets => "the positions before targets",
+        },
+        statistics.join(", ")
+    )
+}
+
 /// A word as a shell takes it.
 fn word(text: &str) -> String {
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-+/=:,@%".contains(letter);
@@ -114,6 +155,7 @@ fn losses_served(manifest: &Manifest) -> Vec<Served> {
         .iter()
         .map(|layer| layer.layer.to_string())
         .collect();
+    let has_mass = manifest.knows(Statistic::LogSumExp);
     let needs_exact = if exact {
         String::new()
     } else {
@@ -131,9 +173,18 @@ fn losses_served(manifest: &Manifest) -> Vec<Served> {
             note: String::new(),
         },
         Served {
-            loss: "kl at temperature 1, top-k entries and an explicit tail",
-            served: true,
+            loss: "top-k-kl and bild on the kept entries",
+            served: exact || manifest.top_k > 0,
             note: String::new(),
+        },
+        Served {
+            loss: "kl at temperature 1, top-k entries and an explicit tail",
+            served: has_mass,
+            note: if has_mass {
+                String::new()
+            } else {
+                "what the other tokens weigh is not known".to_owned()
+            },
         },
         Served {
             loss: "kl at every temperature",
@@ -171,17 +222,15 @@ fn as_text(card: &Card<'_>) -> String {
         "tier",
         format!("{:?}, top-{}", manifest.tier, manifest.top_k).to_lowercase(),
     );
-    line(
-        "teacher",
-        format!(
-            "{} ({}, {:.1} M parameters, computed in {}), digest {}",
-            manifest.teacher.name,
-            manifest.teacher.architecture,
-            manifest.teacher.num_parameters as f64 / 1e6,
-            manifest.teacher.compute_dtype,
-            short(&manifest.teacher.digest)
-        ),
-    );
+    if let Some(origin) = &manifest.origin {
+        line(
+            "teacher",
+            format!("{}, run by another program", manifest.teacher.name),
+        );
+        line("values", describe_origin(origin));
+    } else {
+        line("teacher", describe_teacher(manifest));
+    }
     line(
         "vocabulary",
         format!(
@@ -305,6 +354,18 @@ fn as_text(card: &Card<'_>) -> String {
         );
     }
     text.trim_end().to_string()
+}
+
+fn describe_teacher(manifest: &Manifest) -> String {
+    let teacher = &manifest.teacher;
+    format!(
+        "{} ({}, {:.1} M parameters, computed in {}), digest {}",
+        teacher.name,
+        teacher.architecture,
+        teacher.num_parameters as f64 / 1e6,
+        teacher.compute_dtype,
+        short(&teacher.digest)
+    )
 }
 
 fn short(digest: &str) -> &str {

@@ -6,6 +6,7 @@ pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod fidelity;
+pub(crate) mod import;
 pub(crate) mod inspect;
 pub(crate) mod loss;
 pub(crate) mod prune;

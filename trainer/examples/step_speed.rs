@@ -155,6 +155,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
         .collect();
     let vocab_size = network.config().vocab_size;
     let spec = CacheSpec {
+        origin: None,
         tier: Tier::Exact,
         top_k: 1,
         vocab_size,

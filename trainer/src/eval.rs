@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use caskd_formats::{Cache, Columns, RowInfo};
+use caskd_formats::{Cache, Columns, RowInfo, Statistic};
 use caskd_models::{Llama, LoadedModel};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
@@ -48,8 +48,9 @@ pub struct TextScore {
 pub struct CacheScore {
     /// The model's perplexity.
     pub perplexity: f64,
-    /// The teacher's on the same targets, from the cache alone (see [`teacher_perplexity`]).
-    pub teacher_perplexity: f64,
+    /// The teacher's on the same targets, from the cache alone (see [`teacher_perplexity`]); `None` on a cache that was
+    /// imported without the mass of the tokens outside the top K.
+    pub teacher_perplexity: Option<f64>,
     /// Mean KL(teacher ‖ model) at T = 1 over the whole vocabulary; `None` on a sparse cache.
     pub kl: Option<f64>,
     /// Share of targets where both put the same token first.
@@ -166,10 +167,13 @@ pub fn evaluate_cache(
     let head = model.network.head().narrow(0, 0, vocabulary as i64);
     let batches = length_batches(cache, rows, batch_tokens)?;
     let total_tokens = tokens_in(batches.iter().flatten());
+    let has_mass = cache.manifest().knows(Statistic::LogSumExp);
     let mut sums = Sums::default();
     for rows in &batches {
         let batch = read_batch(cache, rows, &columns, vocabulary)?.to_device(device);
-        sums.teacher_nats += teacher_nats(&batch, code.as_ref(), vocabulary)?;
+        if has_mass {
+            sums.teacher_nats += teacher_nats(&batch, code.as_ref(), vocabulary)?;
+        }
         let hidden = hidden_rows(&model.network, &batch.input_ids, &batch.targets);
         tch::no_grad(|| sums.add(&hidden, &batch, &head, code.as_ref()));
         sums.tokens += batch.num_positions() as u64;
@@ -179,7 +183,7 @@ pub fn evaluate_cache(
     let mean = |sum: f64| sum / sums.targets as f64;
     Ok(CacheScore {
         perplexity: mean(sums.nats).exp(),
-        teacher_perplexity: mean(sums.teacher_nats).exp(),
+        teacher_perplexity: has_mass.then(|| mean(sums.teacher_nats).exp()),
         kl: code.is_some().then(|| mean(sums.kl)),
         top1_agreement: mean(sums.agreements),
         targets: sums.targets,
@@ -195,6 +199,12 @@ pub fn evaluate_cache(
 /// that the top K leave.
 pub fn teacher_perplexity(cache: &Cache) -> Result<f64> {
     const BATCH_TOKENS: usize = 8192;
+    if !cache.manifest().knows(Statistic::LogSumExp) {
+        return Err(Error::NoSequences {
+            reason: "the cache was imported without the mass of the tokens outside its top k"
+                .to_owned(),
+        });
+    }
     let vocabulary = cache.manifest().vocab_size;
     let code = LinearCode::of(cache, vocabulary, Kind::Float, Device::Cpu)?;
     let columns = columns_of(cache);

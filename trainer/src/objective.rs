@@ -1,7 +1,7 @@
 //! The loss terms of a run, resolved against student and cache: what is read, what is computed, how
 //! it is reduced.
 
-use caskd_formats::{Cache, Columns, Manifest, Tier};
+use caskd_formats::{Cache, Columns, Manifest, Statistic, Tier};
 use caskd_models::LoadedModel;
 
 use crate::loss_term::{LossTerm, TermLoss};
@@ -259,6 +259,15 @@ impl Objective {
             })
         };
         let whole_vocabulary = manifest.tier != Tier::Sparse;
+        let imported = manifest.origin.as_ref();
+        if needs_mass(term) && !manifest.knows(Statistic::LogSumExp) {
+            return refuse(
+                "it weighs the kept tokens against all others, and the values that this cache was imported from do not \
+                 say what the others weigh",
+                "top-k-kl and bild run on it; for the mass of the others, import log-probabilities of the whole \
+                 vocabulary that were not renormalised over the top k",
+            );
+        }
         let fits = |k: usize| k.min(self.vocabulary) <= manifest.top_k;
         match requirement {
             Requirement::Nothing => Ok(()),
@@ -288,10 +297,18 @@ impl Objective {
                     "it asks for the teacher's {k} largest logits, and the cache holds {}",
                     manifest.top_k
                 ),
-                &format!(
-                    "set its `k` to {} at most, or build the cache with `--top-k {k}` or `--tier exact`",
-                    manifest.top_k
-                ),
+                &match imported {
+                    None => format!(
+                        "set its `k` to {} at most, or build the cache with `--top-k {k}` or `--tier exact`",
+                        manifest.top_k
+                    ),
+                    Some(_) => format!("set its `k` to {} at most", manifest.top_k),
+                },
+            ),
+            Requirement::FullLogits if imported.is_some() => refuse(
+                "it asks for the logits of the whole vocabulary, and the cache was imported from the largest of them",
+                "KL at temperature 1 runs on it with `tail` set to \"uniform\" or \"ghost\", and so do ghost-kl, \
+                 top-k-kl and bild; for the others let caskd run the teacher: `caskd build --tier compact`",
             ),
             Requirement::FullLogits => refuse(
                 "it asks for the logits of the whole vocabulary, and a top-k target without its tail harms the student",
@@ -310,6 +327,13 @@ impl Objective {
             0 => kind.to_owned(),
             before => format!("{kind}#{}", before + 1),
         }
+    }
+}
+
+fn needs_mass(term: &LossTerm) -> bool {
+    match &term.loss {
+        TermLoss::Logits { loss, .. } => loss.loss().needs_mass(),
+        TermLoss::Hidden { .. } => false,
     }
 }
 

@@ -68,6 +68,7 @@ pub fn golden(tier: &str) -> Golden {
         .iter()
         .flat_map(|sequence| sequence.loss_mask.iter().skip(1));
     let spec = CacheSpec {
+        origin: None,
         tier: if is_exact { Tier::Exact } else { Tier::Sparse },
         top_k: TOP_K,
         vocab_size,

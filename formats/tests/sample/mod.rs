@@ -162,6 +162,7 @@ pub fn sample(shape: &Shape) -> Sample {
             .count() as u64
     };
     let spec = CacheSpec {
+        origin: None,
         tier: shape.tier,
         top_k: shape.top_k,
         vocab_size: shape.vocab_size,

@@ -57,6 +57,10 @@ impl LogitLoss for Kl {
         Some(Scaling::Temperature(self.temperature))
     }
 
+    fn needs_mass(&self) -> bool {
+        self.tail != Tail::Refuse
+    }
+
     fn validate(&self) -> Result<(), BadKey> {
         check::positive("temperature", self.temperature)?;
         check::that(

@@ -262,6 +262,11 @@ pub trait LogitLoss: Send {
         false
     }
 
+    /// Does it weigh the teacher's kept entries against all others, by the cached log-sum-exp?
+    fn needs_mass(&self) -> bool {
+        false
+    }
+
     /// Can teacher and student have different vocabularies?
     fn across_vocabularies(&self) -> bool {
         false

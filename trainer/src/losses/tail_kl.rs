@@ -47,6 +47,10 @@ impl LogitLoss for GhostKl {
         Some(Scaling::Temperature(1.0))
     }
 
+    fn needs_mass(&self) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), BadKey> {
         check::at_least("k", self.k, 1)
     }
@@ -63,6 +67,10 @@ impl LogitLoss for UniformTailKl {
 
     fn scaling(&self) -> Option<Scaling> {
         Some(Scaling::Temperature(1.0))
+    }
+
+    fn needs_mass(&self) -> bool {
+        true
     }
 
     fn validate(&self) -> Result<(), BadKey> {

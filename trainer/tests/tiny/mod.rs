@@ -193,6 +193,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
     let sequences = sequences(teacher, form);
     let config = teacher.network.config();
     let spec = CacheSpec {
+        origin: None,
         tier: form.tier,
         top_k: form.top_k,
         vocab_size: form.vocabulary,
