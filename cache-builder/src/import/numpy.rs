@@ -187,7 +187,7 @@ fn archive(path: &Path) -> Result<Vec<Member>> {
         };
         let is_deflated = match entry.compression() {
             zip::CompressionMethod::Stored => false,
-            zip::CompressionMethod::Deflated => true,
+            zip::CompressionMethod::DEFLATE => true,
             other => {
                 return Err(place.error(Problem::new(
                     format!("`{name}` is compressed as {other}"),
