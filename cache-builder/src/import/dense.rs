@@ -104,21 +104,11 @@ impl DenseReader {
             groups.extend(found);
         }
         let vocab_size = vocab_size.unwrap_or(1);
-        let top_k = match setup.options.top_k {
-            Some(k) if k > vocab_size => {
-                return Err(Error::Option {
-                    problem: format!("--top-k {k} is larger than the vocabulary of {vocab_size}"),
-                    hint: "64 is a good choice".into(),
-                });
-            }
-            Some(k) => k,
-            None => setup.top_k.min(vocab_size),
-        };
         Ok(Self {
             files,
             groups,
             vocab_size,
-            top_k,
+            top_k: setup.top_k.min(vocab_size),
             temperature: setup.options.temperature as f32,
             next: (0, 0),
             stream: None,

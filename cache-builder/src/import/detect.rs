@@ -83,7 +83,8 @@ fn of_records(path: &Path) -> Result<Format> {
         return Err(unknown(path, "its first line is no record"));
     };
     let has = |name: &str| fields.contains_key(name);
-    if has("prompt_logprobs") || has("choices") || has("meta_info") || has("outputs") {
+    let is_answer = has("logprobs") && has("prompt_token_ids");
+    if has("prompt_logprobs") || has("choices") || has("meta_info") || has("outputs") || is_answer {
         Ok(Format::Vllm)
     } else if has("target_logprobs") || has("logprobs") {
         Ok(Format::Axolotl)

@@ -65,6 +65,12 @@ pub(crate) fn survey(
     let options = setup.options;
     let tokens = setup.tokenizer.tokenizer.get_vocab_size(true);
     let vocab_size = vocab_size(reader, options.vocab_size, tokens)?;
+    if let Some(k) = options.top_k.filter(|k| *k > vocab_size) {
+        return Err(Error::Option {
+            problem: format!("--top-k {k} is larger than the vocabulary of {vocab_size}"),
+            hint: "64 is a good choice".into(),
+        });
+    }
     let mut layout = Layout {
         shift: options.shift.unwrap_or(0),
         max_len: options.max_len.unwrap_or(usize::MAX),
