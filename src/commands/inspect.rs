@@ -264,6 +264,10 @@ fn as_text(card: &Card<'_>) -> String {
             data.prompt_form
         ),
     );
+    line(
+        "tokens",
+        format!("digest {} (of ids and targets)", short(&data.digest)),
+    );
     line("made by", card.command.clone());
     for layer in &manifest.layers {
         line(
