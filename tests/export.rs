@@ -128,5 +128,37 @@ fn jsonl_has_a_line_for_each_sequence() {
         assert_eq!(line["loss_mask"].as_array().unwrap().len(), positions);
         assert_eq!(line["top_k"]["ids"].as_array().unwrap().len(), positions);
         assert_eq!(line["hidden"]["2"][0].as_array().unwrap().len(), 16);
+        check_targets(line, positions);
+    }
+}
+
+/// The fields that Axolotl's KD plugin trains from: row t is about token t + 1.
+fn check_targets(line: &serde_json::Value, positions: usize) {
+    assert_eq!(
+        line["attention_mask"],
+        serde_json::json!(vec![1; positions])
+    );
+    assert_eq!(line["target_token_ids"], line["top_k"]["ids"]);
+    for position in 0..positions {
+        let is_target = line["loss_mask"][position] == 1;
+        let label = if is_target {
+            line["input_ids"][position].clone()
+        } else {
+            serde_json::json!(-100)
+        };
+        assert_eq!(line["labels"][position], label);
+        let next = u64::from(line["loss_mask"][position + 1] == 1);
+        assert_eq!(
+            line["target_mask"][position],
+            serde_json::json!(vec![next; 8])
+        );
+        let log_sum_exp = line["statistics"]["log_sum_exp"][position]
+            .as_f64()
+            .unwrap();
+        for entry in 0..8 {
+            let value = line["target_logprobs"][position][entry].as_f64().unwrap();
+            let logit = line["top_k"]["logits"][position][entry].as_f64().unwrap();
+            assert!((value - (logit - log_sum_exp)).abs() < 1e-5);
+        }
     }
 }
