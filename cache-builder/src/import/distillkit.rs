@@ -704,7 +704,7 @@ fn read_codec(path: &Path) -> Result<Codec> {
         place: String::new(),
     };
     let hint = "a compression configuration holds k, exact_k, polynomial_terms and residual_bins, or the older form's polynomial_degree";
-    let whole: serde_json::Value = serde_norway::from_str(&text)
+    let whole: serde_json::Value = serde_saphyr::from_str(&text)
         .map_err(|error| place.error(Problem::new(format!("no YAML: {error}"), hint)))?;
     let Some(found) = with_exact_k(&whole) else {
         return Err(place.error(Problem::new("it holds no compression configuration", hint)));
