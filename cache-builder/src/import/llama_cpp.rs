@@ -19,8 +19,8 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use super::dense::Whole;
 use super::foreign::{Foreign, Place, Problem, Values};
+use super::whole::Whole;
 use super::{Reader, Setup, WindowStart, file_name};
 use crate::{Error, Result};
 

@@ -16,6 +16,7 @@ mod numpy;
 mod safetensors;
 mod served;
 mod survey;
+mod whole;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
