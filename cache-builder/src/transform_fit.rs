@@ -42,8 +42,8 @@ const METRIC_TEMPERATURES: [f64; 2] = [2.0, 4.0];
 /// What K is chosen from.
 const K_CHOICES: [usize; 3] = [4, 8, 16];
 
-/// How much more KL at temperature 1 counts than T² · KL at 4 where K is chosen.
-const AT_ONE: f64 = 4.0;
+/// How much more KL at temperature 1 counts than at 4 in the choice of K, T² apart: what is left of it there does not cancel.
+const AT_ONE: f64 = 16.0;
 
 /// Largest K that the sample's top-k must have.
 pub(crate) const MOST_K: usize = 16;
