@@ -8,6 +8,7 @@ mod build;
 mod error;
 mod fidelity;
 mod import;
+mod noise_shaping;
 mod options;
 mod rebuild;
 mod recheck;
