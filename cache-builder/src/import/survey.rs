@@ -18,6 +18,9 @@ const ALIGNMENT_POSITIONS: u64 = 1 << 16;
 /// Probabilities of one position may add up to so much more than 1 by rounding.
 const MASS_SLACK: f64 = 2e-2;
 
+/// And so much by the lossy codecs of DistillKit.
+const LOSSY_MASS_SLACK: f64 = 0.25;
+
 /// Where those of every position add up to 1 so exactly, they were normalised over the kept tokens.
 const RENORMALISED_SLACK: f64 = 2e-4;
 
@@ -80,6 +83,10 @@ pub(crate) fn survey(
         normalised: true,
         whole_statistics: format != Format::LlamaCpp,
     };
+    let slack = match format {
+        Format::Distillkit => LOSSY_MASS_SLACK,
+        _ => MASS_SLACK,
+    };
     let mut counts = Counts::default();
     let mut seen = Seen {
         rows: 0,
@@ -121,12 +128,13 @@ pub(crate) fn survey(
             Values::Kept(rows) => {
                 for (position, row) in rows.iter().enumerate() {
                     let Some(row) = row else { continue };
-                    seen.look_at(row, setup, vocab_size).map_err(|problem| {
-                        place.error(Problem {
-                            problem: format!("position {position}: {}", problem.problem),
-                            hint: problem.hint,
-                        })
-                    })?;
+                    seen.look_at(row, setup, vocab_size, slack)
+                        .map_err(|problem| {
+                            place.error(Problem {
+                                problem: format!("position {position}: {}", problem.problem),
+                                hint: problem.hint,
+                            })
+                        })?;
                 }
             }
             Values::Whole {
@@ -168,6 +176,12 @@ pub(crate) fn survey(
         notes.push(format!(
             "positions have {} to {} entries; {} are kept of each",
             seen.fewest, seen.most, layout.top_k
+        ));
+    }
+    if values == ValueKind::LogProbabilities && seen.log_mass.0 > MASS_SLACK {
+        notes.push(format!(
+            "probabilities add up to {:.3} at some position: its codec was lossy",
+            seen.log_mass.0.exp()
         ));
     }
     if values == ValueKind::RenormalisedLogProbabilities {
@@ -235,6 +249,7 @@ impl Seen {
         row: &Row,
         setup: &Setup<'_>,
         vocab_size: usize,
+        slack: f64,
     ) -> std::result::Result<(), Problem> {
         check_row(row, vocab_size)?;
         if let Some(k) = setup.options.top_k.filter(|k| row.len() < *k) {
@@ -248,7 +263,7 @@ impl Seen {
         }
         let mass: f64 = row.iter().map(|(_, value)| f64::from(*value).exp()).sum();
         let given = setup.options.values;
-        if given != GivenValues::Logits && mass > 1.0 + MASS_SLACK {
+        if given != GivenValues::Logits && mass > 1.0 + slack {
             return Err(Problem::new(
                 format!(
                     "its probabilities add up to {mass:.3}, so the values are no log-probabilities"

@@ -164,13 +164,13 @@ CASES = [
         {
             "d": VOCABULARY,
             "k": 24,
-            "exact_k": 4,
+            "exact_k": 12,
             "exact_dtype": "float32",
             "polynomial_terms": [0, 1, 2, "sqrt"],
             "term_dtype": "float32",
             "residual_bins": [
-                {"scale_dtype": "float16", "element_bits": 5, "num_elements": 7},
-                {"scale_dtype": "float32", "element_bits": 1, "num_elements": 6},
+                {"scale_dtype": "float16", "element_bits": 7, "num_elements": 5},
+                {"scale_dtype": "float32", "element_bits": 1, "num_elements": 4},
             ],
             "delta_encoding": True,
             "normalize_t": False,
