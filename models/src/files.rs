@@ -34,8 +34,8 @@ use tch::{Device, Kind, Tensor};
 use crate::block::{Block, Context};
 use crate::config::Config;
 use crate::gguf::GgufFile;
-use crate::linear::Pass;
 use crate::hub;
+use crate::linear::Pass;
 use crate::norm::Norm;
 use crate::tokenizer::read_json;
 use crate::weights::{SafetensorsFolder, WeightSource};
@@ -168,7 +168,8 @@ impl ModelFiles {
         Embedding::load(&self.config, self.source.as_ref(), options)
     }
 
-    /// Loads block `index` of 0..L: reads it from the files and converts it.
+    /// Loads block `index` of 0..L: reads it from the files and converts it, in one copy that is
+    /// free again when the block is dropped; no page of the files stays with the process.
     ///
     /// # Errors
     /// A missing or misshapen tensor.
@@ -198,11 +199,12 @@ impl ModelFiles {
         self.config.head_rows(rows, self.source.as_ref(), options)
     }
 
-    /// Loads everything; the blocks are placed in turn on the devices, as many on each.
+    /// Loads everything; the blocks are placed in turn on the devices, as many on each. Weights
+    /// that stay on the CPU in the type of their file are not copied: they are the mapped file.
     ///
     /// # Errors
     /// A compute type that is neither f32 nor bf16, no device, missing or misshapen tensors.
-    pub fn load(self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+    pub fn load(mut self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::unsupported(
                 &self.path,
@@ -217,6 +219,7 @@ impl ModelFiles {
                 devices.len(),
             ));
         }
+        self.source.keep_mapped();
         let network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
         let digest = self.digest();
         let tokenizer = self.tokenizer;

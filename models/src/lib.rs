@@ -24,6 +24,7 @@
 
 mod activation;
 mod attention;
+mod bf16_product;
 mod block;
 mod bloom;
 mod config;
@@ -47,6 +48,7 @@ mod rng;
 mod save;
 mod tokenizer;
 mod weights;
+mod wide_head;
 
 use std::path::Path;
 
@@ -70,6 +72,7 @@ pub use prune::{LayerPruning, PruneOptions, PruneReport, prune};
 pub use rng::SeededRng;
 pub use save::save_model;
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
+pub use wide_head::WideHead;
 
 /// Where the weights go and in which type they compute.
 #[derive(Debug, Clone, Copy)]
