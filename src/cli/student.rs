@@ -12,7 +12,7 @@ Examples:
   caskd prune --model SmolLM2.gguf --ratio 0.25 --out student
   caskd prune --model SmolLM2.gguf --ratio 0.25 --calibration train.jsonl --out student")]
 pub(crate) struct PruneArgs {
-    /// The dense model: a Hugging Face folder or a GGUF file
+    /// The dense model: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) model: PathBuf,
     /// Share of each layer's attention groups and FFN channels to remove, between 0 and 1
@@ -48,7 +48,7 @@ pub(crate) struct TrainArgs {
     /// The teacher's cache
     #[arg(long, value_name = "CACHE", required_unless_present = "print_config")]
     pub(crate) cache: Option<PathBuf>,
-    /// The student: a Hugging Face folder or a GGUF file
+    /// The student: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
     pub(crate) student: Option<PathBuf>,
     /// The run's folder: adapters, checkpoints, log
@@ -85,7 +85,7 @@ Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, 
 task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
 or contexts, continuation, gold; or context, continuation. Scores are the harness's.")]
 pub(crate) struct EvalArgs {
-    /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
+    /// A Hugging Face folder, a GGUF file, org/name on the Hugging Face hub, or a run of `caskd train`
     #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
     pub(crate) model: PathBuf,
     /// Text for perplexity; may be repeated
