@@ -158,6 +158,14 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
+    /// A loss that compares responses of both models, and a cache without those of one.
+    #[error("loss `{term}` compares the responses of teacher and student, and the cache holds none by the {missing}")]
+    MissingResponses {
+        /// The loss.
+        term: String,
+        /// "teacher" or "student".
+        missing: &'static str,
+    },
     /// What the cache gives back is too far from its teacher for a loss.
     #[error("the cache's gradient of {term} is off by {percent:.1}%, more than {limit:.0}%")]
     LowFidelity {
@@ -333,6 +341,10 @@ impl Error {
                     .to_owned(),
             ),
             Error::TierCannotAnswer { remedy, .. } | Error::LossTensor { remedy, .. } => Some(remedy.clone()),
+            Error::MissingResponses { .. } => Some(
+                "build the cache from records with `response_by` set to \"student\" and others to \"teacher\""
+                    .to_owned(),
+            ),
             Error::LowFidelity { .. } => Some(
                 "build the cache with a higher --rate or `--tier exact`, choose another loss or temperature, or pass \
                  --allow-low-fidelity"

@@ -102,6 +102,7 @@ pub(crate) fn fused_head(
         });
         let labels = batch.labels.narrow(0, first, rows);
         let keys = batch.keys.narrow(0, first, rows);
+        let of_student = batch.of_student.narrow(0, first, rows);
         let mut total: Option<Tensor> = None;
         // Each normalisation is made once, for all the losses that it stands ahead of.
         for &norm in &norms {
@@ -119,6 +120,7 @@ pub(crate) fn fused_head(
                 labels: &labels,
                 keys: &keys,
                 sample_sigma: sigma.as_ref(),
+                of_student: Some(&of_student),
                 lookups: &lookups,
             };
             let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
@@ -401,6 +403,7 @@ mod tests {
                     labels: &batch.labels,
                     keys: &batch.keys,
                     sample_sigma: Some(&sigma),
+                    of_student: None,
                     lookups: &lookups,
                 })
                 .sum(None::<Kind>)

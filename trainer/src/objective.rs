@@ -2,14 +2,16 @@
 //! it is reduced.
 
 use caskd_formats::{Cache, Columns, Manifest, Tier};
-use caskd_models::LoadedModel;
+use caskd_models::{LoadedModel, SeededRng};
+use tch::{Device, Tensor};
 
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement, Scaling,
-    Tail,
+    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Projection,
+    Requirement, Scaling, Tail,
 };
 use crate::recipe::LayerPair;
+use crate::schedule::Schedule;
 use crate::{Error, Result, TrainConfig};
 
 /// A sum of loss terms that the cache can answer.
@@ -28,8 +30,11 @@ pub(crate) struct Objective {
 pub(crate) struct Term {
     /// Name in reports: its kind, numbered where a kind comes twice.
     pub(crate) name: String,
-    /// Factor in the total.
+    /// Factor in the total at the step under way.
     pub(crate) weight: f64,
+    /// Factor in the total that the schedule begins with or rises to.
+    full_weight: f64,
+    schedule: Schedule,
     /// What it computes.
     pub(crate) work: Work,
 }
@@ -53,6 +58,10 @@ pub(crate) enum Work {
         pairs: Vec<LayerPair>,
         /// At which positions.
         positions: HiddenPositions,
+        /// Of each pair, from the student's width to the teacher's [D_t, D_s] f32; none where widths are pooled.
+        projections: Vec<Tensor>,
+        /// Whether there are to be some.
+        projection: Projection,
     },
 }
 
@@ -198,6 +207,7 @@ impl Objective {
                     loss,
                     layers,
                     positions,
+                    projection,
                 } => {
                     let pairs = layers.pairs(manifest.teacher.num_layers, student_layers);
                     require_layers(&pairs, manifest)?;
@@ -209,6 +219,8 @@ impl Objective {
                         loss: loss.clone(),
                         pairs,
                         positions: *positions,
+                        projections: Vec::new(),
+                        projection: *projection,
                     }
                 }
             };
@@ -216,12 +228,81 @@ impl Objective {
             objective.terms.push(Term {
                 name,
                 weight: term.weight,
+                full_weight: term.weight,
+                schedule: term.schedule,
                 work,
             });
         }
         objective.columns.layers.sort_unstable();
         objective.columns.layers.dedup();
         Ok(objective)
+    }
+
+    /// Gives every term the weight of a step, counted from 0, of a run of `total_steps`.
+    pub(crate) fn set_step(&mut self, step: u64, total_steps: u64) {
+        for term in &mut self.terms {
+            term.weight = term
+                .schedule
+                .weight(term.full_weight, step, total_steps);
+        }
+    }
+
+    /// Makes the projections that terms ask for: the identity where the widths are equal, else uniform in ±1/√D_s
+    /// from the named stream of `seed`.
+    pub(crate) fn make_projections(
+        &mut self,
+        student_width: usize,
+        manifest: &Manifest,
+        seed: u64,
+        device: Device,
+    ) {
+        for term in &mut self.terms {
+            let Work::Hidden {
+                pairs,
+                projections,
+                projection: Projection::Learned,
+                ..
+            } = &mut term.work
+            else {
+                continue;
+            };
+            *projections = pairs
+                .iter()
+                .map(|pair| {
+                    let cached = manifest.layers.iter().find(|of| of.layer == pair.teacher);
+                    let width = cached.map_or(student_width, |layer| layer.width);
+                    let name = format!("{}.{}", term.name, pair.teacher);
+                    projection(student_width, width, &name, seed)
+                        .to_device(device)
+                        .set_requires_grad(true)
+                })
+                .collect();
+        }
+    }
+
+    /// What the terms themselves train, by name: `projection.{term}.{teacher layer}`.
+    pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = Vec::new();
+        for term in &self.terms {
+            if let Work::Hidden {
+                pairs, projections, ..
+            } = &term.work
+            {
+                for (pair, projection) in pairs.iter().zip(projections) {
+                    let name = format!("projection.{}.{}", term.name, pair.teacher);
+                    tensors.push((name, projection.shallow_clone()));
+                }
+            }
+        }
+        tensors
+    }
+
+    /// The first term that tells the student's own responses from the others.
+    pub(crate) fn needs_responses(&self) -> Option<&str> {
+        self.terms.iter().find_map(|term| match &term.work {
+            Work::Logits { loss, .. } if loss.loss().needs_responses() => Some(term.name.as_str()),
+            _ => None,
+        })
     }
 
     /// Layers of the student that a forward pass must keep.
@@ -335,6 +416,18 @@ impl Term {
             } => step.positions as f64,
         }
     }
+}
+
+fn projection(from: usize, to: usize, name: &str, seed: u64) -> Tensor {
+    if from == to {
+        return Tensor::eye(from as i64, (tch::Kind::Float, Device::Cpu));
+    }
+    let mut rng = SeededRng::named(seed, &format!("projection {name}"));
+    let bound = 1.0 / (from as f64).sqrt();
+    let values: Vec<f32> = (0..from * to)
+        .map(|_| ((2.0 * rng.uniform() - 1.0) * bound) as f32)
+        .collect();
+    Tensor::from_slice(&values).view([to as i64, from as i64])
 }
 
 fn require_layers(pairs: &[LayerPair], manifest: &Manifest) -> Result<()> {

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use caskd_formats::Cache;
 use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::checkpoint;
+use crate::optimizer::write_tensors;
 use crate::train::{StepReport, TrainSummary};
 use crate::{Error, Result, TrainConfig};
 
@@ -16,6 +18,7 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const PROJECTIONS: &str = "projections.safetensors";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
@@ -179,6 +182,14 @@ impl RunFolder {
     /// Folder of the final adapters.
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path.join(ADAPTER)
+    }
+
+    /// Keeps the projections between widths that trained with the student; nothing loads them again.
+    pub(crate) fn save_projections(&self, projections: &[(String, Tensor)]) -> Result<()> {
+        let path = self.path.join(PROJECTIONS);
+        let unfinished = path.with_extension("unfinished");
+        write_tensors(projections, &unfinished)?;
+        fs::rename(&unfinished, &path).map_err(io("write", &path))
     }
 
     /// Opens the log, without the lines of steps that a resumed run makes again.

@@ -96,11 +96,13 @@ pub(crate) fn forward_backward(
             loss,
             pairs,
             positions,
+            projections,
+            ..
         } = &term.work
         else {
             continue;
         };
-        for pair in pairs {
+        for (index_of_pair, pair) in pairs.iter().enumerate() {
             let (in_batch, in_positions) = match positions {
                 HiddenPositions::All => (&batch.positions, None),
                 HiddenPositions::Targets => (&batch.targets, Some(&batch.targets_in_positions)),
@@ -121,6 +123,10 @@ pub(crate) fn forward_backward(
                 .view([-1, student.size()[2]])
                 .index_select(0, in_batch)
                 .to_kind(Kind::Float);
+            let student = match projections.get(index_of_pair) {
+                Some(projection) => student.matmul(&projection.tr()),
+                None => student,
+            };
             let values = loss.loss().value(&student, &teacher);
             let mean = values.sum(Kind::Float) / term.denominator(step);
             shares[index] += mean.double_value(&[]);

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use caskd_formats::Cache;
+use caskd_formats::{Cache, Columns};
 use caskd_models::{LoadedModel, SeededRng, save_adapters};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
-use crate::batch::Batch;
+use crate::batch::{BY_STUDENT, Batch};
 use crate::checkpoint::{self, Cursor};
 use crate::losses::MissingLogits;
 use crate::objective::{Objective, StepSize, check_fidelity};
@@ -113,7 +114,7 @@ pub fn train(
     control: &mut Control<'_>,
 ) -> Result<TrainSummary> {
     config.validate()?;
-    let objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
+    let mut objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
     check_fidelity(config, &cache)?;
     let order = Order::new(cache.rows()?, config)?;
     let device = student.network.device();
@@ -126,14 +127,23 @@ pub fn train(
     let record = RunRecord::new(&student, student_path, &cache);
     let mut student = student.network;
     student.attach_lora(&config.lora, config.seed)?;
+    check_responses(&objective, &cache)?;
+    objective.make_projections(
+        student.config().hidden_size,
+        cache.manifest(),
+        config.seed,
+        device,
+    );
+    let mut trainable = student.trainable();
+    trainable.extend(objective.trainable());
 
     // Whatever can be refused has been: from here on something is written.
     let mut run = RunFolder::open(out, config, record, control.resume)?;
     if let Some(summary) = run.record.summary.take() {
         return Ok(summary);
     }
-    let mut optimizer = AdamW::new(student.trainable(), config);
-    let restored = checkpoint::restore(&run.checkpoints(), &student.trainable(), &mut optimizer)?;
+    let mut optimizer = AdamW::new(shallow(&trainable), config);
+    let restored = checkpoint::restore(&run.checkpoints(), &trainable, &mut optimizer)?;
     let (mut cursor, notes) = restored.map_or_else(Default::default, |restored| {
         (restored.cursor, restored.passed_over)
     });
@@ -165,7 +175,7 @@ pub fn train(
                 checkpoint::save(
                     &run.checkpoints(),
                     &cursor,
-                    &student.trainable(),
+                    &trainable,
                     &optimizer,
                 )?;
             }
@@ -183,6 +193,7 @@ pub fn train(
         let data_wait_seconds = started.elapsed().as_secs_f64();
         let size = step_size(&micro_batches);
         let step = cursor.step + 1;
+        objective.set_step(cursor.step, total_steps);
         let not_finite = |what: String, sources: String| {
             let checkpoint = checkpoint::newest(&run.checkpoints());
             Error::NotFinite {
@@ -258,7 +269,7 @@ pub fn train(
             checkpoint::save(
                 &run.checkpoints(),
                 &cursor,
-                &student.trainable(),
+                &trainable,
                 &optimizer,
             )?;
             saved = step;
@@ -266,6 +277,10 @@ pub fn train(
     }
 
     save_adapters(&student, &run.adapter())?;
+    let projections = objective.trainable();
+    if !projections.is_empty() {
+        run.save_projections(&projections)?;
+    }
     let summary = summary_of(&cursor, sequences, notes, Completed::Yes);
     run.finish(&summary)?;
     Ok(summary)
@@ -318,6 +333,39 @@ impl Cursor {
         self.terms.clone_from(&report.terms);
         self.missing += report.missing_teacher_logits;
     }
+}
+
+/// The same tensors under the same names.
+fn shallow(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+        .collect()
+}
+
+/// A loss that tells the student's own responses from the teacher's needs a cache with both.
+fn check_responses(objective: &Objective, cache: &Cache) -> Result<()> {
+    let Some(term) = objective.needs_responses() else {
+        return Ok(());
+    };
+    let rows = cache.rows()?;
+    let (mut by_student, mut by_others) = (false, false);
+    for rows in rows.chunk_by(|a, b| a.shard == b.shard) {
+        let numbers: Vec<u32> = rows.iter().map(|row| row.row).collect();
+        for sequence in cache.read(rows[0].shard, &numbers, &Columns::default())? {
+            let student = sequence.source.ends_with(BY_STUDENT);
+            by_student |= student;
+            by_others |= !student;
+        }
+        if by_student && by_others {
+            return Ok(());
+        }
+    }
+    let missing = if by_student { "teacher" } else { "student" };
+    Err(Error::MissingResponses {
+        term: term.to_owned(),
+        missing,
+    })
 }
 
 fn step_size(batches: &[Batch]) -> StepSize {
