@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use caskd_formats::{Cache, Columns, RowInfo};
-use caskd_models::{Llama, LoadedModel};
+use caskd_models::{LoadedModel, Network};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -57,8 +57,7 @@ pub fn evaluate_cache(
     let started = Instant::now();
     let vocabulary = model
         .network
-        .config()
-        .vocab_size
+        .vocab_size()
         .min(cache.manifest().vocab_size);
     let device = model.network.device();
     let code = LinearCode::of(cache, vocabulary, model.network.kind(), device)?;
@@ -164,7 +163,7 @@ impl Sums {
 }
 
 /// Last hidden states [N, D] at positions given as indices into B·T.
-pub(crate) fn hidden_rows(network: &Llama, input_ids: &Tensor, positions: &Tensor) -> Tensor {
+pub(crate) fn hidden_rows(network: &Network, input_ids: &Tensor, positions: &Tensor) -> Tensor {
     let device = network.device();
     tch::no_grad(|| {
         let hidden = network

@@ -45,12 +45,16 @@ pub(crate) struct Heads<'a> {
     pub(crate) student: &'a Tensor,
     /// The teacher's; `None` where no loss asks for full logits.
     pub(crate) teacher: Option<&'a LinearCode>,
+    /// The student's trains too: its gradient is wanted.
+    pub(crate) trains: bool,
 }
 
 /// What the head gives back.
 pub(crate) struct HeadGradient {
     /// dL/dh at the target positions [N, D], in the kind of the student's matrix products.
     pub(crate) hidden: Tensor,
+    /// dL/dW of the student's head [V, D] f32, where it trains.
+    pub(crate) weight: Option<Tensor>,
     /// Σ of the values of each loss over the target positions, unscaled.
     pub(crate) sums: Vec<f64>,
     /// Teacher logits that were looked up, and not found.
@@ -89,6 +93,7 @@ pub(crate) fn fused_head(
         && losses.iter().any(ScaledLoss::is_at_temperature_one);
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
+    let mut weight = heads.trains.then(|| Tensor::zeros(heads.student.size(), (Kind::Float, heads.student.device())));
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
         let teacher = teacher_chunk(heads.teacher, of_teacher.as_ref(), first, rows);
@@ -149,13 +154,25 @@ pub(crate) fn fused_head(
         if let Some(total) = total {
             let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
             gradients.push(times(&gradient, heads.student));
+            if let Some(weight) = &mut weight {
+                add_head_gradient(weight, &gradient, &hidden.narrow(0, first, rows));
+            }
         }
     }
     Ok(HeadGradient {
         hidden: Tensor::cat(&gradients, 0),
+        weight,
         sums,
         missing: lookups.count(),
     })
+}
+
+/// dL/dW += dL/dzᵀ · h, in f32: [V, D], [N, V], [N, D].
+fn add_head_gradient(weight: &mut Tensor, gradient: &Tensor, hidden: &Tensor) {
+    tch::no_grad(|| {
+        let (gradient, hidden) = (gradient.to_kind(Kind::Float), hidden.to_kind(Kind::Float));
+        let _ = weight.addmm_(&gradient.tr(), &hidden);
+    });
 }
 
 /// The normalisations ahead of some losses, each once, in a fixed order.
@@ -368,10 +385,12 @@ mod tests {
         let heads = Heads {
             student: &student_head,
             teacher: Some(&code),
+            trains: true,
         };
 
         let leaf = hidden.copy().set_requires_grad(true);
-        let student = leaf.matmul(&student_head.tr());
+        let head_leaf = student_head.copy().set_requires_grad(true);
+        let student = leaf.matmul(&head_leaf.tr());
         let coefficients = batch
             .teacher_hidden(2)
             .index_select(0, &batch.targets_in_positions);
@@ -414,7 +433,9 @@ mod tests {
             .zip(&scaled)
             .map(|(sum, scaled)| sum * scaled.scale)
             .sum();
-        let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
+        let mut expected = Tensor::run_backward(&[total], &[&leaf, &head_leaf], false, false);
+        let of_head = expected.swap_remove(1);
+        let expected = expected.swap_remove(0);
 
         for chunk in [1, 4, 100] {
             let fused = fused_head(&hidden, &batch, &heads, &scaled, chunk).unwrap();
@@ -429,6 +450,12 @@ mod tests {
             assert!(
                 error < 1e-5 * expected.abs().max().double_value(&[]),
                 "chunk {chunk}: {error}"
+            );
+            let weight = fused.weight.unwrap();
+            let error = (&weight - &of_head).abs().max().double_value(&[]);
+            assert!(
+                error < 1e-5 * of_head.abs().max().double_value(&[]),
+                "chunk {chunk}, head: {error}"
             );
         }
     }
@@ -447,6 +474,7 @@ mod tests {
         let heads = Heads {
             student: &head,
             teacher: None,
+            trains: false,
         };
         let losses = [ScaledLoss {
             loss: &CrossEntropy {},

@@ -48,7 +48,7 @@ mod train;
 mod wikitext;
 
 pub use calibration::Calibration;
-pub use config::{CacheIo, Dtype, TrainConfig};
+pub use config::{CacheIo, Dtype, Mode, Quantize, TrainConfig};
 pub use error::{Error, Result};
 pub use eval::{CacheScore, evaluate_cache, teacher_perplexity};
 pub use loglikelihood::{Loglikelihood, Request, loglikelihoods, request};

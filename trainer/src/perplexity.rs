@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use caskd_models::{Llama, LoadedModel};
+use caskd_models::{LoadedModel, Network};
 use serde::Serialize;
 use tch::Tensor;
 
@@ -198,7 +198,7 @@ fn rolling_nats(
             message: error.to_string(),
         })?;
     let tokens = encoding.get_ids();
-    let vocabulary = model.network.config().vocab_size;
+    let vocabulary = model.network.vocab_size();
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
         return Err(Error::TokenOutOfRange {
             sequence: "the text".to_owned(),
@@ -276,7 +276,7 @@ fn text_batch(row: &[u32], windows: &[Window]) -> (Tensor, Vec<i64>, Vec<i64>) {
     )
 }
 
-fn gold_nats(network: &Llama, hidden: &Tensor, labels: &Tensor) -> f64 {
+fn gold_nats(network: &Network, hidden: &Tensor, labels: &Tensor) -> f64 {
     let head = network.head();
     tch::no_grad(|| {
         chunks(hidden.size()[0], rows_per_chunk(head.size()[0]))

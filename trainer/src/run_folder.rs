@@ -1,16 +1,17 @@
-//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/`.
+//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/` or `model/`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use caskd_formats::Cache;
-use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
+use caskd_models::{LoadOptions, LoadedModel, load, load_adapters, save_model};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::checkpoint;
 use crate::optimizer::write_tensors;
+use crate::train::prepare;
 use crate::train::{StepReport, TrainSummary};
 use crate::{Error, Result, TrainConfig};
 
@@ -18,6 +19,7 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const MODEL: &str = "model";
 const PROJECTIONS: &str = "projections.safetensors";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
@@ -72,6 +74,10 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             reason,
         });
     }
+    let trained = run.join(MODEL);
+    if trained.is_dir() {
+        return Ok(load(&trained, options)?);
+    }
     let mut model = load(&record.student, options)?;
     if model.digest != record.student_digest {
         return Err(Error::StudentChanged {
@@ -96,6 +102,14 @@ pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
+    let trained = run.join(MODEL);
+    if record.summary.is_some() && trained.is_dir() {
+        let options = LoadOptions {
+            device: base.network.device(),
+            kind: base.network.kind(),
+        };
+        return Ok(load(&trained, &options)?);
+    }
     let mut model = base.share();
     if record.summary.is_some() {
         load_adapters(&mut model.network, &run.join(ADAPTER))?;
@@ -108,8 +122,11 @@ pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
     let config_path = run.join(CONFIG);
     let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
     let config = TrainConfig::from_toml(&text)?;
-    model.network.attach_lora(&config.lora, config.seed)?;
+    prepare(&mut model.network, &config)?;
     checkpoint::restore_adapters(&checkpoint, &model.network.trainable())?;
+    if model.network.trains_all() {
+        model.network.freeze();
+    }
     Ok(model)
 }
 
@@ -182,6 +199,15 @@ impl RunFolder {
     /// Folder of the final adapters.
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path.join(ADAPTER)
+    }
+
+    /// Writes the student whose weights all trained, in place of one that a run cut off here has left.
+    pub(crate) fn save_model(&self, model: &LoadedModel) -> Result<()> {
+        let path = self.path.join(MODEL);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+        }
+        Ok(save_model(model, &path)?)
     }
 
     /// Keeps the projections between widths that trained with the student; nothing loads them again.

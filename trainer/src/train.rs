@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{Cache, Columns};
-use caskd_models::{LoadedModel, SeededRng, save_adapters};
+use caskd_models::{LoadedModel, Network, SeededRng, save_adapters};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::batch::{BY_STUDENT, Batch};
+use crate::config::{Mode, Quantize};
 use crate::checkpoint::{self, Cursor};
 use crate::losses::MissingLogits;
 use crate::objective::{Objective, StepSize, check_fidelity};
@@ -125,11 +126,12 @@ pub fn train(
         .transpose()?
         .flatten();
     let record = RunRecord::new(&student, student_path, &cache);
-    let mut student = student.network;
-    student.attach_lora(&config.lora, config.seed)?;
+    let mut model = student;
+    let student = &mut model.network;
+    prepare(student, config)?;
     check_responses(&objective, &cache)?;
     objective.make_projections(
-        student.config().hidden_size,
+        student.hidden_size(),
         cache.manifest(),
         config.seed,
         device,
@@ -209,7 +211,7 @@ pub fn train(
         let mut missing = MissingLogits::default();
         for (index, batch) in micro_batches.iter().enumerate() {
             student.set_dropout_seed(dropout_seed(config.seed, step, index));
-            let shares = forward_backward(&student, &objective, teacher.as_ref(), batch, &size)
+            let shares = forward_backward(student, &objective, teacher.as_ref(), batch, &size)
                 .map_err(|NotFiniteTerm { term, sources }| {
                     not_finite(format!("loss `{term}`"), sources)
                 })?;
@@ -276,7 +278,13 @@ pub fn train(
         }
     }
 
-    save_adapters(&student, &run.adapter())?;
+    match config.mode {
+        Mode::Lora => save_adapters(student, &run.adapter())?,
+        Mode::Full => {
+            student.freeze();
+            run.save_model(&model)?;
+        }
+    }
     let projections = objective.trainable();
     if !projections.is_empty() {
         run.save_projections(&projections)?;
@@ -333,6 +341,20 @@ impl Cursor {
         self.terms.clone_from(&report.terms);
         self.missing += report.missing_teacher_logits;
     }
+}
+
+/// Makes what the configuration trains trainable.
+pub(crate) fn prepare(student: &mut Network, config: &TrainConfig) -> Result<()> {
+    match config.mode {
+        Mode::Full => student.train_all()?,
+        Mode::Lora => {
+            if config.quantize == Quantize::Int8 {
+                student.quantize()?;
+            }
+            student.attach_lora(&config.lora, config.seed)?;
+        }
+    }
+    Ok(())
 }
 
 /// The same tensors under the same names.
