@@ -182,6 +182,16 @@ pub enum Error {
         /// Why none is left.
         reason: String,
     },
+    /// A weight of a cache that makes no sense, or a cache that was given twice.
+    #[error("cache `{cache}` with weight {weight}: {message}")]
+    BadWeight {
+        /// The cache's folder.
+        cache: PathBuf,
+        /// As it was given.
+        weight: f64,
+        /// What is wrong.
+        message: String,
+    },
     /// A cached token that the student has no embedding for.
     #[error("{sequence}: token {token} is outside the vocabulary of {vocabulary}")]
     TokenOutOfRange {
@@ -342,6 +352,7 @@ impl Error {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
             Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::BadWeight { .. } => Some("for instance: --cache first --cache second=0.3".to_owned()),
             Error::BadItem { .. } => Some(
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
                     .to_owned(),
