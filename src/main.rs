@@ -15,6 +15,7 @@ use exit::Outcome;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    terminal::show_warnings();
     run(&cli.command)
         .unwrap_or_else(|failure| failure.report())
         .into()

@@ -12,6 +12,7 @@ Examples:
   caskd train --cache cache --student student --out run --set kd_type=dual-scaling --set scaling_value=4
   caskd train --cache cache --student student --out run --set soft_weight=0      (plain LoRA fine-tuning)
   caskd train --cache cache --student student --out run --config study/best.toml
+  caskd train --cache prose --cache dialogues=0.3 --student student --out run --tensorboard board
 
 The keys of the configuration and their defaults: caskd train --print-config")]
 #[expect(
@@ -19,9 +20,13 @@ The keys of the configuration and their defaults: caskd train --print-config")]
     reason = "each is a flag of the command line"
 )]
 pub(crate) struct TrainArgs {
-    /// The teacher's cache
-    #[arg(long, value_name = "CACHE", required_unless_present = "print_config")]
-    pub(crate) cache: Option<PathBuf>,
+    /// The teacher's cache; may be repeated, with a weight: how many times an epoch goes through it
+    #[arg(
+        long,
+        value_name = "CACHE[=WEIGHT]",
+        required_unless_present = "print_config"
+    )]
+    pub(crate) cache: Vec<PathBuf>,
     /// The student: a Hugging Face folder or a GGUF file
     #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
     pub(crate) student: Option<PathBuf>,
@@ -34,13 +39,22 @@ pub(crate) struct TrainArgs {
     /// One setting; may be repeated, and wins over --config
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) settings: Vec<String>,
+    /// Share of the sequences to train on, by a stable hash of their tokens (the key `fraction`)
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) fraction: Option<f64>,
+    /// How the cache is read: mmap, or read for network file systems (the key `io`)
+    #[arg(long, value_name = "mmap|read")]
+    pub(crate) io: Option<String>,
+    /// Write TensorBoard's event files into this folder (the key `tensorboard`)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tensorboard: Option<PathBuf>,
     /// Go on with an interrupted run
     #[arg(long)]
     pub(crate) resume: bool,
     /// Train even where the cache's gradient of a loss is off by more than 10%
     #[arg(long)]
     pub(crate) allow_low_fidelity: bool,
-    /// Print the default configuration and exit
+    /// Print every key of the configuration with its value and what it does, and exit
     #[arg(long)]
     pub(crate) print_config: bool,
     /// Print the summary as one JSON object

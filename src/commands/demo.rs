@@ -446,7 +446,7 @@ fn train_stage(
         let summary = train_with_progress(
             config,
             &places.join("student"),
-            &places.join("cache"),
+            &[(places.join("cache"), 1.0)],
             &out,
             out.exists(),
             name,

@@ -7,7 +7,7 @@ use caskd_formats::{Cache, Io};
 use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_trainer::{
     CacheScore, ItemScore, Rolling, Task, TaskScore, TextScore, check_fit, evaluate_cache,
-    evaluate_task, evaluate_text, evaluate_wikitext, is_run, load_run, run_cache,
+    evaluate_task, evaluate_text, evaluate_wikitext, is_run, load_run, run_caches,
 };
 use serde::Serialize;
 
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 "give --task NAME=FILE, --text FILE for perplexity, or --cache CACHE for KL to the teacher",
             ));
         }
-        caches.push(run_cache(&args.model)?);
+        caches.extend(run_caches(&args.model)?);
     }
     let model = load_any(&args.model, &options)?;
     let mut scores = Scores {

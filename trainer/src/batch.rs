@@ -27,6 +27,8 @@ pub(crate) struct Batch {
     pub(crate) sequence_of_target: Tensor,
     /// Whether the student wrote the response that a target position is in \[N\] bool.
     pub(crate) of_student: Tensor,
+    /// Where the student has another tokenizer: 1 at target positions with a row of the teacher's, else 0 \[N\] f32.
+    pub(crate) paired: Option<Tensor>,
     /// What tells target positions apart in whatever batch they come: a hash of the sequence's tokens
     /// and the position \[N\] i64.
     pub(crate) keys: Tensor,
@@ -120,11 +122,27 @@ impl Batch {
             sequence_of_target: Tensor::from_slice(&sequence_of_target),
             keys: Tensor::from_slice(&keys),
             of_student: Tensor::from_slice(&of_student),
+            paired: None,
             hidden: columns
                 .layers
                 .iter()
                 .filter_map(|&layer| hidden_rows(sequences, layer))
                 .collect(),
+        })
+    }
+
+    /// Says of every position of the collated sequences whether it has a row of the teacher's.
+    pub(crate) fn with_pairs(self, sequences: &[Sequence], paired: &[Vec<bool>]) -> Result<Batch> {
+        let flags: Vec<f32> = sequences
+            .iter()
+            .zip(paired)
+            .flat_map(|(sequence, paired)| {
+                target_positions(sequence).map(|t| f32::from(u8::from(paired[t])))
+            })
+            .collect();
+        Ok(Batch {
+            paired: Some(Tensor::from_slice(&flags)),
+            ..self
         })
     }
 
@@ -141,6 +159,7 @@ impl Batch {
             sequence_of_target: to(&self.sequence_of_target),
             keys: to(&self.keys),
             of_student: to(&self.of_student),
+            paired: self.paired.as_ref().map(to),
             hidden: self
                 .hidden
                 .iter()

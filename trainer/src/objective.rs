@@ -22,8 +22,10 @@ pub(crate) struct Objective {
     pub(crate) columns: Columns,
     /// Full logits of the teacher are rebuilt.
     pub(crate) full_logits: bool,
-    /// Rows that both heads have.
+    /// Rows of the student's head that losses see: those that the teacher's has too, or all with another tokenizer.
     pub(crate) vocabulary: usize,
+    /// Rows of the teacher's head.
+    pub(crate) teacher_vocabulary: usize,
 }
 
 /// One resolved term.
@@ -106,6 +108,26 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
+/// Every term must be one that compares two tokenizations, or none with the teacher at all.
+fn fit_across(terms: &[LossTerm]) -> Result<()> {
+    let misfit = terms.iter().find(|term| match &term.loss {
+        TermLoss::Logits {
+            loss, logits_norm, ..
+        } => {
+            let of = loss.loss();
+            !(of.across_vocabularies() || of.requirement() == Requirement::Nothing)
+                || *logits_norm != Normalization::None
+        }
+        TermLoss::Hidden { .. } => true,
+    });
+    match misfit {
+        Some(term) => Err(Error::AcrossTokenizers {
+            term: term.kind().to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Gradient error above which a run warns.
 const DOUBTFUL: f64 = 0.03;
 
@@ -176,18 +198,28 @@ pub fn check_fidelity(config: &TrainConfig, cache: &Cache) -> Result<Vec<String>
 
 impl Objective {
     /// Resolves terms for a student and a cache that fit each other.
+    ///
+    /// `across` tokenizers a student fits every cache, and only losses that match no tokens fit it.
     pub(crate) fn resolve(
         terms: &[LossTerm],
         student: &LoadedModel,
         manifest: &Manifest,
+        across: bool,
     ) -> Result<Objective> {
-        fits(student, manifest)?;
+        if across {
+            fit_across(terms)?;
+        } else {
+            fits(student, manifest)?;
+        }
+        let rows = student.network.vocab_size();
+        let shared = rows.min(manifest.vocab_size);
         let student_layers = student.network.num_layers() as u32;
         let mut objective = Objective {
             terms: Vec::new(),
             columns: Columns::default(),
             full_logits: false,
-            vocabulary: student.network.vocab_size().min(manifest.vocab_size),
+            vocabulary: if across { rows } else { shared },
+            teacher_vocabulary: if across { manifest.vocab_size } else { shared },
         };
         for term in terms {
             if let Some(requirement) = term.requirement() {
@@ -277,6 +309,22 @@ impl Objective {
                         .set_requires_grad(true)
                 })
                 .collect();
+        }
+    }
+
+    /// Takes the projections of another cache's terms, the same tensors.
+    pub(crate) fn share_projections(&mut self, other: &Objective) {
+        for (term, of) in self.terms.iter_mut().zip(&other.terms) {
+            if let (
+                Work::Hidden { projections, .. },
+                Work::Hidden {
+                    projections: others,
+                    ..
+                },
+            ) = (&mut term.work, &of.work)
+            {
+                *projections = others.iter().map(Tensor::shallow_clone).collect();
+            }
         }
     }
 

@@ -112,14 +112,16 @@ impl Retokenizer {
         let text = decode(ids)?;
         let plain: Vec<u32> = ids.iter().copied().filter(|id| !special(*id)).collect();
         let encoding = tokenizer.encode(text.as_str(), false).map_err(refuse)?;
-        let starts: Vec<usize> = if encoding.get_ids() == plain.as_slice() {
-            encoding.get_offsets().iter().map(|of| of.0).collect()
+        let spans: Vec<(usize, usize)> = if encoding.get_ids() == plain.as_slice() {
+            encoding.get_offsets().to_vec()
         } else {
             // The tokens are not what the tokenizer makes of their text: ask for every beginning of it.
-            (0..plain.len())
+            let ends: Vec<usize> = (0..=plain.len())
                 .map(|count| Ok(decode(&plain[..count])?.trim_end_matches('\u{fffd}').len()))
-                .collect::<Result<_>>()?
+                .collect::<Result<_>>()?;
+            ends.windows(2).map(|pair| (pair[0], pair[1])).collect()
         };
+        let starts: Vec<usize> = spans.iter().map(|span| beginning(&text, *span)).collect();
         let mut starts = starts.into_iter();
         let all = ids
             .iter()
@@ -134,12 +136,20 @@ impl Retokenizer {
             .get_offsets()
             .iter()
             .zip(encoding.get_special_tokens_mask())
-            .map(|(of, special)| (*special == 0).then_some(of.0))
+            .map(|(of, special)| (*special == 0).then(|| beginning(text, *of)))
             .collect();
         Ok(Spans {
             ids: encoding.get_ids().to_vec(),
             starts,
         })
+    }
+}
+
+/// Where a token's own text begins: some tokenizers count the space before a word to it and some do not.
+fn beginning(text: &str, (start, end): (usize, usize)) -> usize {
+    match text.get(start..end).map(str::trim_start) {
+        Some(own) if !own.is_empty() => end - own.len(),
+        _ => start,
     }
 }
 
@@ -199,5 +209,78 @@ fn gathered(
                 .copied()
                 .collect(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer(words: &[&str], split: &serde_json::Value) -> LoadedTokenizer {
+        let vocabulary: serde_json::Map<String, serde_json::Value> = words
+            .iter()
+            .enumerate()
+            .map(|(id, word)| ((*word).to_owned(), id.into()))
+            .collect();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": split, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"}
+        });
+        let tokenizer: tokenizers::Tokenizer = json.to_string().parse().unwrap();
+        LoadedTokenizer {
+            fingerprint: String::new(),
+            tokenizer,
+            bos: None,
+            eos: None,
+            tokenizer_config: serde_json::json!({}),
+        }
+    }
+
+    fn sequence(token_ids: &[u32], targets_from: usize) -> Sequence {
+        let positions = token_ids.len();
+        Sequence {
+            source: "x:1".to_owned(),
+            token_ids: token_ids.to_vec(),
+            loss_mask: (0..positions).map(|t| t >= targets_from).collect(),
+            hidden: vec![HiddenState {
+                layer: 1,
+                width: 1,
+                values: (0..positions).map(|t| t as f32).collect(),
+            }],
+            ..Sequence::default()
+        }
+    }
+
+    /// Words against letters and single digits: predictions are paired where both begin a token at the same place.
+    #[test]
+    fn positions_meet_where_tokens_begin() {
+        let spaces = serde_json::json!({"type": "WhitespaceSplit"});
+        let pieces = serde_json::json!({"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"}, {"type": "Digits", "individual_digits": true}]});
+        let retokenizer = Retokenizer {
+            teacher: LoadedTokenizer {
+                eos: Some(4),
+                ..tokenizer(&["?", "w1", "w23", "w4", "end"], &spaces)
+            },
+            student: LoadedTokenizer {
+                eos: Some(6),
+                ..tokenizer(&["?", "w", "1", "2", "3", "4", "stop"], &pieces)
+            },
+        };
+        // w1 w23 w4, all but the first a target.
+        let crossed = retokenizer.retokenize(&sequence(&[1, 2, 3], 1), 99).unwrap();
+        assert_eq!(crossed.sequence.token_ids, [1, 2, 1, 3, 4, 1, 5]);
+        let (yes, no) = (true, false);
+        assert_eq!(crossed.sequence.loss_mask, [no, no, yes, yes, yes, yes, yes]);
+        // The positions before "w" of w23 and of w4 predict what the teacher's positions 0 and 1 predict.
+        assert_eq!(crossed.paired, [no, yes, no, no, yes, no, no]);
+        let rows = &crossed.sequence.hidden[0].values;
+        assert_eq!((rows[1], rows[4]), (0.0, 1.0));
+        assert_eq!(rows.len(), 7);
+
+        let short = retokenizer.retokenize(&sequence(&[1, 2, 3], 1), 4).unwrap();
+        assert_eq!(short.sequence.token_ids, [1, 2, 1, 3]);
+        assert_eq!(short.paired, [no, yes, no, no]);
     }
 }

@@ -4,12 +4,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use caskd_formats::Cache;
 use caskd_models::{LoadOptions, LoadedModel, load, load_adapters, save_model};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::checkpoint;
+use crate::mix::CacheMix;
 use crate::optimizer::write_tensors;
 use crate::train::prepare;
 use crate::train::{StepReport, TrainSummary};
@@ -33,13 +33,22 @@ pub(crate) struct RunRecord {
     pub(crate) student: PathBuf,
     /// Digest of its weights.
     pub(crate) student_digest: String,
-    /// The cache's folder.
-    pub(crate) cache: PathBuf,
-    /// Checksum of its manifest.
-    pub(crate) cache_digest: String,
+    /// What it trains on.
+    pub(crate) caches: Vec<RunCache>,
     /// Once the run is complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) summary: Option<TrainSummary>,
+}
+
+/// One cache of a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RunCache {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    /// Checksum of its manifest.
+    pub(crate) digest: String,
+    /// Times that an epoch goes through it.
+    pub(crate) weight: f64,
 }
 
 /// An open run folder.
@@ -56,9 +65,10 @@ pub fn is_run(path: &Path) -> bool {
     path.join(RECORD).is_file()
 }
 
-/// The cache that a run was trained on.
-pub fn run_cache(run: &Path) -> Result<PathBuf> {
-    Ok(read_record(run)?.cache)
+/// The caches that a run was trained on.
+pub fn run_caches(run: &Path) -> Result<Vec<PathBuf>> {
+    let caches = read_record(run)?.caches;
+    Ok(caches.into_iter().map(|cache| cache.path).collect())
 }
 
 /// A finished run's student with the trained adapters attached.
@@ -138,14 +148,18 @@ pub fn paused_at(run: &Path) -> Option<u64> {
 
 impl RunRecord {
     /// The record of a run that begins.
-    pub(crate) fn new(student: &LoadedModel, student_path: &Path, cache: &Cache) -> RunRecord {
+    pub(crate) fn new(student: &LoadedModel, student_path: &Path, caches: &CacheMix) -> RunRecord {
         let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let caches = caches.iter().map(|(cache, weight)| RunCache {
+            path: absolute(cache.dir()),
+            digest: cache.manifest().checksum.clone(),
+            weight: *weight,
+        });
         RunRecord {
             caskd_version: env!("CARGO_PKG_VERSION").to_owned(),
             student: absolute(student_path),
             student_digest: student.digest.clone(),
-            cache: absolute(cache.dir()),
-            cache_digest: cache.manifest().checksum.clone(),
+            caches: caches.collect(),
             summary: None,
         }
     }
@@ -300,29 +314,33 @@ fn resumable(path: &Path, config: &TrainConfig, now: RunRecord) -> Result<RunRec
     if let Some((key, then, now)) = TrainConfig::from_toml(&text)?.first_difference(config) {
         return Err(differs(&format!("`{key}`"), then, now));
     }
-    let identities = [
-        (
-            "the student",
-            (&then.student_digest, &then.student),
-            (&now.student_digest, &now.student),
-        ),
-        (
-            "the cache",
-            (&then.cache_digest, &then.cache),
-            (&now.cache_digest, &now.cache),
-        ),
-    ];
-    for (what, then, now) in identities {
-        if then.0 != now.0 {
-            let shown = |(digest, path): (&String, &PathBuf)| {
-                format!(
-                    "`{}` ({})",
-                    path.display(),
-                    digest.chars().take(12).collect::<String>()
-                )
-            };
-            return Err(differs(what, shown(then), shown(now)));
-        }
+    let short = |digest: &str| digest.chars().take(12).collect::<String>();
+    if then.student_digest != now.student_digest {
+        let shown = |record: &RunRecord| {
+            let digest = short(&record.student_digest);
+            format!("`{}` ({digest})", record.student.display())
+        };
+        return Err(differs("the student", shown(&then), shown(&now)));
+    }
+    // Where a cache lies does not matter, only what is in it.
+    let identity = |record: &RunRecord| -> Vec<(String, u64)> {
+        let caches = record.caches.iter();
+        caches
+            .map(|cache| (cache.digest.clone(), cache.weight.to_bits()))
+            .collect()
+    };
+    if identity(&then) != identity(&now) {
+        let shown = |record: &RunRecord| {
+            let caches: Vec<String> = record
+                .caches
+                .iter()
+                .map(|RunCache { path, digest, weight }| {
+                    format!("`{}`={weight} ({})", path.display(), short(digest))
+                })
+                .collect();
+            caches.join(", ")
+        };
+        return Err(differs("the cache", shown(&then), shown(&now)));
     }
     Ok(RunRecord {
         summary: then.summary,

@@ -53,10 +53,12 @@ pub use knowledge_alignment::KnowledgeAlignment;
 pub use multi_level::MultiLevel;
 pub use nkd::Nkd;
 pub use norm_kd::{LogitStandardization, NormKd};
+pub(crate) use normalization::EPSILON;
 pub use normalization::Normalization;
 pub use random_sampling_kd::RandomSamplingKd;
 pub use reverse_kl::ReverseKl;
 pub use skew_kl::{SkewKl, SkewReverseKl};
+pub(crate) use tail_kl::SMALLEST_MASS;
 pub use tail_kl::{GhostKl, UniformTailKl};
 pub use top_k_kl::TopKKl;
 pub use total_variation::TotalVariation;
@@ -94,6 +96,31 @@ pub enum Scaling {
     Temperature(f64),
     /// By a multiple of each model's own standard deviation.
     Sigma(f64),
+}
+
+/// What the student's softmax is drawn to by a loss that the head computes by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SoftTarget {
+    /// The token that follows.
+    Label,
+    /// The teacher's softmax over the whole vocabulary.
+    Teacher,
+    /// The teacher's first K tokens, and one token for all the others; every cached one without a K.
+    Ghost(Option<usize>),
+    /// The teacher's first K tokens, and the rest of the mass spread evenly over the others.
+    EvenTail(Option<usize>),
+}
+
+/// A loss as factor · KL(target ‖ softmax(s/scale)), with a constant scale: its gradient needs no
+/// graph.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ByHand {
+    /// The target.
+    pub target: SoftTarget,
+    /// Of the student's logits, and of the teacher's where the target is its softmax.
+    pub scaling: Scaling,
+    /// Factor.
+    pub factor: f64,
 }
 
 /// What a logit loss sees of N target positions.
@@ -267,6 +294,11 @@ pub trait LogitLoss: Send {
     /// What it makes of the tokens that follow.
     fn labels(&self) -> Labels {
         Labels::Unused
+    }
+
+    /// The loss in the form that the head computes by hand, gradient included; `None`: by autograd.
+    fn by_hand(&self) -> Option<ByHand> {
+        None
     }
 
     /// Does it need the standard deviation of all logits of a row's sample? That takes a pass of its
