@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::checkpoint;
+use crate::config::Quantize;
 use crate::mix::CacheMix;
 use crate::optimizer::write_tensors;
 use crate::train::prepare;
@@ -95,8 +96,22 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
-    load_adapters(&mut model.network, &run.join(ADAPTER))?;
+    attach_trained(&mut model, run)?;
     Ok(model)
+}
+
+/// Puts a finished run's adapters on the base that they were trained on: in 8 bits, where it was.
+fn attach_trained(model: &mut LoadedModel, run: &Path) -> Result<()> {
+    if read_config(run)?.quantize == Quantize::Int8 {
+        model.network.quantize()?;
+    }
+    Ok(load_adapters(&mut model.network, &run.join(ADAPTER))?)
+}
+
+fn read_config(run: &Path) -> Result<TrainConfig> {
+    let path = run.join(CONFIG);
+    let text = fs::read_to_string(&path).map_err(io("read", &path))?;
+    TrainConfig::from_toml(&text)
 }
 
 /// A run's student on base weights that are loaded already: with the trained adapters of a finished run, or those
@@ -122,16 +137,14 @@ pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
     }
     let mut model = base.share();
     if record.summary.is_some() {
-        load_adapters(&mut model.network, &run.join(ADAPTER))?;
+        attach_trained(&mut model, run)?;
         return Ok(model);
     }
     let checkpoint = checkpoint::newest(&run.join(CHECKPOINTS)).ok_or_else(|| Error::NotARun {
         path: run.to_owned(),
         reason: "it has no checkpoint yet".to_owned(),
     })?;
-    let config_path = run.join(CONFIG);
-    let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
-    let config = TrainConfig::from_toml(&text)?;
+    let config = read_config(run)?;
     prepare(&mut model.network, &config)?;
     checkpoint::restore_adapters(&checkpoint, &model.network.trainable())?;
     if model.network.trains_all() {
