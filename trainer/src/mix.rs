@@ -50,7 +50,9 @@ impl CacheMix {
                 message: message.to_owned(),
             };
             if !(weight.is_finite() && *weight > 0.0) {
-                return Err(bad("a weight is how many times an epoch goes through a cache"));
+                return Err(bad(
+                    "a weight is how many times an epoch goes through a cache",
+                ));
             }
             let checksum = &cache.manifest().checksum;
             let before = &caches[..index];
@@ -58,7 +60,9 @@ impl CacheMix {
                 .iter()
                 .any(|(other, _)| other.manifest().checksum == *checksum)
             {
-                return Err(bad("the same cache was given before; give it once, with a larger weight"));
+                return Err(bad(
+                    "the same cache was given before; give it once, with a larger weight",
+                ));
             }
         }
         Ok(CacheMix(caches))
@@ -75,7 +79,7 @@ impl CacheMix {
         terms: &[LossTerm],
         student: &LoadedModel,
     ) -> Result<Vec<MixPart>> {
-        let part = |(cache, _): &(Arc<Cache>, f64)| {
+        let part = |(cache, _): &(Arc<Cache>, f64)| -> Result<MixPart> {
             let objective = Objective::resolve(terms, student, cache.manifest())?;
             let (kind, device) = (student.network.kind(), student.network.device());
             let teacher = objective
