@@ -1,36 +1,10 @@
-//! The arguments of the commands on students: prune, train, eval, loss.
+//! The arguments of the commands on students: train, eval, loss.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
 use super::DtypeArg;
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  caskd prune --model SmolLM2.gguf --ratio 0.25 --out student
-  caskd prune --model SmolLM2.gguf --ratio 0.25 --calibration train.jsonl --out student")]
-pub(crate) struct PruneArgs {
-    /// The dense model: a Hugging Face folder or a GGUF file
-    #[arg(long, value_name = "DIR|FILE.gguf")]
-    pub(crate) model: PathBuf,
-    /// Share of each layer's attention groups and FFN channels to remove, between 0 and 1
-    #[arg(long, default_value_t = 0.25)]
-    pub(crate) ratio: f64,
-    /// The student's folder; it must not exist
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
-    /// Layers to prune, first to last, counted from 0 [default: 4 to L-3, as LLM-Pruner does]
-    #[arg(long, value_name = "FIRST-LAST")]
-    pub(crate) scope: Option<String>,
-    /// Weigh the weights by their inputs' size on these data (as Wanda does); far better than their magnitude alone
-    #[arg(long, value_name = "FILE")]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Print the report as one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-}
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -95,9 +69,9 @@ Examples:
   caskd eval --model run --text heldout.txt --cache heldout-cache --json
   caskd eval --model run --task arc_easy=arc_easy.jsonl --task boolq=boolq.jsonl --per-item items.jsonl
 
-Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, qnli, qqp, sst2, lambada. A line of a \
-task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
-or contexts, continuation, gold; or context, continuation. Scores are the harness's.")]
+Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, qnli, qqp, sst2, lambada, wikitext. A line \
+of a task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
+or contexts, continuation, gold; or context, continuation; a page for wikitext. Scores are the harness's.")]
 pub(crate) struct EvalArgs {
     /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
     #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
@@ -142,7 +116,8 @@ Examples:
   caskd loss --kind bild --set k=8 --set tau=3 --set logits_norm=standardize --in logits.safetensors --out bild.safetensors
 
 Input tensors: teacher and student [B,T,V] or [N,V]; labels [B,T] (integers, negative where there is none) for losses on \
-labels; teacher_hidden and student_hidden [B,T,D] for losses on hidden states; mask [B,T] on demand. Output tensors: \
+labels; of_student [B,T] for distillm-2 (1 where the student wrote the response); teacher_hidden and student_hidden \
+[B,T,D] for losses on hidden states, with projection [D_t,D_s] where projection=learned; mask [B,T] on demand. Output tensors: \
 value [B,T] and grad, the derivative of the mean of value with respect to the student, in f64 when an input is f64.")]
 pub(crate) struct LossArgs {
     /// Which loss, by its name in [[loss]] entries

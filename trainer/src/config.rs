@@ -47,6 +47,13 @@ pub struct TrainConfig {
     pub allow_low_fidelity: bool,
     /// Steps between checkpoints; 0 writes one only when stopped.
     pub checkpoint_every: u64,
+    /// What trains: adapters, or all weights.
+    pub mode: Mode,
+    /// Put the frozen projections into 8 bits, with a scale for each output.
+    pub quantize: Quantize,
+    /// The teacher's folder or GGUF file, for a student with another tokenizer (losses `uld` and `cross-entropy`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_tokenizer: Option<String>,
     /// Kind of the frozen weights. Adapters, losses and the optimizer are f32 in any case.
     pub dtype: Dtype,
     /// "cpu" or "cuda:N".
@@ -100,6 +107,28 @@ pub struct TrainConfig {
     pub loss: Vec<LossTerm>,
 }
 
+/// What trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Adapters on a frozen base.
+    #[default]
+    Lora,
+    /// All weights, kept in f32 whatever the passes compute in.
+    Full,
+}
+
+/// How the frozen projections are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantize {
+    /// In the type that passes compute in.
+    #[default]
+    None,
+    /// In 8 bits; the passes go back block by block, running each again.
+    Int8,
+}
+
 /// Kind of the frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -141,6 +170,9 @@ impl Default for TrainConfig {
             shuffle_shards: 32,
             bucket_batches: 16,
             checkpoint_every: 50,
+            mode: Mode::Lora,
+            quantize: Quantize::None,
+            teacher_tokenizer: None,
             dtype: Dtype::F32,
             device: "cpu".to_owned(),
             prefetch: 4,
@@ -276,6 +308,13 @@ impl TrainConfig {
         )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
+        if self.mode == Mode::Full && self.quantize != Quantize::None {
+            return Err(Error::BadValue {
+                key: "quantize".to_owned(),
+                value: "\"int8\"".to_owned(),
+                message: "with mode = \"full\" there is no frozen base".to_owned(),
+            });
+        }
         self.refuse_recipe_beside_losses()?;
         let terms = self.terms();
         if terms.is_empty() {
@@ -416,6 +455,7 @@ pub(crate) fn known_keys() -> Vec<String> {
     let every_option_set = TrainConfig {
         max_steps: Some(1),
         temperature_squared: Some(true),
+        teacher_tokenizer: Some(String::new()),
         tensorboard: Some(PathBuf::new()),
         ..TrainConfig::default()
     };
@@ -538,6 +578,8 @@ mod tests {
         check("learning_rate = nan", "above 0");
         check("fraction = 1.5", "at most 1");
         check("kd_type = \"mse\"", "dual-scaling");
+        check("mode = \"full\"\nquantize = \"int8\"", "no frozen base");
+        check("mode = \"half\"", "lora");
         check("layers = \"first\"", "last-middle");
         check("hard_weight = 0\nsoft_weight = 0", "no loss to train on");
         check("hard_weight = -1", "not be below 0");

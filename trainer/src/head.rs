@@ -48,12 +48,24 @@ pub(crate) struct Heads<'a> {
     pub(crate) student: &'a Tensor,
     /// The teacher's; `None` where no loss asks for full logits.
     pub(crate) teacher: Option<&'a LinearCode>,
+    /// The student's trains too: its gradient is wanted.
+    pub(crate) trains: bool,
+}
+
+impl Heads<'_> {
+    /// Zeros to add the gradient of the student's head to, where it trains.
+    fn weight_gradient(&self) -> Option<Tensor> {
+        let of = (Kind::Float, self.student.device());
+        self.trains.then(|| Tensor::zeros(self.student.size(), of))
+    }
 }
 
 /// What the head gives back.
 pub(crate) struct HeadGradient {
     /// dL/dh at the target positions [N, D], in the kind of the student's matrix products.
     pub(crate) hidden: Tensor,
+    /// dL/dW of the student's head [V, D] f32, where it trains.
+    pub(crate) weight: Option<Tensor>,
     /// Σ of the values of each loss over the target positions, unscaled.
     pub(crate) sums: Vec<f64>,
     /// Teacher logits that were looked up, and not found.
@@ -98,6 +110,7 @@ pub(crate) fn fused_head(
         && losses.iter().any(ScaledLoss::is_at_temperature_one);
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
+    let mut weight = heads.weight_gradient();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
         let teacher = teacher_chunk(heads.teacher, of_teacher.as_ref(), first, rows);
@@ -111,6 +124,9 @@ pub(crate) fn fused_head(
         });
         let labels = batch.labels.narrow(0, first, rows);
         let keys = batch.keys.narrow(0, first, rows);
+        let of_student = batch.of_student.narrow(0, first, rows);
+        let paired = batch.paired.as_ref();
+        let paired = paired.map(|paired| paired.narrow(0, first, rows));
         let mut total: Option<Tensor> = None;
         // Each normalisation is made once, for all the losses that it stands ahead of.
         for &norm in &norms {
@@ -128,6 +144,7 @@ pub(crate) fn fused_head(
                 labels: &labels,
                 keys: &keys,
                 sample_sigma: sigma.as_ref(),
+                of_student: Some(&of_student),
                 lookups: &lookups,
             };
             let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
@@ -140,6 +157,11 @@ pub(crate) fn fused_head(
                         })
                     }
                     _ => scaled.loss.value(&rows),
+                };
+                // Where tokenizers differ, a comparison has its value where both predict the same place of the text.
+                let values = match &paired {
+                    Some(paired) if scaled.loss.across_vocabularies() => values * paired,
+                    _ => values,
                 };
                 let sum = values.sum(Kind::Double).double_value(&[]);
                 if !sum.is_finite() {
@@ -156,13 +178,25 @@ pub(crate) fn fused_head(
         if let Some(total) = total {
             let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
             gradients.push(times(&gradient, heads.student));
+            if let Some(weight) = &mut weight {
+                add_head_gradient(weight, &gradient, &hidden.narrow(0, first, rows));
+            }
         }
     }
     Ok(HeadGradient {
         hidden: Tensor::cat(&gradients, 0),
+        weight,
         sums,
         missing: lookups.count(),
     })
+}
+
+/// dL/dW += dL/dzᵀ · h, in f32: [V, D], [N, V], [N, D].
+fn add_head_gradient(weight: &mut Tensor, gradient: &Tensor, hidden: &Tensor) {
+    tch::no_grad(|| {
+        let (gradient, hidden) = (gradient.to_kind(Kind::Float), hidden.to_kind(Kind::Float));
+        let _ = weight.addmm_(&gradient.tr(), &hidden);
+    });
 }
 
 /// The losses as the row kernel takes them; `None` where one of them needs autograd.
@@ -208,6 +242,7 @@ fn head_by_hand(
     let threads = tch::get_num_threads().max(1) as usize;
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
+    let mut weight = heads.weight_gradient();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let mut student = times_transposed(&hidden.narrow(0, first, rows), heads.student);
         let of_teacher = of_teacher.map(|all| all.narrow(first, rows));
@@ -259,9 +294,13 @@ fn head_by_hand(
             }
         }
         gradients.push(times(&student, heads.student));
+        if let Some(weight) = &mut weight {
+            add_head_gradient(weight, &student, &hidden.narrow(0, first, rows));
+        }
     }
     Some(Ok(HeadGradient {
         hidden: Tensor::cat(&gradients, 0),
+        weight,
         sums,
         missing: MissingLogits::default(),
     }))
@@ -479,10 +518,12 @@ mod tests {
         let heads = Heads {
             student: &student_head,
             teacher: Some(&code),
+            trains: true,
         };
 
         let leaf = hidden.copy().set_requires_grad(true);
-        let student = leaf.matmul(&student_head.tr());
+        let head_leaf = student_head.copy().set_requires_grad(true);
+        let student = leaf.matmul(&head_leaf.tr());
         let coefficients = batch
             .teacher_hidden(2)
             .index_select(0, &batch.targets_in_positions);
@@ -514,6 +555,7 @@ mod tests {
                     labels: &batch.labels,
                     keys: &batch.keys,
                     sample_sigma: Some(&sigma),
+                    of_student: None,
                     lookups: &lookups,
                 })
                 .sum(None::<Kind>)
@@ -524,7 +566,9 @@ mod tests {
             .zip(&scaled)
             .map(|(sum, scaled)| sum * scaled.scale)
             .sum();
-        let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
+        let mut expected = Tensor::run_backward(&[total], &[&leaf, &head_leaf], false, false);
+        let of_head = expected.swap_remove(1);
+        let expected = expected.swap_remove(0);
 
         for chunk in [1, 4, 100] {
             let fused = fused_head(&hidden, &batch, &heads, &scaled, chunk).unwrap();
@@ -539,6 +583,12 @@ mod tests {
             assert!(
                 error < 1e-5 * expected.abs().max().double_value(&[]),
                 "chunk {chunk}: {error}"
+            );
+            let weight = fused.weight.unwrap();
+            let error = (&weight - &of_head).abs().max().double_value(&[]);
+            assert!(
+                error < 1e-5 * of_head.abs().max().double_value(&[]),
+                "chunk {chunk}, head: {error}"
             );
         }
     }
@@ -591,6 +641,7 @@ mod tests {
             let heads = Heads {
                 student: &student_head,
                 teacher: Some(&code),
+                trains: false,
             };
             let of_teacher = code.rows(&batch);
             let alone = (0..losses.len()).map(|one| vec![one]);
@@ -613,6 +664,7 @@ mod tests {
                     labels: &batch.labels,
                     keys: &batch.keys,
                     sample_sigma: None,
+                    of_student: None,
                     lookups: &lookups,
                 };
                 let sums: Vec<Tensor> = scaled
@@ -748,6 +800,7 @@ mod tests {
         let heads = Heads {
             student: &head,
             teacher: None,
+            trains: false,
         };
         let losses = [ScaledLoss {
             loss: &CrossEntropy {},

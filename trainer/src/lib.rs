@@ -21,6 +21,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod batch;
+mod calibration;
 mod checkpoint;
 mod config;
 mod config_text;
@@ -37,28 +38,35 @@ mod mix;
 mod objective;
 mod optimizer;
 mod order;
+mod perplexity;
 mod probe;
 mod reader;
 mod recipe;
+mod retokenize;
 mod row_kernel;
 mod run_folder;
+mod schedule;
 mod step;
 mod tasks;
 mod teacher_logits;
 mod tensorboard;
 mod train;
 mod unchecked;
+mod wikitext;
 
-pub use config::{CacheIo, Dtype, TrainConfig};
+pub use calibration::Calibration;
+pub use config::{CacheIo, Dtype, Mode, Quantize, TrainConfig};
 pub use error::{Error, Result};
-pub use eval::{CacheScore, TextScore, evaluate_cache, evaluate_text, teacher_perplexity};
+pub use eval::{CacheScore, evaluate_cache, teacher_perplexity};
 pub use loglikelihood::{Loglikelihood, Request, loglikelihoods, request};
 pub use loss_term::{LossTerm, TermLoss};
 pub use loss_values::{LossValues, loss_values};
 pub use mix::CacheMix;
 pub use objective::{check_fidelity, check_fit};
+pub use perplexity::{Rolling, TextScore, evaluate_text, evaluate_wikitext};
 pub use probe::{Pair, Probe, probe};
 pub use recipe::{KdType, LayerPair, Layers};
 pub use run_folder::{is_run, load_run, load_run_onto, paused_at, run_caches};
+pub use schedule::{Course, Schedule};
 pub use tasks::{ItemScore, Task, TaskScore, evaluate_task};
 pub use train::{Control, StepReport, TrainSummary, train};

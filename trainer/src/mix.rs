@@ -1,14 +1,16 @@
 //! The caches of a run: one, or several mixed by weights.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use caskd_formats::Cache;
-use caskd_models::LoadedModel;
+use caskd_models::{LoadedModel, load_tokenizer};
+use tch::Device;
 
-use crate::loss_term::LossTerm;
 use crate::objective::Objective;
 use crate::order::{Order, Part, ReadShard};
 use crate::reader::Source;
+use crate::retokenize::Retokenizer;
 use crate::teacher_logits::LinearCode;
 use crate::{Error, Result, TrainConfig};
 
@@ -32,6 +34,7 @@ pub(crate) struct MixPart {
     /// The teacher's logits, where a loss asks for them.
     pub(crate) teacher: Option<LinearCode>,
     cache: Arc<Cache>,
+    retokenizer: Option<Arc<Retokenizer>>,
 }
 
 impl CacheMix {
@@ -76,21 +79,25 @@ impl CacheMix {
     /// The terms, resolved for every cache.
     pub(crate) fn resolve(
         &self,
-        terms: &[LossTerm],
+        config: &TrainConfig,
         student: &LoadedModel,
     ) -> Result<Vec<MixPart>> {
+        let terms = config.terms();
         let part = |(cache, _): &(Arc<Cache>, f64)| -> Result<MixPart> {
-            let objective = Objective::resolve(terms, student, cache.manifest())?;
+            let retokenizer = retokenizer(config, student, cache)?;
+            let across = retokenizer.is_some();
+            let objective = Objective::resolve(&terms, student, cache.manifest(), across)?;
             let (kind, device) = (student.network.kind(), student.network.device());
             let teacher = objective
                 .full_logits
-                .then(|| LinearCode::of(cache, objective.vocabulary, kind, device))
+                .then(|| LinearCode::of(cache, objective.teacher_vocabulary, kind, device))
                 .transpose()?
                 .flatten();
             Ok(MixPart {
                 objective,
                 teacher,
                 cache: Arc::clone(cache),
+                retokenizer,
             })
         };
         self.0.iter().map(part).collect()
@@ -115,6 +122,35 @@ impl MixPart {
             cache: Arc::clone(&self.cache),
             columns: self.objective.columns.clone(),
             vocabulary: self.objective.vocabulary,
+            max_len: self.cache.manifest().max_len,
+            retokenizer: self.retokenizer.clone(),
         }
     }
+
+    /// Makes the projections that the terms ask for.
+    pub(crate) fn make_projections(&mut self, student_width: usize, seed: u64, device: Device) {
+        let manifest = self.cache.manifest();
+        self.objective
+            .make_projections(student_width, manifest, seed, device);
+    }
+}
+
+/// From the cache's tokenizer to the student's, where they differ and the configuration names the teacher's.
+fn retokenizer(
+    config: &TrainConfig,
+    student: &LoadedModel,
+    cache: &Cache,
+) -> Result<Option<Arc<Retokenizer>>> {
+    let of_cache = &cache.manifest().tokenizer.fingerprint;
+    let Some(path) = &config.teacher_tokenizer else {
+        return Ok(None);
+    };
+    if student.fingerprint == *of_cache {
+        return Ok(None);
+    }
+    let teacher = load_tokenizer(Path::new(path))?;
+    if teacher.fingerprint != *of_cache {
+        return Err(Error::OtherTeacherTokenizer { path: path.into() });
+    }
+    Ok(Some(Arc::new(Retokenizer::new(teacher, student))))
 }

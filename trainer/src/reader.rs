@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::batch::Batch;
 use crate::order::Planned;
+use crate::retokenize::Retokenizer;
 use crate::{Error, Result};
 
 /// Decoding one batch costs far less than a step; two threads hide it.
@@ -23,6 +24,10 @@ pub(crate) struct Source {
     pub(crate) columns: Columns,
     /// Rows of the student's head that the cache's teacher has too.
     pub(crate) vocabulary: usize,
+    /// Longest sequence that the cache was asked for.
+    pub(crate) max_len: usize,
+    /// For a student with another tokenizer.
+    pub(crate) retokenizer: Option<Arc<Retokenizer>>,
 }
 
 /// A batch, and which cache of the run it is from.
@@ -135,7 +140,7 @@ fn read_on(
             let Planned { part, rows } = planned?;
             let source = &sources[part];
             let places: Vec<(u32, u32)> = rows.iter().map(|row| (row.shard, row.row)).collect();
-            let batch = read_places(&source.cache, &places, &source.columns, source.vocabulary)?;
+            let batch = source.read(&places)?;
             Ok(Read { part, batch })
         };
         // A number that never came would be waited for without end.
@@ -143,6 +148,22 @@ fn read_on(
         if outgoing.send((number, read)).is_err() {
             return; // The run ended early.
         }
+    }
+}
+
+impl Source {
+    fn read(&self, places: &[(u32, u32)]) -> Result<Batch> {
+        let Some(retokenizer) = &self.retokenizer else {
+            return read_places(&self.cache, places, &self.columns, self.vocabulary);
+        };
+        let mut sequences = Vec::new();
+        let mut paired = Vec::new();
+        for sequence in read_sequences(&self.cache, places, &self.columns)? {
+            let retokenized = retokenizer.retokenize(&sequence, self.max_len)?;
+            sequences.push(retokenized.sequence);
+            paired.push(retokenized.paired);
+        }
+        Batch::collate(&sequences, &self.columns, self.vocabulary)?.with_pairs(&sequences, &paired)
     }
 }
 
@@ -164,6 +185,10 @@ fn read_places(
     columns: &Columns,
     vocabulary: usize,
 ) -> Result<Batch> {
+    Batch::collate(&read_sequences(cache, rows, columns)?, columns, vocabulary)
+}
+
+fn read_sequences(cache: &Cache, rows: &[(u32, u32)], columns: &Columns) -> Result<Vec<Sequence>> {
     let mut by_shard: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (place, (shard, _)) in rows.iter().enumerate() {
         by_shard.entry(*shard).or_default().push(place);
@@ -176,5 +201,5 @@ fn read_places(
             sequences[place] = sequence;
         }
     }
-    Batch::collate(&sequences, columns, vocabulary)
+    Ok(sequences)
 }

@@ -1,14 +1,18 @@
-//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/`.
+//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/` or `model/`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
+use caskd_models::{LoadOptions, LoadedModel, load, load_adapters, save_model};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::checkpoint;
+use crate::config::Quantize;
 use crate::mix::CacheMix;
+use crate::optimizer::write_tensors;
+use crate::train::prepare;
 use crate::train::{StepReport, TrainSummary};
 use crate::{Error, Result, TrainConfig};
 
@@ -16,6 +20,8 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const MODEL: &str = "model";
+const PROJECTIONS: &str = "projections.safetensors";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
@@ -79,6 +85,10 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             reason,
         });
     }
+    let trained = run.join(MODEL);
+    if trained.is_dir() {
+        return Ok(load(&trained, options)?);
+    }
     let mut model = load(&record.student, options)?;
     if model.digest != record.student_digest {
         return Err(Error::StudentChanged {
@@ -86,8 +96,22 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
-    load_adapters(&mut model.network, &run.join(ADAPTER))?;
+    attach_trained(&mut model, run)?;
     Ok(model)
+}
+
+/// Puts a finished run's adapters on the base that they were trained on: in 8 bits, where it was.
+fn attach_trained(model: &mut LoadedModel, run: &Path) -> Result<()> {
+    if read_config(run)?.quantize == Quantize::Int8 {
+        model.network.quantize()?;
+    }
+    Ok(load_adapters(&mut model.network, &run.join(ADAPTER))?)
+}
+
+fn read_config(run: &Path) -> Result<TrainConfig> {
+    let path = run.join(CONFIG);
+    let text = fs::read_to_string(&path).map_err(io("read", &path))?;
+    TrainConfig::from_toml(&text)
 }
 
 /// A run's student on base weights that are loaded already: with the trained adapters of a finished run, or those
@@ -103,20 +127,29 @@ pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
+    let trained = run.join(MODEL);
+    if record.summary.is_some() && trained.is_dir() {
+        let options = LoadOptions {
+            device: base.network.device(),
+            kind: base.network.kind(),
+        };
+        return Ok(load(&trained, &options)?);
+    }
     let mut model = base.share();
     if record.summary.is_some() {
-        load_adapters(&mut model.network, &run.join(ADAPTER))?;
+        attach_trained(&mut model, run)?;
         return Ok(model);
     }
     let checkpoint = checkpoint::newest(&run.join(CHECKPOINTS)).ok_or_else(|| Error::NotARun {
         path: run.to_owned(),
         reason: "it has no checkpoint yet".to_owned(),
     })?;
-    let config_path = run.join(CONFIG);
-    let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
-    let config = TrainConfig::from_toml(&text)?;
-    model.network.attach_lora(&config.lora, config.seed)?;
+    let config = read_config(run)?;
+    prepare(&mut model.network, &config)?;
     checkpoint::restore_adapters(&checkpoint, &model.network.trainable())?;
+    if model.network.trains_all() {
+        model.network.freeze();
+    }
     Ok(model)
 }
 
@@ -193,6 +226,23 @@ impl RunFolder {
     /// Folder of the final adapters.
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path.join(ADAPTER)
+    }
+
+    /// Writes the student whose weights all trained, in place of one that a run cut off here has left.
+    pub(crate) fn save_model(&self, model: &LoadedModel) -> Result<()> {
+        let path = self.path.join(MODEL);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+        }
+        Ok(save_model(model, &path)?)
+    }
+
+    /// Keeps the projections between widths that trained with the student; nothing loads them again.
+    pub(crate) fn save_projections(&self, projections: &[(String, Tensor)]) -> Result<()> {
+        let path = self.path.join(PROJECTIONS);
+        let unfinished = path.with_extension("unfinished");
+        write_tensors(projections, &unfinished)?;
+        fs::rename(&unfinished, &path).map_err(io("write", &path))
     }
 
     /// Opens the log, without the lines of steps that a resumed run makes again.

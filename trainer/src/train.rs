@@ -4,9 +4,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use caskd_models::{LoadedModel, SeededRng, save_adapters};
+use caskd_formats::Columns;
+use caskd_models::{LoadedModel, Network, SeededRng, save_adapters};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
+use crate::batch::BY_STUDENT;
+use crate::config::{Mode, Quantize};
 use crate::checkpoint::{self, Cursor};
 use crate::losses::MissingLogits;
 use crate::memory;
@@ -114,23 +118,28 @@ pub fn train(
 ) -> Result<TrainSummary> {
     config.validate()?;
     let caches = caches.into();
-    let parts = caches.resolve(&config.terms(), &student)?;
+    let mut parts = caches.resolve(config, &student)?;
     for (cache, _) in caches.iter() {
         check_fidelity(config, cache)?;
     }
+    check_responses(&caches, &parts)?;
     let order = caches.order(config)?;
     let device = student.network.device();
     let record = RunRecord::new(&student, student_path, &caches);
-    let mut student = student.network;
-    student.attach_lora(&config.lora, config.seed)?;
+    let mut model = student;
+    let student = &mut model.network;
+    prepare(student, config)?;
+    make_projections(&mut parts, student, config);
+    let mut trainable = student.trainable();
+    trainable.extend(parts[0].objective.trainable());
 
     // Whatever can be refused has been: from here on something is written.
     let mut run = RunFolder::open(out, config, record, control.resume)?;
     if let Some(summary) = run.record.summary.take() {
         return Ok(summary);
     }
-    let mut optimizer = AdamW::new(student.trainable(), config);
-    let restored = checkpoint::restore(&run.checkpoints(), &student.trainable(), &mut optimizer)?;
+    let mut optimizer = AdamW::new(shallow(&trainable), config);
+    let restored = checkpoint::restore(&run.checkpoints(), &trainable, &mut optimizer)?;
     let (mut cursor, notes) = restored.map_or_else(Default::default, |restored| {
         (restored.cursor, restored.passed_over)
     });
@@ -166,7 +175,7 @@ pub fn train(
                 checkpoint::save(
                     &run.checkpoints(),
                     &cursor,
-                    &student.trainable(),
+                    &trainable,
                     &optimizer,
                 )?;
             }
@@ -179,6 +188,9 @@ pub fn train(
         let data_wait_seconds = started.elapsed().as_secs_f64();
         let size = step_size(&micro_batches);
         let step = cursor.step + 1;
+        for part in &mut parts {
+            part.objective.set_step(cursor.step, total_steps);
+        }
         let not_finite = |what: String, sources: String| {
             let checkpoint = checkpoint::newest(&run.checkpoints());
             Error::NotFinite {
@@ -200,7 +212,7 @@ pub fn train(
                 objective, teacher, ..
             } = &parts[*part];
             let batch = batch.to_device(device);
-            let shares = forward_backward(&student, objective, teacher.as_ref(), &batch, &size)
+            let shares = forward_backward(student, objective, teacher.as_ref(), &batch, &size)
                 .map_err(|NotFiniteTerm { term, sources }| {
                     not_finite(format!("loss `{term}`"), sources)
                 })?;
@@ -262,14 +274,24 @@ pub fn train(
             checkpoint::save(
                 &run.checkpoints(),
                 &cursor,
-                &student.trainable(),
+                &trainable,
                 &optimizer,
             )?;
             saved = step;
         }
     }
 
-    save_adapters(&student, &run.adapter())?;
+    match config.mode {
+        Mode::Lora => save_adapters(student, &run.adapter())?,
+        Mode::Full => {
+            student.freeze();
+            run.save_model(&model)?;
+        }
+    }
+    let projections = parts[0].objective.trainable();
+    if !projections.is_empty() {
+        run.save_projections(&projections)?;
+    }
     let summary = summary_of(&cursor, sequences, notes, Completed::Yes);
     run.finish(&summary)?;
     Ok(summary)
@@ -323,6 +345,67 @@ impl Cursor {
         self.terms.clone_from(&report.terms);
         self.missing += report.missing_teacher_logits;
     }
+}
+
+/// Makes what the configuration trains trainable.
+pub(crate) fn prepare(student: &mut Network, config: &TrainConfig) -> Result<()> {
+    match config.mode {
+        Mode::Full => student.train_all()?,
+        Mode::Lora => {
+            if config.quantize == Quantize::Int8 {
+                student.quantize()?;
+            }
+            student.attach_lora(&config.lora, config.seed)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same tensors under the same names.
+fn shallow(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+        .collect()
+}
+
+/// The projections of the first cache's terms train for all: layers and widths are the same, or the caches do not fit
+/// each other.
+fn make_projections(parts: &mut [MixPart], student: &Network, config: &TrainConfig) {
+    let Some((first, rest)) = parts.split_first_mut() else {
+        return;
+    };
+    first.make_projections(student.hidden_size(), config.seed, student.device());
+    for part in rest {
+        part.objective.share_projections(&first.objective);
+    }
+}
+
+/// A loss that tells the student's own responses from the teacher's needs both in the caches.
+fn check_responses(caches: &CacheMix, parts: &[MixPart]) -> Result<()> {
+    let Some(term) = parts[0].objective.needs_responses() else {
+        return Ok(());
+    };
+    let (mut by_student, mut by_others) = (false, false);
+    for (cache, _) in caches.iter() {
+        let rows = cache.rows()?;
+        for rows in rows.chunk_by(|a, b| a.shard == b.shard) {
+            let numbers: Vec<u32> = rows.iter().map(|row| row.row).collect();
+            for sequence in cache.read(rows[0].shard, &numbers, &Columns::default())? {
+                let student = sequence.source.ends_with(BY_STUDENT);
+                by_student |= student;
+                by_others |= !student;
+            }
+            if by_student && by_others {
+                return Ok(());
+            }
+        }
+    }
+    let missing = if by_student { "teacher" } else { "student" };
+    Err(Error::MissingResponses {
+        term: term.to_owned(),
+        missing,
+    })
 }
 
 fn step_size(batches: &[Read]) -> StepSize {

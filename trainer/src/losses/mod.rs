@@ -12,6 +12,7 @@ mod bild;
 mod check;
 mod cross_entropy;
 mod decoupled;
+mod distillm_2;
 mod dkd;
 mod dual_scaling;
 mod hidden;
@@ -40,9 +41,10 @@ pub use atkd::Atkd;
 pub use bild::{Bild, BildStudentLed, BildTeacherLed};
 pub use check::BadKey;
 pub use cross_entropy::CrossEntropy;
+pub use distillm_2::Distillm2;
 pub use dkd::Dkd;
 pub use dual_scaling::{DualScaling, Sigma};
-pub use hidden::{HiddenCosine, HiddenLoss, PatientKd, match_width, matched_layer};
+pub use hidden::{HiddenCosine, HiddenLoss, PatientKd, Projection, match_width, matched_layer};
 pub use jensen_shannon::JensenShannon;
 pub use kinds::{HiddenKind, LogitKind};
 pub(crate) use kl::divergence;
@@ -136,6 +138,8 @@ pub struct LogitRows<'a> {
     pub keys: &'a Tensor,
     /// Standard deviations per sample, when a loss asked for them.
     pub sample_sigma: Option<&'a SampleSigma>,
+    /// Whether the student wrote the row's response, not the teacher or the data \[N\] bool.
+    pub of_student: Option<&'a Tensor>,
     /// Counts the teacher's logits that a loss looked up and did not find.
     pub lookups: &'a Lookups,
 }
@@ -252,6 +256,15 @@ impl LogitRows<'_> {
         logits.where_self(&found, &top.logits.amin([-1], true))
     }
 
+    /// Which rows belong to responses of the student's.
+    ///
+    /// # Panics
+    /// When that was not provided: [`LogitLoss::needs_responses`] promises it.
+    pub(crate) fn written_by_student(&self) -> &Tensor {
+        self.of_student
+            .expect("a loss that tells responses apart is only run where they are told apart")
+    }
+
     /// σ of each row's sample.
     ///
     /// # Panics
@@ -291,6 +304,11 @@ pub trait LogitLoss: Send {
     /// Does it need the standard deviation of all logits of a row's sample? That takes a pass of its
     /// own over the head.
     fn needs_sample_sigma(&self) -> bool {
+        false
+    }
+
+    /// Does it tell the student's own responses from the others?
+    fn needs_responses(&self) -> bool {
         false
     }
 
