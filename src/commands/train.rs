@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use caskd_formats::Cache;
 use caskd_models::{LoadOptions, load};
-use caskd_trainer::{CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, train};
+use caskd_trainer::{
+    CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, train,
+};
 
 use super::{parse_device, print_json, print_text};
 use crate::cli::TrainArgs;

@@ -14,8 +14,8 @@ use crate::losses::{
 };
 use crate::matmul::{times, times_transposed};
 use crate::row_kernel::{HandLoss, Known, TeacherParts, TopEntries, values_and_gradient};
-use crate::unchecked::{read, values_of};
 use crate::teacher_logits::{LinearCode, TeacherRows};
+use crate::unchecked::{read, values_of};
 
 /// Logits that one chunk holds. In f32 they stay below the 32 MiB above which glibc's allocator gives
 /// every tensor fresh pages: there an element-wise pass costs four times as much (28 against 112 µs
@@ -97,14 +97,7 @@ pub(crate) fn fused_head(
 ) -> Result<HeadGradient, NotFiniteRow> {
     let of_teacher = heads.teacher.map(|code| code.rows(batch));
     if let Some(by_hand) = by_hand(losses, batch, heads.teacher) {
-        let done = head_by_hand(
-            hidden,
-            batch,
-            heads,
-            of_teacher.as_ref(),
-            &by_hand,
-            chunk,
-        );
+        let done = head_by_hand(hidden, batch, heads, of_teacher.as_ref(), &by_hand, chunk);
         if let Some(done) = done {
             return done;
         }
@@ -212,7 +205,10 @@ fn by_hand(
     batch: &Batch,
     teacher: Option<&LinearCode>,
 ) -> Option<Vec<HandLoss>> {
-    let cached = batch.top_k.as_ref().map(|top_k| top_k.ids.size()[1] as usize);
+    let cached = batch
+        .top_k
+        .as_ref()
+        .map(|top_k| top_k.ids.size()[1] as usize);
     let hand = |scaled: &ScaledLoss<'_>| {
         let mut form = scaled.loss.by_hand()?;
         if let SoftTarget::Ghost(k) | SoftTarget::EvenTail(k) = form.target {
@@ -281,7 +277,13 @@ fn head_by_hand(
             Some(teacher) => Some(values_of(teacher)?),
             None => None,
         };
-        let values = values_and_gradient(losses, values_of(&mut student)?, of_teacher, &known, threads);
+        let values = values_and_gradient(
+            losses,
+            values_of(&mut student)?,
+            of_teacher,
+            &known,
+            threads,
+        );
         for (row, values) in values.chunks_exact(losses.len()).enumerate() {
             for (index, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
                 if !value.is_finite() {
@@ -714,7 +716,10 @@ mod tests {
         let labels = [1i64, 28, 7];
 
         let laid = (&product + &bias + &mean).scatter(-1, &ids, &exact);
-        let kept = (&exact - &log_sum_exp).exp().sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+        let kept =
+            (&exact - &log_sum_exp)
+                .exp()
+                .sum_dim_intlist([-1].as_slice(), true, Kind::Float);
         let rest = (1.0f64 - kept).log() + &log_sum_exp;
         let others = laid.scatter_value(-1, &ids, f64::NEG_INFINITY);
         let shift = rest - others.logsumexp([-1].as_slice(), true);
@@ -729,7 +734,10 @@ mod tests {
         );
         let values = [
             (crate::losses::divergence(&at_one, &leaf), 1.5),
-            (crate::losses::divergence(&(&laid / 2.0), &(&leaf / 2.0)), 0.5),
+            (
+                crate::losses::divergence(&(&laid / 2.0), &(&leaf / 2.0)),
+                0.5,
+            ),
         ];
         let total: Tensor = values
             .iter()

@@ -53,7 +53,9 @@ impl CacheMix {
                 message: message.to_owned(),
             };
             if !(weight.is_finite() && *weight > 0.0) {
-                return Err(bad("a weight is how many times an epoch goes through a cache"));
+                return Err(bad(
+                    "a weight is how many times an epoch goes through a cache",
+                ));
             }
             let checksum = &cache.manifest().checksum;
             let before = &caches[..index];
@@ -61,7 +63,9 @@ impl CacheMix {
                 .iter()
                 .any(|(other, _)| other.manifest().checksum == *checksum)
             {
-                return Err(bad("the same cache was given before; give it once, with a larger weight"));
+                return Err(bad(
+                    "the same cache was given before; give it once, with a larger weight",
+                ));
             }
         }
         Ok(CacheMix(caches))
@@ -79,7 +83,7 @@ impl CacheMix {
         student: &LoadedModel,
     ) -> Result<Vec<MixPart>> {
         let terms = config.terms();
-        let part = |(cache, _): &(Arc<Cache>, f64)| {
+        let part = |(cache, _): &(Arc<Cache>, f64)| -> Result<MixPart> {
             let retokenizer = retokenizer(config, student, cache)?;
             let across = retokenizer.is_some();
             let objective = Objective::resolve(&terms, student, cache.manifest(), across)?;

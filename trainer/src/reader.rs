@@ -136,7 +136,7 @@ fn read_on(
             schedule.number += 1;
             (schedule.number - 1, planned)
         };
-        let read = || {
+        let read = || -> Result<Read> {
             let Planned { part, rows } = planned?;
             let source = &sources[part];
             let places: Vec<(u32, u32)> = rows.iter().map(|row| (row.shard, row.row)).collect();

@@ -105,10 +105,10 @@ pub(crate) fn values_and_gradient(
     values
 }
 
-fn share_of_rows(
+fn share_of_rows<'v>(
     losses: &[HandLoss],
-    mut student: Values<'_>,
-    mut teacher: Option<Values<'_>>,
+    mut student: Values<'v>,
+    mut teacher: Option<Values<'v>>,
     known: &Known<'_>,
     first: usize,
     values: &mut [f64],
@@ -373,7 +373,14 @@ fn one_loss(
                 (mass + rest, -rest / others)
             };
             let to_all = (weight * of_q / sum) as f32;
-            add_softmax(g, s, a as f32, (a * max) as f32, to_all, (weight * constant) as f32);
+            add_softmax(
+                g,
+                s,
+                a as f32,
+                (a * max) as f32,
+                to_all,
+                (weight * constant) as f32,
+            );
             let whole = match loss.form.target {
                 SoftTarget::Ghost(_) if 1.0 - student_mass <= SMALLEST_MASS => mass,
                 _ => mass + rest,

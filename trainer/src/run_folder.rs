@@ -347,9 +347,15 @@ fn resumable(path: &Path, config: &TrainConfig, now: RunRecord) -> Result<RunRec
             let caches: Vec<String> = record
                 .caches
                 .iter()
-                .map(|RunCache { path, digest, weight }| {
-                    format!("`{}`={weight} ({})", path.display(), short(digest))
-                })
+                .map(
+                    |RunCache {
+                         path,
+                         digest,
+                         weight,
+                     }| {
+                        format!("`{}`={weight} ({})", path.display(), short(digest))
+                    },
+                )
                 .collect();
             caches.join(", ")
         };

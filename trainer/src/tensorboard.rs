@@ -35,7 +35,10 @@ impl EventFile {
         fs::create_dir_all(folder).map_err(io("create", folder))?;
         // TensorBoard reads the files of a folder in the order of their names.
         let seconds = wall_time();
-        let name = format!("events.out.tfevents.{seconds:017.6}.caskd.{}", std::process::id());
+        let name = format!(
+            "events.out.tfevents.{seconds:017.6}.caskd.{}",
+            std::process::id()
+        );
         let path = folder.join(name);
         let file = OpenOptions::new()
             .create_new(true)
@@ -132,24 +135,24 @@ impl Message {
     }
 
     fn double(&mut self, field: u64, value: f64) {
-        self.varint(field << 3 | 1);
+        self.varint((field << 3) | 1);
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
     fn float(&mut self, field: u64, value: f32) {
-        self.varint(field << 3 | 5);
+        self.varint((field << 3) | 5);
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
     fn bytes(&mut self, field: u64, value: &[u8]) {
-        self.varint(field << 3 | 2);
+        self.varint((field << 3) | 2);
         self.varint(value.len() as u64);
         self.0.extend_from_slice(value);
     }
 
     fn varint(&mut self, mut value: u64) {
         while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
+            self.0.push((value as u8) | 0x80);
             value >>= 7;
         }
         self.0.push(value as u8);

@@ -78,7 +78,12 @@ impl LogitLoss for DualScaling {
         constant.then(|| ByHand {
             target: SoftTarget::Teacher,
             scaling: Scaling::Sigma(self.scaling_value),
-            factor: self.gamma * if squared { self.scaling_value.powi(2) } else { 1.0 },
+            factor: self.gamma
+                * if squared {
+                    self.scaling_value.powi(2)
+                } else {
+                    1.0
+                },
         })
     }
 

@@ -78,7 +78,11 @@ impl LogitLoss for Kl {
                 Tail::Uniform => SoftTarget::EvenTail(None),
             },
             scaling: Scaling::Temperature(self.temperature),
-            factor: if squared { self.temperature.powi(2) } else { 1.0 },
+            factor: if squared {
+                self.temperature.powi(2)
+            } else {
+                1.0
+            },
         })
     }
 
