@@ -29,10 +29,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 6] = [
                 "mode",
                 "\"lora\" trains adapters, \"full\" all weights (docs/STUDENTS.md)",
             ),
-            (
-                "quantize",
-                "the frozen projections: \"none\", or \"int8\"",
-            ),
+            ("quantize", "the frozen projections: \"none\", or \"int8\""),
             (
                 "teacher_tokenizer",
                 "the teacher's folder or GGUF file, for a student with another tokenizer and the loss uld",

@@ -82,15 +82,14 @@ pub(crate) fn forward_backward(
             teacher,
             trains: student.trains_all(),
         };
-        let of_head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(
-            |bad| {
+        let of_head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary))
+            .map_err(|bad| {
                 let term = objective.terms[of_logits[bad.loss]].name.clone();
                 NotFiniteTerm {
                     term,
                     sources: batch.source_of_target(bad.row).to_owned(),
                 }
-            },
-        )?;
+            })?;
         missing += of_head.missing;
         for (&index, sum) in of_logits.iter().zip(&of_head.sums) {
             shares[index] = sum / objective.terms[index].denominator(step);
