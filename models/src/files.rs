@@ -37,6 +37,7 @@ use crate::gguf::GgufFile;
 use crate::hub;
 use crate::linear::Pass;
 use crate::norm::Norm;
+use crate::sparsity::Sparsity;
 use crate::tokenizer::read_json;
 use crate::weights::{SafetensorsFolder, WeightSource};
 use crate::{
@@ -48,6 +49,8 @@ use crate::{
 pub struct ModelFiles {
     path: PathBuf,
     config: Config,
+    /// Of a masked network.
+    sparsity: Option<Sparsity>,
     source: Box<dyn WeightSource>,
     /// The tokenizer, with its fingerprint, special tokens and configuration; `bos` and `eos` fall
     /// back to those of the network's configuration.
@@ -89,6 +92,7 @@ impl ModelFiles {
     pub fn open(path: &Path) -> Result<ModelFiles> {
         let name = hub::model_name(path);
         let path = &*hub::locate(path)?;
+        let mut sparsity = None;
         let (config, source): (Config, Box<dyn WeightSource>) = if is_gguf(path)? {
             let file = GgufFile::open(path)?;
             (file.config()?, Box::new(file))
@@ -97,6 +101,7 @@ impl ModelFiles {
             let config = read_json(&config_path)?.ok_or_else(|| Error::NotAModel {
                 path: path.to_owned(),
             })?;
+            sparsity = Sparsity::from_config(&config_path, &config)?;
             let config = Config::from_json(&config_path, &config)?;
             (config, Box::new(SafetensorsFolder::open(path)?))
         };
@@ -118,6 +123,7 @@ impl ModelFiles {
         Ok(ModelFiles {
             path: path.to_owned(),
             config,
+            sparsity,
             source,
             tokenizer,
             name: name.unwrap_or_else(|| path_name(path)),
@@ -220,7 +226,10 @@ impl ModelFiles {
             ));
         }
         self.source.keep_mapped();
-        let network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
+        let mut network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
+        if let Some(sparsity) = self.sparsity.clone() {
+            network.set_sparsity(sparsity);
+        }
         let digest = self.digest();
         let tokenizer = self.tokenizer;
         Ok(LoadedModel {
@@ -279,6 +288,13 @@ impl Embedding {
         match &self.norm {
             Some(norm) => norm.forward(&x),
             None => x,
+        }
+    }
+
+    pub(crate) fn for_each_tensor(&mut self, change: &mut dyn FnMut(&mut Tensor)) {
+        change(&mut self.table);
+        if let Some(norm) = &mut self.norm {
+            norm.for_each_tensor(change);
         }
     }
 

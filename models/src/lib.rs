@@ -35,6 +35,7 @@ mod gguf_config;
 mod gguf_tokenizer;
 mod hf;
 mod hub;
+mod importance;
 mod linear;
 mod llama;
 mod lora;
@@ -42,11 +43,15 @@ mod mapped;
 mod mistral;
 mod network;
 mod norm;
+mod pad;
 mod prune;
 mod qwen2;
 mod rng;
+mod saliency;
 mod save;
+mod sparsity;
 mod tokenizer;
+mod training;
 mod weights;
 mod wide_head;
 
@@ -61,6 +66,7 @@ pub use bloom::BloomConfig;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use files::{Embedding, ModelFiles, PartBytes};
+pub use importance::{Criterion, Method};
 pub use linear::{linear, through_onednn};
 pub use llama::{
     AttentionBias, Family, LayerShape, Llama3Scaling, LlamaConfig, RopeScaling, SlidingWindow,
@@ -68,10 +74,14 @@ pub use llama::{
 pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
 pub use network::{Forward, Network};
 pub use norm::Norm;
-pub use prune::{LayerPruning, PruneOptions, PruneReport, prune};
+pub use pad::pad_to_dense;
+pub use prune::{LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune};
 pub use rng::SeededRng;
-pub use save::save_model;
+pub use saliency::{Saliencies, saliencies};
+pub use save::{save_model, save_peft};
+pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
+pub use training::Tape;
 pub use wide_head::WideHead;
 
 /// Where the weights go and in which type they compute.
