@@ -70,7 +70,11 @@ fn check(path: &std::path::Path, kind: Kind, input: &Tensor) {
     let whole = model.network.logits(&forward.last_hidden).flatten(0, 1);
     let scale = whole.abs().max().double_value(&[]);
     let bound = if kind == Kind::Float { 1e-5 } else { 1e-2 };
-    assert!(max_difference(&whole, &logits) <= bound * scale, "{}", path.display());
+    assert!(
+        max_difference(&whole, &logits) <= bound * scale,
+        "{}",
+        path.display()
+    );
 
     let counted: i64 = model
         .network
