@@ -509,7 +509,7 @@ fn whole_vocabularies_keep_every_statistic() {
     ));
     assert_eq!(report["format"], "safetensors");
     assert_eq!(report["origin"]["values"], "logits");
-    assert_same(&bench, "cache", "whole", 1e-4);
+    assert_same(&bench, "cache", "whole", 5e-4);
     for (one, other) in sequences(&bench, "cache")
         .iter()
         .zip(&sequences(&bench, "whole"))
@@ -553,7 +553,7 @@ fn whole_vocabularies_keep_every_statistic() {
     ));
     assert_eq!(report["origin"]["values"], "log-probabilities");
     assert_eq!(report["origin"]["temperature"], 2.0);
-    assert_same(&bench, "cache", "warm", 1e-4);
+    assert_same(&bench, "cache", "warm", 5e-4);
 
     // NumPy, one sequence.
     let rows = logits[0].size()[0] as usize;
@@ -590,7 +590,7 @@ fn whole_vocabularies_keep_every_statistic() {
             .iter()
             .zip(log_probabilities(other, position))
         {
-            assert!((one.1 - other.1).abs() < 1e-4);
+            assert!((one.1 - other.1).abs() < 5e-4);
         }
     }
     refused(
