@@ -70,6 +70,12 @@ pub enum Error {
         /// The position in the sequence.
         position: usize,
     },
+    /// A plan can't be written, or what was planned can't be read.
+    #[error("the plan is damaged: {message}")]
+    Plan {
+        /// What does not fit.
+        message: String,
+    },
     /// The teacher can't be loaded or run.
     #[error(transparent)]
     Model(#[from] caskd_models::Error),
@@ -98,6 +104,7 @@ impl Error {
             Self::Record { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
             Self::EmptyData { .. } => Some("give more data, or a larger --max-len".into()),
             Self::Tokenizer { .. } => None,
+            Self::Plan { .. } => Some("write it again, with the same caskd: `caskd build --plan --resume`".into()),
             Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),
             Self::Model(error) => error.hint(),
             Self::Cache(error) => error.hint(),

@@ -6,15 +6,20 @@
 //! dimensions, which keeps norms of matrices with so many rows (Johnson–Lindenstrauss) at a ninth of the cost or less.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use caskd_formats::{
-    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier,
+    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier, split_hash,
 };
 use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, load, prune};
 use tch::{Device, Kind, Tensor};
 
 use crate::rebuild::{Rebuilt, kl_rows};
+use crate::tokenize::TokenizedSequence;
 use crate::{Error, Result};
+
+/// Positions that a build measures its fidelity on.
+pub(crate) const SAMPLE_POSITIONS: usize = 1024;
 
 /// Positions whose gradients make one batch: eight sequences of 128 tokens.
 const BATCH: i64 = 1024;
@@ -120,6 +125,30 @@ fn last_rows(mut rows: Vec<RowInfo>, positions: usize) -> Vec<RowInfo> {
             held += row.positions as usize;
             more
         })
+        .collect()
+}
+
+/// Shard and row of the sequences of the highest split hash: what a build measures.
+pub(crate) fn sample_places(
+    sequences: &[TokenizedSequence],
+    shards: &[Range<usize>],
+) -> Vec<(usize, u32)> {
+    let mut all = Vec::with_capacity(sequences.len());
+    for (shard, range) in shards.iter().enumerate() {
+        for (row, sequence) in sequences[range.clone()].iter().enumerate() {
+            let hash = split_hash(&sequence.token_ids);
+            all.push((hash, shard, row as u32, sequence.token_ids.len()));
+        }
+    }
+    all.sort_by_key(|(hash, shard, row, _)| (std::cmp::Reverse(*hash), *shard, *row));
+    let mut held = 0;
+    all.into_iter()
+        .take_while(|(.., positions)| {
+            let more = held < SAMPLE_POSITIONS;
+            held += positions;
+            more
+        })
+        .map(|(_, shard, row, _)| (shard, row))
         .collect()
 }
 

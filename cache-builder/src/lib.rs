@@ -7,19 +7,31 @@
 mod build;
 mod error;
 mod fidelity;
+mod head;
+mod memory;
 mod options;
+mod pipeline;
+mod plan;
+mod prepare;
 mod rebuild;
 mod recheck;
 mod records;
 mod statistics;
+mod teacher_pass;
 mod tokenize;
 mod transform_fit;
+mod worker;
 
 pub use build::{BuildReport, Progress, Stage, build};
 pub use error::{Error, Result};
 pub use fidelity::{measure_cache, pruned_teacher};
+pub use memory::available_memory;
 pub use options::{BuildOptions, LayerChoice};
+pub use plan::{PlanReport, plan};
 pub use recheck::{Deviation, Recheck, recheck};
 pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};
 pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};
+pub use worker::{
+    CommitOptions, CommitReport, Share, WorkerOptions, WorkerReport, commit, work,
+};

@@ -8,7 +8,7 @@ use caskd_models::LoadOptions;
 use serde::Serialize;
 use tch::{Device, Kind};
 
-use crate::build::TeacherPass;
+use crate::teacher_pass::TeacherPass;
 use crate::tokenize::TokenizedSequence;
 use crate::{Error, Result};
 

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 pub const PROMPT_FORM: &str = "alpaca-v1";
 
 /// A sequence ready for the teacher. T ≥ 1 tokens; at least one target beyond the first token.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct TokenizedSequence {
     /// Where it comes from: `train.jsonl:17`, or `book.txt:3` for the third window of a text.
     pub source: String,

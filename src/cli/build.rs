@@ -6,6 +6,20 @@ use clap::Args;
 
 use super::{DtypeArg, HiddenArg, TierArg};
 
+/// What the plan has decided already.
+const PLANNED: [&str; 10] = [
+    "data",
+    "tier",
+    "top_k",
+    "rate",
+    "distortion",
+    "no_fidelity",
+    "layers",
+    "hidden",
+    "max_len",
+    "dtype",
+];
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -13,13 +27,19 @@ Examples:
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
 
+On many machines that see one folder (deploy/ has scripts for Slurm and Kubernetes, docs/SCALE.md the arithmetic):
+  caskd build --plan --teacher llama-70b/ --data book.txt --out cache
+  caskd build --worker 0/4 --out cache        # to 3/4; or --worker alone, from the environment of Slurm arrays,
+                                              # Kubernetes Indexed Jobs and torchrun, in this order
+  caskd build --commit --out cache
+
 A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
 pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder or a GGUF file
-    #[arg(long, value_name = "DIR|FILE.gguf")]
-    pub(crate) teacher: PathBuf,
+    #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
+    pub(crate) teacher: Option<PathBuf>,
     /// Records (.jsonl) or running text (.txt); may be repeated
-    #[arg(long, required = true, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["worker", "commit"])]
     pub(crate) data: Vec<PathBuf>,
     /// The cache's folder; it must not exist, or hold an interrupted build
     #[arg(long, value_name = "CACHE")]
@@ -58,6 +78,15 @@ pub(crate) struct BuildArgs {
     /// Go on with an interrupted build
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Write the plan of the build into --out, for workers: LM head, basis, the tokens of every task
+    #[arg(long, group = "mode")]
+    pub(crate) plan: bool,
+    /// Do share I (from 0) of N of a planned build; without a value I and N come from the environment
+    #[arg(long, value_name = "I/N", num_args = 0..=1, default_missing_value = "auto", group = "mode", conflicts_with_all = PLANNED)]
+    pub(crate) worker: Option<String>,
+    /// Join what the workers did into one manifest
+    #[arg(long, group = "mode", conflicts_with_all = PLANNED)]
+    pub(crate) commit: bool,
     /// Print the report as one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,7 +1,12 @@
 //! `caskd build`
 
-use caskd_cache_builder::{BuildOptions, BuildReport, Stage, build};
-use caskd_formats::{CodeTarget, HiddenCodec, Tier};
+mod share;
+
+use caskd_cache_builder::{
+    BuildOptions, BuildReport, CommitOptions, Progress as BuildProgress, Share, Stage,
+    WorkerOptions, build, commit, plan, work,
+};
+use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
 
 use super::{kind_of, parse_device, print_json};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
@@ -15,14 +20,130 @@ pub(crate) const BATCH_TOKENS: usize = 2048;
 pub(crate) const DEFAULT_RATE: u32 = 130;
 
 pub(crate) fn run(args: &BuildArgs) -> Outcome {
+    if let Some(share) = &args.worker {
+        return run_worker(args, share);
+    }
+    if args.commit {
+        return run_commit(args);
+    }
+    let options = build_options(args)?;
+    if args.plan {
+        return run_plan(args, &options);
+    }
+    let report = build_with_progress(&options, "building")?;
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn exit_of(completed: bool) -> Exit {
+    if completed { Exit::Done } else { Exit::Stopped }
+}
+
+fn run_plan(args: &BuildArgs, options: &BuildOptions) -> Outcome {
+    let report = with_progress("planning", |progress| {
+        plan(options, &terminal::STOP, progress)
+    })?;
+    if report.completed {
+        let out = options.out.display();
+        say(format!(
+            "plan `{out}`: {} sequences, {} positions in {} tasks",
+            report.sequences, report.positions, report.tasks
+        ));
+        warn_of_losses(report.truncated, report.skipped, options.max_len);
+        say(format!(
+            "now: caskd build --worker I/N --out {out}, on as many machines as you like, then caskd build --commit --out {out}"
+        ));
+    } else {
+        say("stopped; go on with: --plan --resume");
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn run_worker(args: &BuildArgs, share: &str) -> Outcome {
+    let origin = share::resolve(share, &|name| std::env::var(name).ok())?;
+    let Share { index, count } = origin.share;
+    say(format!("worker {index}/{count}, says {}", origin.said_by));
+    for other in origin.overruled {
+        say(format!(
+            "warning: {other} is in the environment too, and was not asked"
+        ));
+    }
+    let options = WorkerOptions {
+        out: args.out.clone(),
+        share: origin.share,
+        teacher: args.teacher.clone(),
+        device: parse_device(&args.device)?,
+    };
+    let report = with_progress(&format!("worker {index}/{count}"), |progress| {
+        work(&options, &terminal::STOP, progress)
+    })?;
+    if report.completed {
+        say(format!(
+            "{} of {} tasks done here, {} were done before; {:.0} tokens/s",
+            report.tasks_done, report.tasks, report.tasks_found, report.tokens_per_second
+        ));
+        if report.tasks_contradicted > 0 {
+            say(format!(
+                "warning: {} tasks had been done by another worker with other bytes, which stay: workers must have the same kind of processor and number of threads",
+                report.tasks_contradicted
+            ));
+        }
+        say(if report.tasks_left == 0 {
+            format!(
+                "nothing is left: caskd build --commit --out {}",
+                options.out.display()
+            )
+        } else {
+            format!("{} tasks of the plan are left", report.tasks_left)
+        });
+    } else {
+        say("stopped; the same command goes on");
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn run_commit(args: &BuildArgs) -> Outcome {
+    let options = CommitOptions {
+        out: args.out.clone(),
+        teacher: args.teacher.clone(),
+        device: parse_device(&args.device)?,
+    };
+    let report = with_progress("committing", |progress| commit(&options, progress))?;
+    say(format!(
+        "cache `{}`: {} sequences, {} positions in {} shards, {}",
+        options.out.display(),
+        report.sequences,
+        report.positions,
+        report.shards,
+        bytes(report.cache_bytes),
+    ));
+    if let Some(fidelity) = &report.fidelity {
+        say_fidelity(fidelity);
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The options of a build or of its plan.
+fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
     let layers = match (&args.layers, args.tier) {
         (Some(layers), _) => layers.as_str(),
         // A hidden state in 8 bits would cost several times the code.
         (None, TierArg::Compact) => "none",
         (None, _) => "last,middle",
     };
-    let options = BuildOptions {
-        teacher: args.teacher.clone(),
+    Ok(BuildOptions {
+        teacher: args.teacher.clone().unwrap_or_default(),
         data: args.data.clone(),
         tier: match args.tier {
             TierArg::Sparse => Tier::Sparse,
@@ -48,15 +169,6 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
         device: parse_device(&args.device)?,
         resume: args.resume,
         fidelity: !args.no_fidelity,
-    };
-    let report = build_with_progress(&options, "building")?;
-    if args.json {
-        print_json(&report)?;
-    }
-    Ok(if report.completed {
-        Exit::Done
-    } else {
-        Exit::Stopped
     })
 }
 
@@ -84,17 +196,7 @@ pub(crate) fn build_with_progress(
     options: &BuildOptions,
     label: &str,
 ) -> Result<BuildReport, Failure> {
-    let mut bar = Progress::new(label);
-    let report = build(options, &terminal::STOP, &mut |progress| {
-        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
-        let note = match progress.stage {
-            Stage::Fitting => format!("fitting the code, {rate}"),
-            Stage::Building => rate,
-            Stage::Measuring => "measuring the fidelity".to_owned(),
-        };
-        bar.update(progress.positions_done, progress.positions_total, &note);
-    })?;
-    bar.finish();
+    let report = with_progress(label, |progress| build(options, &terminal::STOP, progress))?;
     if !report.completed {
         say(format!(
             "stopped; go on with: --resume (out `{}`)",
@@ -111,18 +213,7 @@ pub(crate) fn build_with_progress(
         report.shards,
         bytes(report.cache_bytes),
     ));
-    if report.truncated > 0 {
-        say(format!(
-            "warning: {} records were longer than --max-len {} and were cut",
-            report.truncated, options.max_len
-        ));
-    }
-    if report.skipped > 0 {
-        say(format!(
-            "warning: {} records were dropped: nothing to learn within --max-len {}",
-            report.skipped, options.max_len
-        ));
-    }
+    warn_of_losses(report.truncated, report.skipped, options.max_len);
     if report.shards_reused > 0 {
         say(format!(
             "{} of {} shards were there already",
@@ -136,16 +227,7 @@ pub(crate) fn build_with_progress(
         ));
     }
     if let Some(fidelity) = &report.fidelity {
-        let worst = fidelity
-            .gradient_error
-            .values()
-            .copied()
-            .fold(0.0, f64::max);
-        say(format!(
-            "fidelity: KL {:.4} at temperature 1, gradient error at most {:.1}% over all temperatures",
-            fidelity.kl.get("1").copied().unwrap_or(f64::NAN),
-            100.0 * worst,
-        ));
+        say_fidelity(fidelity);
     }
     say(format!(
         "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it",
@@ -156,4 +238,49 @@ pub(crate) fn build_with_progress(
             / report.teacher_seconds.max(1e-9),
     ));
     Ok(report)
+}
+
+/// Runs work that tells how far it is, with a bar headed by `label`.
+fn with_progress<T>(
+    label: &str,
+    work: impl FnOnce(&mut dyn FnMut(&BuildProgress)) -> caskd_cache_builder::Result<T>,
+) -> Result<T, Failure> {
+    let mut bar = Progress::new(label);
+    let done = work(&mut |progress| {
+        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
+        let note = match progress.stage {
+            Stage::Fitting => format!("fitting the code, {rate}"),
+            Stage::Building => rate,
+            Stage::Measuring => "measuring the fidelity".to_owned(),
+        };
+        bar.update(progress.positions_done, progress.positions_total, &note);
+    })?;
+    bar.finish();
+    Ok(done)
+}
+
+fn warn_of_losses(truncated: u64, skipped: u64, max_len: usize) {
+    if truncated > 0 {
+        say(format!(
+            "warning: {truncated} records were longer than --max-len {max_len} and were cut"
+        ));
+    }
+    if skipped > 0 {
+        say(format!(
+            "warning: {skipped} records were dropped: nothing to learn within --max-len {max_len}"
+        ));
+    }
+}
+
+fn say_fidelity(fidelity: &Fidelity) {
+    let worst = fidelity
+        .gradient_error
+        .values()
+        .copied()
+        .fold(0.0, f64::max);
+    say(format!(
+        "fidelity: KL {:.4} at temperature 1, gradient error at most {:.1}% over all temperatures",
+        fidelity.kl.get("1").copied().unwrap_or(f64::NAN),
+        100.0 * worst,
+    ));
 }
