@@ -32,6 +32,4 @@ pub use recheck::{Deviation, Recheck, recheck};
 pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};
 pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};
-pub use worker::{
-    CommitOptions, CommitReport, Share, WorkerOptions, WorkerReport, commit, work,
-};
+pub use worker::{CommitOptions, CommitReport, Share, WorkerOptions, WorkerReport, commit, work};

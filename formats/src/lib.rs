@@ -57,9 +57,7 @@ pub use spec::{
 pub use store::{Guard, Local, Memory, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 pub use verify::{Problem, VerifyReport, verify, verify_in};
-pub use writer::{
-    CacheWriter, SharedBuild, TaskInfo, Work, stored_code, trial_bytes_per_position,
-};
+pub use writer::{CacheWriter, SharedBuild, TaskInfo, Work, stored_code, trial_bytes_per_position};
 
 /// Version of the folder, the manifest and the shard schema. A reader refuses every other number.
 pub const FORMAT_VERSION: u32 = 1;
