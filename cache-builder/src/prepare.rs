@@ -144,7 +144,7 @@ fn cache_spec(
         layers,
         teacher: TeacherInfo {
             name: teacher.name.clone(),
-            architecture: "llama".into(),
+            architecture: teacher.network.architecture().into(),
             digest: teacher.digest.clone(),
             compute_dtype: if options.kind == Kind::BFloat16 {
                 "bf16"

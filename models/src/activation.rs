@@ -3,9 +3,9 @@
 
 use tch::{Kind, Tensor};
 
+use crate::block::Site;
 use crate::linear::Pass;
-use crate::llama::Site;
-use crate::{Error, Llama, Result};
+use crate::{Error, Network, Result};
 
 /// Root mean squares over calibration positions, per layer and input channel.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,8 +20,8 @@ pub struct ActivationNorms {
 ///
 /// # Errors
 /// No tokens at all, or a token outside the vocabulary.
-pub fn activation_norms(network: &Llama, sequences: &[Vec<u32>]) -> Result<ActivationNorms> {
-    let vocab_size = network.config().vocab_size;
+pub fn activation_norms(network: &Network, sequences: &[Vec<u32>]) -> Result<ActivationNorms> {
+    let vocab_size = network.vocab_size();
     let tokens: usize = sequences.iter().map(Vec::len).sum();
     if tokens == 0 {
         return Err(Error::Prune {
@@ -42,12 +42,12 @@ pub fn activation_norms(network: &Llama, sequences: &[Vec<u32>]) -> Result<Activ
     let zeros = |width: i64| Tensor::zeros([width], (Kind::Float, device));
     let config = network.config();
     let mut attention: Vec<Tensor> = config
-        .layers
+        .layers()
         .iter()
-        .map(|layer| zeros((layer.heads * config.head_dim) as i64))
+        .map(|layer| zeros((layer.heads * config.head_dim()) as i64))
         .collect();
     let mut ffn: Vec<Tensor> = config
-        .layers
+        .layers()
         .iter()
         .map(|layer| zeros(layer.intermediate_size as i64))
         .collect();

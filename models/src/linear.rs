@@ -69,6 +69,14 @@ impl Linear {
         }
     }
 
+    /// The same weights without the adapter.
+    pub(crate) fn share(&self) -> Linear {
+        Linear::new(
+            self.weight.shallow_clone(),
+            self.bias.as_ref().map(Tensor::shallow_clone),
+        )
+    }
+
     /// [N, in] → [N, out].
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass) -> Tensor {
         let y = linear(x, &self.weight, self.bias.as_ref());

@@ -9,6 +9,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::block::{self, LlamaBlock};
 use crate::linear::Linear;
 use crate::llama::{Block, LayerShape};
 use crate::{ActivationNorms, Error, LoadedModel, Result};
@@ -68,20 +69,23 @@ pub struct LayerPruning {
 /// another network.
 pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneReport> {
     let network = &mut model.network;
-    let scope = check(network.config().layers.len(), options)?;
+    let scope = check(network.num_layers(), options)?;
     if network.lora().is_some() {
         return Err(refuse("the network has adapters; merge or drop them first"));
     }
     let parameters_before = network.num_parameters();
-    let head_dim = network.config().head_dim;
-    let before = network.config().layers.clone();
+    let head_dim = network.config().head_dim();
+    let before = network.config().layers().to_vec();
     let mut after = before.clone();
     let mut digest = blake3::Hasher::new();
     digest.update(b"pruned");
     digest.update(model.digest.as_bytes());
 
     for index in scope.clone() {
-        let (shape, block) = (before[index], &mut network.blocks[index]);
+        let shape = before[index];
+        let block::Block::Llama(LlamaBlock(block)) = &mut network.blocks[index] else {
+            return Err(refuse("pruning is not implemented for this architecture"));
+        };
         let norms = options
             .activation
             .as_ref()

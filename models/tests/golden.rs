@@ -41,6 +41,24 @@ fn check_tiny(name: &str) {
     );
     // The golden would prove nothing on constant logits.
     assert!(logits.std(true).double_value(&[]) > 0.5);
+    if expected.iter().any(|(name, _)| name == "loss") {
+        let loss = next_token_loss(&logits, &pick(&expected, "input_ids"));
+        let difference = (loss - pick(&expected, "loss").double_value(&[])).abs();
+        assert!(
+            difference < TOLERANCE,
+            "{name}: losses differ by {difference}"
+        );
+    }
+}
+
+/// Mean cross-entropy of every next token: logits [B, T, V], ids [B, T].
+fn next_token_loss(logits: &Tensor, ids: &Tensor) -> f64 {
+    let positions = ids.size()[1] - 1;
+    logits
+        .narrow(1, 0, positions)
+        .flatten(0, 1)
+        .cross_entropy_for_logits(&ids.narrow(1, 1, positions).flatten(0, 1))
+        .double_value(&[])
 }
 
 #[test]
@@ -76,6 +94,40 @@ fn bf16_in_shards_with_an_index() {
 #[test]
 fn half_precision_file() {
     check_tiny("f16");
+}
+
+#[test]
+fn linear_scaled_rotary() {
+    check_tiny("llama_linear_rope");
+}
+
+#[test]
+fn qwen2_with_its_biases() {
+    check_tiny("qwen2_tied");
+    check_tiny("qwen2_untied");
+}
+
+#[test]
+fn sliding_windows() {
+    check_tiny("qwen2_window");
+    check_tiny("mistral_window");
+}
+
+#[test]
+fn mistral_without_a_window() {
+    check_tiny("mistral_full");
+}
+
+#[test]
+fn bloom_with_even_and_odd_head_counts() {
+    check_tiny("bloom_4");
+    check_tiny("bloom_3_untied");
+    check_tiny("bloom_5_post_norm");
+}
+
+#[test]
+fn names_without_their_first_part() {
+    check_tiny("bloom_7_bare");
 }
 
 fn load_teacher(kind: Kind) -> Option<LoadedModel> {

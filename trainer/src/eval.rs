@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use caskd_formats::{Cache, Columns, RowInfo};
-use caskd_models::{Llama, LoadedModel};
+use caskd_models::{LoadedModel, Network};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -95,7 +95,7 @@ pub fn evaluate_text(
             message: error.to_string(),
         })?;
     let tokens = encoding.get_ids();
-    let vocabulary = model.network.config().vocab_size;
+    let vocabulary = model.network.vocab_size();
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
         return Err(Error::TokenOutOfRange {
             sequence: "the text".to_owned(),
@@ -157,8 +157,7 @@ pub fn evaluate_cache(
     let started = Instant::now();
     let vocabulary = model
         .network
-        .config()
-        .vocab_size
+        .vocab_size()
         .min(cache.manifest().vocab_size);
     let device = model.network.device();
     let code = LinearCode::of(cache, vocabulary, model.network.kind(), device)?;
@@ -297,7 +296,7 @@ fn text_batch(row: &[u32], windows: &[Window]) -> (Tensor, Vec<i64>, Vec<i64>) {
 }
 
 /// Last hidden states [N, D] at positions given as indices into B·T.
-fn hidden_rows(network: &Llama, input_ids: &Tensor, positions: &Tensor) -> Tensor {
+fn hidden_rows(network: &Network, input_ids: &Tensor, positions: &Tensor) -> Tensor {
     let device = network.device();
     tch::no_grad(|| {
         let hidden = network
@@ -310,7 +309,7 @@ fn hidden_rows(network: &Llama, input_ids: &Tensor, positions: &Tensor) -> Tenso
     })
 }
 
-fn gold_nats(network: &Llama, hidden: &Tensor, labels: &Tensor) -> f64 {
+fn gold_nats(network: &Network, hidden: &Tensor, labels: &Tensor) -> f64 {
     let head = network.head();
     tch::no_grad(|| {
         chunks(hidden.size()[0], rows_per_chunk(head.size()[0]))

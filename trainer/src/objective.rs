@@ -83,7 +83,7 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
             cache_fingerprint: short(&manifest.tokenizer.fingerprint),
         });
     }
-    let (student_rows, cache_rows) = (student.network.config().vocab_size, manifest.vocab_size);
+    let (student_rows, cache_rows) = (student.network.vocab_size(), manifest.vocab_size);
     let tokens = manifest.tokenizer.vocab_size;
     if student_rows != cache_rows && student_rows.min(cache_rows) < tokens {
         let student = student.name.clone();
@@ -178,7 +178,7 @@ impl Objective {
             terms: Vec::new(),
             columns: Columns::default(),
             full_logits: false,
-            vocabulary: student.network.config().vocab_size.min(manifest.vocab_size),
+            vocabulary: student.network.vocab_size().min(manifest.vocab_size),
         };
         for term in terms {
             if let Some(requirement) = term.requirement() {

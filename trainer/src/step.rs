@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use caskd_models::Llama;
+use caskd_models::Network;
 
 use crate::batch::Batch;
 use crate::head::{Heads, ScaledLoss, fused_head, rows_per_chunk};
@@ -30,7 +30,7 @@ pub(crate) struct Shares {
 
 /// Adds the gradient of one batch's share of the step to the student's trainable tensors.
 pub(crate) fn forward_backward(
-    student: &Llama,
+    student: &Network,
     objective: &Objective,
     teacher: Option<&LinearCode>,
     batch: &Batch,
