@@ -1,15 +1,14 @@
 //! The stage: one pass of the teacher over the data, written shard by shard.
 
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use caskd_formats::{Basis, CacheSpec, Columns, Fidelity, Manifest, Sequence};
-use caskd_models::{LoadOptions, LoadedModel};
 
 use crate::options::BuildOptions;
 use crate::pipeline::{Written, compute_and_write};
 use crate::prepare::{Prepared, prepare};
+use crate::teacher::Teacher;
 use crate::teacher_pass::{PassTotals, TeacherPass};
 use crate::transform_fit::Coder;
 use crate::{Result, fidelity};
@@ -62,6 +61,8 @@ pub struct BuildReport {
     pub teacher_positions: u64,
     /// Seconds spent in the teacher (forward pass, head, statistics) in this run.
     pub teacher_seconds: f64,
+    /// Of these, seconds until weights were read, where the teacher goes layer by layer.
+    pub waiting_seconds: f64,
     /// Of these, seconds in statistics and top-k.
     pub statistics_seconds: f64,
     /// Seconds in encoding and writing shards, beside the teacher's.
@@ -74,6 +75,10 @@ pub struct BuildReport {
     pub fit_seconds: f64,
     /// Seconds in the comparison of the cache with the teacher.
     pub fidelity_seconds: f64,
+    /// Positions that went through a layer while its weights were in memory; 0 where all weights were.
+    pub block_positions: usize,
+    /// Bytes of memory that the build was to take.
+    pub memory_bytes: u64,
     /// The compact tier's K, and coefficients of a position.
     pub code: Option<(usize, usize)>,
     /// How near the cache is to the teacher, where it was measured.
@@ -135,7 +140,7 @@ pub fn build(
     let measuring = Instant::now();
     if written.completed && options.fidelity && !writer.is_finished() {
         let report = measure_fidelity(
-            (teacher, &options.teacher),
+            teacher,
             spec,
             basis.as_deref(),
             &fidelity::sample_places(sequences, shards),
@@ -176,6 +181,8 @@ impl BuildReport {
             skipped: data.skipped,
             load_seconds: prepared.load_seconds,
             fit_seconds: prepared.fit_seconds,
+            block_positions: prepared.teacher.block_positions,
+            memory_bytes: prepared.memory_bytes,
             code: prepared
                 .spec
                 .code
@@ -189,6 +196,7 @@ impl BuildReport {
         BuildReport {
             teacher_positions: totals.positions,
             teacher_seconds: totals.teacher_seconds,
+            waiting_seconds: totals.waiting_seconds,
             statistics_seconds: totals.statistics_seconds,
             tokens_per_second: totals.tokens_per_second(),
             encoding_seconds: written.encoding_seconds,
@@ -214,7 +222,7 @@ pub(crate) fn building(
     move |totals| {
         progress(&Progress {
             stage: Stage::Building,
-            positions_done: done + totals.positions,
+            positions_done: done + totals.positions + totals.under_way,
             positions_total,
             tokens_per_second: totals.tokens_per_second(),
         });
@@ -223,7 +231,7 @@ pub(crate) fn building(
 
 /// Compares rows of the cache with the teacher, and with a student that is the teacher pruned.
 pub(crate) fn measure_fidelity(
-    (teacher, path): (&LoadedModel, &Path),
+    teacher: &Teacher,
     spec: &CacheSpec,
     basis: Option<&Basis>,
     places: &[(usize, u32)],
@@ -241,10 +249,5 @@ pub(crate) fn measure_fidelity(
         .iter()
         .map(|&(shard, row)| read(shard, row, &columns))
         .collect::<Result<_>>()?;
-    let load = LoadOptions {
-        device: teacher.network.device(),
-        kind: teacher.network.kind(),
-    };
-    let student = fidelity::pruned_teacher(path, &load)?;
-    fidelity::measure(teacher, &student, spec, basis, &sample)
+    fidelity::measure_build(teacher, spec, basis, &sample)
 }

@@ -70,6 +70,14 @@ pub enum Error {
         /// The position in the sequence.
         position: usize,
     },
+    /// The folder for activations refuses.
+    #[error("activations can't wait in `{folder}`: {source}")]
+    Spill {
+        /// The folder of --spill.
+        folder: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A plan can't be written, or what was planned can't be read.
     #[error("the plan is damaged: {message}")]
     Plan {
@@ -104,6 +112,7 @@ impl Error {
             Self::Record { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
             Self::EmptyData { .. } => Some("give more data, or a larger --max-len".into()),
             Self::Tokenizer { .. } => None,
+            Self::Spill { .. } => Some("give --spill a folder on a disk with room".into()),
             Self::Plan { .. } => Some("write it again, with the same caskd: `caskd build --plan --resume`".into()),
             Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),
             Self::Model(error) => error.hint(),
@@ -120,5 +129,13 @@ impl Error {
             Self::Torch { .. } | Self::Tokenizer { .. } => false,
             _ => true,
         }
+    }
+}
+
+/// Turns what libtorch says into this crate's error.
+pub(crate) fn torch(doing: &'static str) -> impl Fn(tch::TchError) -> Error {
+    move |source| Error::Torch {
+        doing: doing.to_owned(),
+        source,
     }
 }

@@ -4,10 +4,14 @@
 //! the cache, depend on the data and the options alone, never on timing, so an interrupted build
 //! resumes to the same bytes.
 
+mod activations;
 mod build;
 mod error;
+mod estimate;
 mod fidelity;
+mod footprint;
 mod head;
+mod layers;
 mod memory;
 mod options;
 mod pipeline;
@@ -17,6 +21,7 @@ mod rebuild;
 mod recheck;
 mod records;
 mod statistics;
+mod teacher;
 mod teacher_pass;
 mod tokenize;
 mod transform_fit;
@@ -24,12 +29,15 @@ mod worker;
 
 pub use build::{BuildReport, Progress, Stage, build};
 pub use error::{Error, Result};
+pub use estimate::{Estimate, Measurement, TierEstimate, estimate};
 pub use fidelity::{measure_cache, pruned_teacher};
+pub use footprint::{Footprint, MemoryPlan};
 pub use memory::available_memory;
 pub use options::{BuildOptions, LayerChoice};
 pub use plan::{PlanReport, plan};
 pub use recheck::{Deviation, Recheck, recheck};
 pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};
+pub use teacher::Placement;
 pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};
 pub use worker::{CommitOptions, CommitReport, Share, WorkerOptions, WorkerReport, commit, work};

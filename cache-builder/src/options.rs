@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use caskd_formats::{CodeTarget, HiddenCodec, LayerSpec, Tier};
-use tch::{Device, Kind};
+use tch::Kind;
 
+use crate::teacher::Placement;
 use crate::{Error, Result};
 
 /// Everything that [`crate::build()`] needs to know. The first group decides the cache's bytes.
@@ -34,8 +35,8 @@ pub struct BuildOptions {
 
     /// The cache's folder.
     pub out: PathBuf,
-    /// Where the teacher runs.
-    pub device: Device,
+    /// Where the teacher runs, and in how much memory.
+    pub placement: Placement,
     /// Go on with an interrupted build.
     pub resume: bool,
     /// Measure the cache on a sample before it is finished.

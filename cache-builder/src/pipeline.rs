@@ -45,15 +45,27 @@ pub(crate) fn compute_and_write(
             Ok((shards, seconds))
         });
         let computed: Result<bool> = (|| {
-            for &shard in shards {
-                let Some(tokens) = load(shard)? else {
-                    continue;
-                };
-                let Some(sequences) = pass.run(&tokens, on_batch)? else {
+            let mut waiting = shards.iter().copied().peekable();
+            while waiting.peek().is_some() {
+                // As many shards as go through the teacher together: one, unless it is read layer by layer.
+                let (mut numbers, mut group, mut positions) = (Vec::new(), Vec::new(), 0);
+                while let Some(shard) = waiting.next() {
+                    if let Some(tokens) = load(shard)? {
+                        let lengths = tokens.iter().map(|sequence| sequence.token_ids.len());
+                        positions += lengths.sum::<usize>();
+                        numbers.push(shard);
+                        group.push(tokens);
+                    }
+                    if positions >= pass.block_positions().max(1) {
+                        break;
+                    }
+                }
+                let completed = pass.run(&group, on_batch, &mut |index, sequences| {
+                    // An error of the writing thread closes the channel, and follows below.
+                    Ok(sender.send((numbers[index], sequences)).is_ok())
+                })?;
+                if !completed {
                     return Ok(false);
-                };
-                if sender.send((shard, sequences)).is_err() {
-                    return Ok(false); // the writing thread failed; its error follows below
                 }
             }
             Ok(true)

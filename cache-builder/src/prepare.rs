@@ -8,12 +8,14 @@ use caskd_formats::{
     Basis, CacheSpec, CacheWriter, LayerSpec, TeacherInfo, Tier, TokenizerInfo, split_hash,
     stored_code,
 };
-use caskd_models::{LoadOptions, LoadedModel};
+use caskd_models::ModelFiles;
 use tch::Kind;
 
 use crate::build::{Progress, Stage};
+use crate::footprint::Footprint;
 use crate::head::write_head;
 use crate::options::{BuildOptions, USUAL_TOP_K};
+use crate::teacher::Teacher;
 use crate::teacher_pass::TeacherPass;
 use crate::tokenize::{TokenizedSequence, tokenize};
 use crate::transform_fit::{self, FIT_POSITIONS, HELD_OUT_POSITIONS, MOST_K, Sample};
@@ -21,7 +23,9 @@ use crate::{Error, Result};
 
 /// A build whose first shard can be computed.
 pub(crate) struct Prepared {
-    pub(crate) teacher: LoadedModel,
+    pub(crate) teacher: Teacher,
+    /// Bytes of memory that the build will take.
+    pub(crate) memory_bytes: u64,
     pub(crate) sequences: Vec<TokenizedSequence>,
     /// Sequences of each shard.
     pub(crate) shards: Vec<Range<usize>>,
@@ -40,17 +44,21 @@ pub(crate) fn prepare(
 ) -> Result<Prepared> {
     let started = Instant::now();
     check_options(options)?;
-    let teacher = caskd_models::load(
+    let files = ModelFiles::open(&options.teacher)?;
+    let data = tokenize(&files, &options.data, options.max_len)?;
+    let digest = files.digest();
+    let spec = cache_spec(options, &files, digest.clone(), data.info)?;
+    let footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
+    let teacher = Teacher::load(
+        (files, digest),
         &options.teacher,
-        &LoadOptions {
-            device: options.device,
-            kind: options.kind,
-        },
+        options.kind,
+        &options.placement,
+        &footprint,
     )?;
-    let data = tokenize(&teacher, &options.data, options.max_len)?;
-    let spec = cache_spec(options, &teacher, data.info)?;
     let mut prepared = Prepared {
         teacher,
+        memory_bytes: footprint.plan(&options.placement)?.bytes,
         shards: shard_ranges(data.sequences.len(), spec.sequences_per_shard),
         sequences: data.sequences,
         spec,
@@ -91,7 +99,7 @@ const SHARD_BYTES: usize = 256 << 20;
 /// Sequences in a shard at most.
 const SHARD_SEQUENCES: usize = 256;
 
-fn check_options(options: &BuildOptions) -> Result<()> {
+pub(crate) fn check_options(options: &BuildOptions) -> Result<()> {
     let refuse = |problem: &str, hint: &str| {
         Err(Error::Option {
             problem: problem.into(),
@@ -116,12 +124,15 @@ fn check_options(options: &BuildOptions) -> Result<()> {
     Ok(())
 }
 
-fn cache_spec(
+/// The spec of the cache that the options ask for; the compact tier's code is still missing.
+pub(crate) fn cache_spec(
     options: &BuildOptions,
-    teacher: &LoadedModel,
+    files: &ModelFiles,
+    digest: String,
     data: caskd_formats::DataInfo,
 ) -> Result<CacheSpec> {
-    let (vocab_size, width) = head_shape(teacher);
+    let config = files.config();
+    let (vocab_size, width) = (config.vocab_size(), config.hidden_size());
     let top_k = options.top_k.unwrap_or(USUAL_TOP_K.min(vocab_size));
     if top_k > vocab_size {
         return Err(Error::Option {
@@ -131,7 +142,7 @@ fn cache_spec(
             hint: "64 is a good choice; statistics and the exact tier cover the rest".into(),
         });
     }
-    let num_layers = teacher.network.num_layers() as u32;
+    let num_layers = config.num_layers() as u32;
     let layers = options
         .layers
         .resolve(num_layers, width, options.tier, options.hidden_codec)?;
@@ -143,9 +154,9 @@ fn cache_spec(
         sequences_per_shard: sequences_per_shard(options.max_len, &layers),
         layers,
         teacher: TeacherInfo {
-            name: teacher.name.clone(),
-            architecture: teacher.network.architecture().into(),
-            digest: teacher.digest.clone(),
+            name: files.name.clone(),
+            architecture: config.architecture().into(),
+            digest,
             compute_dtype: if options.kind == Kind::BFloat16 {
                 "bf16"
             } else {
@@ -154,20 +165,15 @@ fn cache_spec(
             .into(),
             num_layers,
             hidden_size: width,
-            num_parameters: teacher.network.num_parameters(),
+            num_parameters: files.num_parameters(),
         },
         tokenizer: TokenizerInfo {
-            fingerprint: teacher.fingerprint.clone(),
-            vocab_size: teacher.tokenizer.get_vocab_size(true),
+            fingerprint: files.tokenizer.fingerprint.clone(),
+            vocab_size: files.tokenizer.tokenizer.get_vocab_size(true),
         },
         data,
         max_len: options.max_len,
     })
-}
-
-pub(crate) fn head_shape(teacher: &LoadedModel) -> (usize, usize) {
-    let size = teacher.network.head().size();
-    (size[0] as usize, size[1] as usize)
 }
 
 /// So many sequences that the longest possible ones fit into [`SHARD_BYTES`].
@@ -187,7 +193,7 @@ fn shard_ranges(sequences: usize, per_shard: usize) -> Vec<Range<usize>> {
 /// stopped.
 fn fit_code(
     options: &BuildOptions,
-    teacher: &LoadedModel,
+    teacher: &Teacher,
     spec: &mut CacheSpec,
     sequences: &[TokenizedSequence],
     stop: &AtomicBool,
@@ -213,12 +219,12 @@ fn fit_code(
     let mut pass = TeacherPass::new(teacher, spec, options.batch_tokens, stop);
     pass.top_k = wanted.unwrap_or(0).max(MOST_K).min(spec.vocab_size);
     pass.layers = vec![spec.teacher.num_layers];
-    let read = pass.run(&chosen, &mut |pass| {
+    let read = pass.run_one(chosen, &mut |pass| {
         progress(&Progress {
             stage: Stage::Fitting,
-            positions_done: pass.positions,
+            positions_done: pass.positions + pass.under_way,
             positions_total,
-            tokens_per_second: pass.positions as f64 / pass.teacher_seconds.max(1e-9),
+            tokens_per_second: pass.tokens_per_second(),
         });
     })?;
     let Some(sequences) = read else {
@@ -229,7 +235,7 @@ fn fit_code(
         fitted,
         held_out,
     };
-    let head = teacher.network.head().detach().to_kind(Kind::Float);
+    let head = teacher.head()?.to_kind(Kind::Float);
     let (code, basis) = transform_fit::fit(&sample, spec, &head, options.code_target, wanted)?;
     spec.top_k = basis.k();
     spec.code = Some(code);

@@ -1,39 +1,50 @@
 //! The teacher's pass over the sequences of a shard, and what is kept of it.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use caskd_formats::{CacheSpec, Coefficients, HiddenState, Sequence, Statistics, TopK};
-use caskd_models::LoadedModel;
+use caskd_models::Forward;
 use tch::{Device, Kind, Tensor};
 
+use crate::layers::Event;
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
+use crate::teacher::Teacher;
 use crate::tokenize::TokenizedSequence;
 use crate::transform_fit::Coder;
 use crate::{Error, Result};
 
 /// Positions whose logits exist at one time: V of them take 50 MB at V = 49,152.
-const HEAD_ROWS: i64 = 256;
+pub(crate) const HEAD_ROWS: i64 = 256;
+
+/// Bytes of the head in f32 that one product reads: wider vocabularies go in slices, which a head that is kept in bf16
+/// needs, and which give the same values either way.
+pub(crate) const HEAD_SLICE_BYTES: usize = 256 << 20;
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct PassTotals {
     pub(crate) positions: u64,
+    /// Positions whose way through the layers is behind them in part, as whole ones.
+    pub(crate) under_way: u64,
     pub(crate) teacher_seconds: f64,
+    /// Of these, until weights were read from disk.
+    pub(crate) waiting_seconds: f64,
     pub(crate) statistics_seconds: f64,
 }
 
 impl PassTotals {
     pub(crate) fn tokens_per_second(&self) -> f64 {
-        self.positions as f64 / self.teacher_seconds.max(1e-9)
+        (self.positions + self.under_way) as f64 / self.teacher_seconds.max(1e-9)
     }
 }
 
 /// The teacher and what is to be kept of it.
 pub(crate) struct TeacherPass<'a> {
-    teacher: &'a LoadedModel,
-    /// `[V, D]` in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit.
-    head: Tensor,
+    teacher: &'a Teacher,
+    /// `[V, D]`, products in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit. Layer by layer it
+    /// is in memory only while no block is.
+    head: Option<Tensor>,
     vocab_size: usize,
     pub(crate) top_k: usize,
     pub(crate) layers: Vec<u32>,
@@ -45,21 +56,28 @@ pub(crate) struct TeacherPass<'a> {
     pub(crate) totals: PassTotals,
 }
 
+/// Sequences of one shard that go through the teacher together.
+struct Batch {
+    shard: usize,
+    members: Vec<usize>,
+}
+
+/// A shard on its way.
+struct Pending {
+    done: Vec<Option<Sequence>>,
+    left: usize,
+}
+
 impl<'a> TeacherPass<'a> {
     pub(crate) fn new(
-        teacher: &'a LoadedModel,
+        teacher: &'a Teacher,
         spec: &CacheSpec,
         batch_tokens: usize,
         stop: &'a AtomicBool,
     ) -> Self {
         Self {
             teacher,
-            head: teacher
-                .network
-                .head()
-                .detach()
-                .to_kind(Kind::Float)
-                .contiguous(),
+            head: None,
             vocab_size: spec.vocab_size,
             top_k: spec.top_k,
             layers: spec.layers.iter().map(|layer| layer.layer).collect(),
@@ -71,51 +89,152 @@ impl<'a> TeacherPass<'a> {
         }
     }
 
-    /// The teacher's values for one shard, in the order of `sequences`; `None` when stopped.
-    pub(crate) fn run(
-        &mut self,
-        sequences: &[TokenizedSequence],
-        on_batch: &mut dyn FnMut(&PassTotals),
-    ) -> Result<Option<Vec<Sequence>>> {
-        let mut done: Vec<Option<Sequence>> = sequences.iter().map(|_| None).collect();
-        for batch in batches_by_length(sequences, self.batch_tokens) {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            let started = Instant::now();
-            let members: Vec<&TokenizedSequence> =
-                batch.iter().map(|&index| &sequences[index]).collect();
-            let results = tch::no_grad(|| self.run_batch(&members))?;
-            for (&index, result) in batch.iter().zip(results) {
-                self.totals.positions += result.token_ids.len() as u64;
-                done[index] = Some(result);
-            }
-            self.totals.teacher_seconds += started.elapsed().as_secs_f64();
-            on_batch(&self.totals);
-        }
-        Ok(Some(done.into_iter().flatten().collect()))
+    /// Positions that are worth giving to [`TeacherPass::run`] at one time.
+    pub(crate) fn block_positions(&self) -> usize {
+        self.teacher.block_positions
     }
 
-    fn run_batch(&mut self, members: &[&TokenizedSequence]) -> Result<Vec<Sequence>> {
-        let longest = members
+    /// The teacher's values for one shard, in the order of `sequences`; `None` when stopped.
+    pub(crate) fn run_one(
+        &mut self,
+        sequences: Vec<TokenizedSequence>,
+        on_batch: &mut dyn FnMut(&PassTotals),
+    ) -> Result<Option<Vec<Sequence>>> {
+        let mut found = None;
+        let completed = self.run(&[sequences], on_batch, &mut |_, sequences| {
+            found = Some(sequences);
+            Ok(true)
+        })?;
+        Ok(found.filter(|_| completed))
+    }
+
+    /// Hands the teacher's values for each shard, in the order of its sequences, to `emit` as soon as they are known. False
+    /// when stopped, or when `emit` says so.
+    pub(crate) fn run(
+        &mut self,
+        shards: &[Vec<TokenizedSequence>],
+        on_batch: &mut dyn FnMut(&PassTotals),
+        emit: &mut dyn FnMut(usize, Vec<Sequence>) -> Result<bool>,
+    ) -> Result<bool> {
+        let mut pending: Vec<Pending> = shards
             .iter()
-            .map(|member| member.token_ids.len())
-            .max()
-            .unwrap_or(0);
-        let mut padded = vec![0i64; members.len() * longest];
-        for (row, member) in padded.chunks_exact_mut(longest).zip(members) {
-            for (slot, &id) in row.iter_mut().zip(&member.token_ids) {
-                *slot = i64::from(id);
+            .map(|sequences| Pending {
+                done: sequences.iter().map(|_| None).collect(),
+                left: sequences.len(),
+            })
+            .collect();
+        let batches: Vec<Batch> = shards
+            .iter()
+            .enumerate()
+            .flat_map(|(shard, sequences)| {
+                batches_by_length(sequences, self.batch_tokens)
+                    .into_iter()
+                    .map(move |members| Batch { shard, members })
+            })
+            .collect();
+        for block in self.blocks(shards, &batches) {
+            if !tch::no_grad(|| self.run_block(shards, block, &mut pending, on_batch, emit))? {
+                return Ok(false);
             }
         }
-        let input_ids = Tensor::from_slice(&padded)
-            .view([members.len() as i64, longest as i64])
-            .to_device(self.teacher.network.device());
-        let forward = self
-            .teacher
-            .network
-            .forward(&input_ids, &self.layers, false);
+        Ok(true)
+    }
 
+    /// Cuts batches into blocks that go through the layers together.
+    fn blocks<'b>(
+        &self,
+        shards: &[Vec<TokenizedSequence>],
+        batches: &'b [Batch],
+    ) -> Vec<&'b [Batch]> {
+        if !self.teacher.is_layered() {
+            return vec![batches];
+        }
+        let mut blocks = Vec::new();
+        let (mut start, mut positions) = (0, 0);
+        for (index, batch) in batches.iter().enumerate() {
+            let of_batch = batch.members.len() * longest(&members(shards, batch));
+            if index > start && positions + of_batch > self.teacher.block_positions {
+                blocks.push(&batches[start..index]);
+                (start, positions) = (index, 0);
+            }
+            positions += of_batch;
+        }
+        blocks.push(&batches[start..]);
+        blocks
+    }
+
+    fn run_block(
+        &mut self,
+        shards: &[Vec<TokenizedSequence>],
+        block: &[Batch],
+        pending: &mut [Pending],
+        on_batch: &mut dyn FnMut(&PassTotals),
+        emit: &mut dyn FnMut(usize, Vec<Sequence>) -> Result<bool>,
+    ) -> Result<bool> {
+        let ids: Vec<Tensor> = block
+            .iter()
+            .map(|batch| padded_ids(&members(shards, batch)))
+            .collect();
+        let block_positions: usize = block
+            .iter()
+            .flat_map(|batch| members(shards, batch))
+            .map(|member| member.token_ids.len())
+            .sum();
+        let before = self.totals;
+        let (teacher, stop, layers) = (self.teacher, self.stop, self.layers.clone());
+        let mut clock = Instant::now();
+        let mut wanted = true;
+        let times = teacher.run(&ids, &layers, stop, &mut |event| {
+            let mut finished = None;
+            match event {
+                Event::Step(share) => {
+                    self.totals.under_way = (share * block_positions as f64) as u64;
+                }
+                Event::Done(index, forward) => {
+                    let Batch {
+                        shard,
+                        members: indices,
+                    } = &block[index];
+                    let members = members(shards, &block[index]);
+                    let results = self.keep_of(&members, &forward)?;
+                    let shard_pending = &mut pending[*shard];
+                    for (&index, result) in indices.iter().zip(results) {
+                        self.totals.positions += result.token_ids.len() as u64;
+                        shard_pending.done[index] = Some(result);
+                        shard_pending.left -= 1;
+                    }
+                    self.totals.under_way = (before.positions + block_positions as u64
+                        - self.totals.positions)
+                        .min(self.totals.under_way);
+                    if shard_pending.left == 0 {
+                        finished = Some(*shard);
+                    }
+                }
+            }
+            self.totals.teacher_seconds += clock.elapsed().as_secs_f64();
+            on_batch(&self.totals);
+            if let Some(shard) = finished {
+                let done = std::mem::take(&mut pending[shard].done);
+                wanted &= emit(shard, done.into_iter().flatten().collect())?;
+            }
+            clock = Instant::now();
+            Ok(())
+        })?;
+        self.totals.under_way = 0;
+        self.totals.waiting_seconds += times.waiting_seconds;
+        if teacher.is_layered() {
+            self.head = None;
+        }
+        Ok(times.completed && wanted)
+    }
+
+    /// What the cache is to hold of a batch.
+    fn keep_of(
+        &mut self,
+        members: &[&TokenizedSequence],
+        forward: &Forward,
+    ) -> Result<Vec<Sequence>> {
+        let longest = longest(members);
         let real = real_positions(members, longest);
         let gather = |states: &Tensor| {
             states
@@ -132,7 +251,7 @@ impl<'a> TeacherPass<'a> {
         }
         let last_hidden = gather(&forward.last_hidden);
         let (mut statistics, mut top_k) = self
-            .summarize(&last_hidden)
+            .summarize(&last_hidden)?
             .map_err(|position| not_finite("logits", members, position))?;
         let coefficients = self.coder.as_ref().map(|coder| {
             let started = Instant::now();
@@ -184,11 +303,15 @@ impl<'a> TeacherPass<'a> {
         Ok(results)
     }
 
-    /// Statistics and top-k of the logits of `last_hidden` `[N, D]`; the index of a bad row as error.
+    /// Statistics and top-k of the logits of `last_hidden` `[N, D]`; the index of a bad row as inner error.
     fn summarize(
         &mut self,
         last_hidden: &Tensor,
-    ) -> std::result::Result<(Statistics, TopK), usize> {
+    ) -> Result<std::result::Result<(Statistics, TopK), usize>> {
+        let head = match self.head.take() {
+            Some(head) => head,
+            None => self.teacher.head_for_statistics()?,
+        };
         let mut statistics = Statistics::default();
         let mut top_k = TopK {
             k: self.top_k,
@@ -197,23 +320,83 @@ impl<'a> TeacherPass<'a> {
         };
         let rows = last_hidden.size()[0];
         let mut first = 0;
-        while first < rows {
+        let mut bad = None;
+        while first < rows && bad.is_none() {
             let count = HEAD_ROWS.min(rows - first);
             let hidden = last_hidden.narrow(0, first, count).to_kind(Kind::Float);
-            let logits = caskd_models::linear(&hidden, &self.head, None)
-                .to_device(Device::Cpu)
-                .contiguous();
+            let seconds = fill_logits(&hidden, &head, &mut self.logits);
             let started = Instant::now();
-            let length = count as usize * self.vocab_size;
-            self.logits.resize(length, 0.0);
-            logits.copy_data(&mut self.logits, length);
-            summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k)
-                .map_err(|row| first as usize + row)?;
-            self.totals.statistics_seconds += started.elapsed().as_secs_f64();
+            let summarized =
+                summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k);
+            bad = summarized.err().map(|row| first as usize + row);
+            self.totals.statistics_seconds += seconds + started.elapsed().as_secs_f64();
             first += count;
         }
-        Ok((statistics, top_k))
+        self.head = Some(head);
+        Ok(match bad {
+            Some(row) => Err(row),
+            None => Ok((statistics, top_k)),
+        })
     }
+}
+
+/// Logits [N, V] of hidden states [N, D] in f32, as one flat row after the other; the seconds spent on moving them.
+fn fill_logits(hidden: &Tensor, head: &Tensor, logits: &mut Vec<f32>) -> f64 {
+    let (rows, vocab_size) = (hidden.size()[0] as usize, head.size()[0] as usize);
+    let columns = (HEAD_SLICE_BYTES / 4 / head.size()[1].max(1) as usize).clamp(1, vocab_size);
+    logits.resize(rows * vocab_size, 0.0);
+    let mut slice = Vec::new();
+    let mut seconds = 0.0;
+    for first in (0..vocab_size).step_by(columns) {
+        let count = columns.min(vocab_size - first);
+        let weights = head
+            .narrow(0, first as i64, count as i64)
+            .to_kind(Kind::Float);
+        let product = caskd_models::linear(hidden, &weights, None)
+            .to_device(Device::Cpu)
+            .contiguous();
+        let started = Instant::now();
+        if count == vocab_size {
+            product.copy_data(logits, rows * count);
+        } else {
+            slice.resize(rows * count, 0.0);
+            product.copy_data(&mut slice, rows * count);
+            for (row, values) in logits
+                .chunks_exact_mut(vocab_size)
+                .zip(slice.chunks_exact(count))
+            {
+                row[first..first + count].copy_from_slice(values);
+            }
+        }
+        seconds += started.elapsed().as_secs_f64();
+    }
+    seconds
+}
+
+fn members<'b>(shards: &'b [Vec<TokenizedSequence>], batch: &Batch) -> Vec<&'b TokenizedSequence> {
+    let of_shard = &shards[batch.shard];
+    batch
+        .members
+        .iter()
+        .map(|&index| &of_shard[index])
+        .collect()
+}
+
+fn longest(members: &[&TokenizedSequence]) -> usize {
+    let lengths = members.iter().map(|member| member.token_ids.len());
+    lengths.max().unwrap_or(0)
+}
+
+/// [B, T] ids, padded on the right with 0.
+fn padded_ids(members: &[&TokenizedSequence]) -> Tensor {
+    let longest = longest(members);
+    let mut padded = vec![0i64; members.len() * longest];
+    for (row, member) in padded.chunks_exact_mut(longest.max(1)).zip(members) {
+        for (slot, &id) in row.iter_mut().zip(&member.token_ids) {
+            *slot = i64::from(id);
+        }
+    }
+    Tensor::from_slice(&padded).view([members.len() as i64, longest as i64])
 }
 
 /// Indices into `sequences`, sorted by length so that little is padded, cut into batches of at
@@ -230,6 +413,20 @@ fn batches_by_length(sequences: &[TokenizedSequence], batch_tokens: usize) -> Ve
         }
     }
     batches
+}
+
+/// Rows and positions of the batches that these sequences make.
+pub(crate) fn padded_shapes(
+    sequences: &[TokenizedSequence],
+    batch_tokens: usize,
+) -> Vec<(usize, usize)> {
+    let batches = batches_by_length(sequences, batch_tokens).into_iter();
+    batches
+        .map(|batch| {
+            let lengths = batch.iter().map(|&index| sequences[index].token_ids.len());
+            (batch.len(), lengths.max().unwrap_or(0))
+        })
+        .collect()
 }
 
 /// The flat indices of the positions that are not padding, sequence by sequence.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use caskd_formats::{DataFile, DataInfo};
-use caskd_models::LoadedModel;
+use caskd_models::ModelFiles;
 
 use crate::records::{Record, RecordBody, read_records};
 use crate::{Error, Result};
@@ -50,8 +50,8 @@ pub fn alpaca_prompt(instruction: &str, input: &str) -> String {
 /// follows the prompt. Texts are cut into windows of `max_len` tokens, every token a target.
 /// Longer records are cut at `max_len` and counted; those that lose all their targets are dropped
 /// and counted.
-pub fn tokenize(teacher: &LoadedModel, files: &[PathBuf], max_len: usize) -> Result<TokenizedData> {
-    let vocab_size = teacher.network.head().size()[0] as usize;
+pub fn tokenize(teacher: &ModelFiles, files: &[PathBuf], max_len: usize) -> Result<TokenizedData> {
+    let vocab_size = teacher.config().vocab_size();
     let mut sequences = Vec::new();
     let mut data_files: Vec<DataFile> = Vec::new();
     let (mut truncated, mut skipped, mut records_read) = (0, 0, 0);
@@ -137,7 +137,7 @@ fn account(
 }
 
 /// One record gives one sequence, a text gives its windows.
-fn encode(teacher: &LoadedModel, record: Record, max_len: usize) -> Result<Vec<TokenizedSequence>> {
+fn encode(teacher: &ModelFiles, record: Record, max_len: usize) -> Result<Vec<TokenizedSequence>> {
     let Record { source, body, .. } = record;
     Ok(match body {
         RecordBody::Tokens {
@@ -159,7 +159,7 @@ fn encode(teacher: &LoadedModel, record: Record, max_len: usize) -> Result<Vec<T
             // A token belongs to the response when it begins there; BOS begins at 0.
             let mut loss_mask: Vec<bool> =
                 starts.iter().map(|&start| start >= prompt.len()).collect();
-            if let Some(eos) = teacher.eos {
+            if let Some(eos) = teacher.tokenizer.eos {
                 token_ids.push(eos);
                 loss_mask.push(true);
             }
@@ -185,8 +185,9 @@ fn encode(teacher: &LoadedModel, record: Record, max_len: usize) -> Result<Vec<T
 }
 
 /// Token ids and the byte where each token begins.
-fn encode_text(teacher: &LoadedModel, source: &str, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
+fn encode_text(teacher: &ModelFiles, source: &str, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
     let encoding = teacher
+        .tokenizer
         .tokenizer
         .encode(text, true)
         .map_err(|error| Error::Tokenizer {

@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{CacheSpec, CacheWriter, SharedBuild};
-use caskd_models::{LoadOptions, LoadedModel};
+use caskd_models::ModelFiles;
 use serde::Serialize;
-use tch::{Device, Kind};
+use tch::Kind;
 
 use crate::build::{Progress, building, cache_bytes, measure_fidelity};
+use crate::footprint::Footprint;
 use crate::pipeline::{Written, compute_and_write};
 use crate::plan::{decode_task, instructions, teacher_path};
+use crate::teacher::{Placement, Teacher};
 use crate::teacher_pass::{PassTotals, TeacherPass};
 use crate::transform_fit::Coder;
 use crate::{Error, Result};
@@ -35,8 +37,8 @@ pub struct WorkerOptions {
     pub share: Share,
     /// The teacher, where it is not at the planner's path; its weights must be the same.
     pub teacher: Option<PathBuf>,
-    /// Where the teacher runs.
-    pub device: Device,
+    /// Where the teacher runs, and in how much memory.
+    pub placement: Placement,
 }
 
 /// What a worker did.
@@ -93,6 +95,10 @@ pub fn work(
     };
     let (total, waiting) = (positions(&share), positions(&pending));
 
+    let load = |path: &Path| {
+        let batch_tokens = instructions.batch_tokens;
+        load_teacher(path, shared.spec(), batch_tokens, &options.placement)
+    };
     let mut teacher = None;
     let contradicted = AtomicU64::new(0);
     let mut totals = PassTotals::default();
@@ -102,7 +108,7 @@ pub fn work(
     };
     if !pending.is_empty() {
         let path = teacher_path(options.teacher.as_deref(), &instructions);
-        let teacher = teacher.insert(load_teacher(&path, shared.spec(), options.device)?);
+        let teacher = teacher.insert(load(&path)?);
         let mut pass = TeacherPass::new(teacher, shared.spec(), instructions.batch_tokens, stop);
         pass.coder = shared.basis().map(|basis| Coder::new(basis));
         written = compute_and_write(
@@ -138,10 +144,10 @@ pub fn work(
         let path = teacher_path(options.teacher.as_deref(), &instructions);
         let teacher = match teacher {
             Some(teacher) => teacher,
-            None => load_teacher(&path, shared.spec(), options.device)?,
+            None => load(&path)?,
         };
         let report = measure_fidelity(
-            (&teacher, &path),
+            &teacher,
             shared.spec(),
             shared.basis().map(Arc::as_ref),
             &instructions.sample,
@@ -179,8 +185,8 @@ pub struct CommitOptions {
     pub out: PathBuf,
     /// The teacher, where it is not at the planner's path. Needed only where no worker has measured the fidelity.
     pub teacher: Option<PathBuf>,
-    /// Where the teacher runs.
-    pub device: Device,
+    /// Where the teacher runs, and in how much memory.
+    pub placement: Placement,
 }
 
 /// What a commit did.
@@ -218,9 +224,14 @@ pub fn commit(
         let instructions = instructions(&work)?;
         if !instructions.sample.is_empty() {
             let path = teacher_path(options.teacher.as_deref(), &instructions);
-            let teacher = load_teacher(&path, writer.spec(), options.device)?;
+            let teacher = load_teacher(
+                &path,
+                writer.spec(),
+                instructions.batch_tokens,
+                &options.placement,
+            )?;
             let report = measure_fidelity(
-                (&teacher, &path),
+                &teacher,
                 writer.spec(),
                 writer.basis().map(Arc::as_ref),
                 &instructions.sample,
@@ -242,14 +253,20 @@ pub fn commit(
     })
 }
 
-fn load_teacher(path: &Path, spec: &CacheSpec, device: Device) -> Result<LoadedModel> {
+fn load_teacher(
+    path: &Path,
+    spec: &CacheSpec,
+    batch_tokens: usize,
+    placement: &Placement,
+) -> Result<Teacher> {
     let kind = if spec.teacher.compute_dtype == "bf16" {
         Kind::BFloat16
     } else {
         Kind::Float
     };
-    let teacher = caskd_models::load(path, &LoadOptions { device, kind })?;
-    if teacher.digest != spec.teacher.digest {
+    let files = ModelFiles::open(path)?;
+    let digest = files.digest();
+    if digest != spec.teacher.digest {
         return Err(Error::Option {
             problem: format!(
                 "`{}` is not the teacher of the plan, which is {}",
@@ -259,5 +276,6 @@ fn load_teacher(path: &Path, spec: &CacheSpec, device: Device) -> Result<LoadedM
             hint: "give --teacher the same weights that the plan was made with".into(),
         });
     }
-    Ok(teacher)
+    let footprint = Footprint::new(&files, kind, spec, batch_tokens);
+    Teacher::load((files, digest), path, kind, placement, &footprint)
 }

@@ -66,7 +66,7 @@ pub use llama::{
 pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
 pub use network::{Forward, Network};
 pub use norm::Norm;
-pub use prune::{LayerPruning, PruneOptions, PruneReport, prune};
+pub use prune::{LayerPruning, PruneOptions, PruneReport, prune, prune_block};
 pub use rng::SeededRng;
 pub use save::save_model;
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};

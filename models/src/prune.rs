@@ -9,7 +9,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::block::{self, LlamaBlock};
+use crate::block::{self, BloomBlock, LlamaBlock};
+use crate::config::Config;
 use crate::linear::Linear;
 use crate::llama::{Block, LayerShape};
 use crate::{ActivationNorms, Error, LoadedModel, Result};
@@ -86,19 +87,7 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
         let block::Block::Llama(LlamaBlock(block)) = &mut network.blocks[index] else {
             return Err(refuse("pruning is not implemented for this architecture"));
         };
-        let norms = options
-            .activation
-            .as_ref()
-            .map(|norms| LayerNorms::of(norms, index, shape, head_dim));
-        let norms = norms.transpose()?;
-        let kept_groups = strongest(
-            &group_importance(block, shape, norms.as_ref())?,
-            (options.ratio * shape.kv_heads as f64 + 1e-9).floor() as usize,
-        );
-        let kept_channels = strongest(
-            &channel_importance(block, norms.as_ref())?,
-            (options.ratio * shape.intermediate_size as f64).round() as usize,
-        );
+        let (kept_groups, kept_channels) = kept(block, index, shape, head_dim, options)?;
         after[index] = cut(block, shape, head_dim, &kept_groups, &kept_channels);
         for &kept in kept_groups.iter().chain(&kept_channels) {
             digest.update(&kept.to_le_bytes());
@@ -130,6 +119,66 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
             .collect(),
         notes,
     })
+}
+
+/// Does to a block that was loaded alone what [`prune`] does to it in its network. Of BLOOM, which [`prune`] refuses,
+/// only FFN channels go: enough for a student that exists to be compared with.
+///
+/// # Errors
+/// Those of [`prune`].
+pub fn prune_block(
+    config: &Config,
+    index: usize,
+    block: &mut block::Block,
+    options: &PruneOptions,
+) -> Result<()> {
+    if !check(config.num_layers(), options)?.contains(&index) {
+        return Ok(());
+    }
+    let shape = config.layers()[index];
+    match block {
+        block::Block::Llama(LlamaBlock(block)) => {
+            let (groups, channels) = kept(block, index, shape, config.head_dim(), options)?;
+            cut(block, shape, config.head_dim(), &groups, &channels);
+        }
+        block::Block::Bloom(BloomBlock(block)) => {
+            let (rise, fall) = (&mut block.mlp.dense_h_to_4h, &mut block.mlp.dense_4h_to_h);
+            let importance = to_vec(&(squares(rise, 1) + squares(fall, 0)))?;
+            let channels = strongest(&importance, removed_channels(shape, options));
+            let channels = Tensor::from_slice(&channels).to_device(rise.weight.device());
+            rise.keep_rows(&channels);
+            fall.keep_columns(&channels);
+        }
+    }
+    Ok(())
+}
+
+/// The KV groups and FFN channels of a block that stay.
+fn kept(
+    block: &Block,
+    index: usize,
+    shape: LayerShape,
+    head_dim: usize,
+    options: &PruneOptions,
+) -> Result<(Vec<i64>, Vec<i64>)> {
+    let norms = options
+        .activation
+        .as_ref()
+        .map(|norms| LayerNorms::of(norms, index, shape, head_dim));
+    let norms = norms.transpose()?;
+    let groups = strongest(
+        &group_importance(block, shape, norms.as_ref())?,
+        (options.ratio * shape.kv_heads as f64 + 1e-9).floor() as usize,
+    );
+    let channels = strongest(
+        &channel_importance(block, norms.as_ref())?,
+        removed_channels(shape, options),
+    );
+    Ok((groups, channels))
+}
+
+fn removed_channels(shape: LayerShape, options: &PruneOptions) -> usize {
+    (options.ratio * shape.intermediate_size as f64).round() as usize
 }
 
 impl LayerPruning {

@@ -27,6 +27,11 @@ Examples:
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
 
+What it will take, before it runs:
+  caskd build --teacher SmolLM2.gguf --data train.jsonl --estimate
+A teacher that is larger than memory:
+  caskd build --teacher llama-70b/ --data book.txt --out cache --dtype bf16 --memory-budget 20GiB
+
 On many machines that see one folder (deploy/ has scripts for Slurm and Kubernetes, docs/SCALE.md the arithmetic):
   caskd build --plan --teacher llama-70b/ --data book.txt --out cache
   caskd build --worker 0/4 --out cache        # to 3/4; or --worker alone, from the environment of Slurm arrays,
@@ -34,6 +39,7 @@ On many machines that see one folder (deploy/ has scripts for Slurm and Kubernet
   caskd build --commit --out cache
 
 A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
+#[expect(clippy::struct_excessive_bools, reason = "flags as the user types them")]
 pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder or a GGUF file
     #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
@@ -42,8 +48,8 @@ pub(crate) struct BuildArgs {
     #[arg(long, value_name = "FILE", required_unless_present_any = ["worker", "commit"])]
     pub(crate) data: Vec<PathBuf>,
     /// The cache's folder; it must not exist, or hold an interrupted build
-    #[arg(long, value_name = "CACHE")]
-    pub(crate) out: PathBuf,
+    #[arg(long, value_name = "CACHE", required_unless_present = "estimate")]
+    pub(crate) out: Option<PathBuf>,
     /// sparse: top-k and statistics, for losses at temperature 1. compact: a transform code of the last hidden state, for
     /// any loss at a chosen rate. exact: the last hidden state in 8 bits, for any loss
     #[arg(long, value_enum, default_value = "exact")]
@@ -72,12 +78,22 @@ pub(crate) struct BuildArgs {
     /// The type the teacher computes in
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeArg,
-    /// cpu or cuda:N
-    #[arg(long, default_value = "cpu")]
+    /// cpu, cuda:N, or several that the layers are spread over: cuda:0,cuda:1
+    #[arg(long, default_value = "cpu", value_name = "LIST")]
     pub(crate) device: String,
+    /// Memory that the build may take, for instance 4GiB. A teacher that does not fit is read layer by layer, and many
+    /// positions go through each layer at a time; the bytes of the cache are the same. auto: what is free, on a CPU
+    #[arg(long, default_value = "auto", value_name = "SIZE")]
+    pub(crate) memory_budget: String,
+    /// Layer by layer, keep activations in a file in this folder instead of in memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) spill: Option<PathBuf>,
     /// Go on with an interrupted build
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Print expected bytes, memory and time, and build nothing
+    #[arg(long, group = "mode")]
+    pub(crate) estimate: bool,
     /// Write the plan of the build into --out, for workers: LM head, basis, the tokens of every task
     #[arg(long, group = "mode")]
     pub(crate) plan: bool,

@@ -1,17 +1,19 @@
 //! `caskd build`
 
+mod placement;
 mod share;
 
 use caskd_cache_builder::{
     BuildOptions, BuildReport, CommitOptions, Progress as BuildProgress, Share, Stage,
-    WorkerOptions, build, commit, plan, work,
+    WorkerOptions, build, commit, estimate, plan, work,
 };
 use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
 
-use super::{kind_of, parse_device, print_json};
+use super::{kind_of, print_json, print_text};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{self, Progress, bytes, duration, say};
+use placement::placement;
 
 /// Padded tokens of a teacher batch. Fixed, because another batch shape rounds differently.
 pub(crate) const BATCH_TOKENS: usize = 2048;
@@ -27,6 +29,9 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
         return run_commit(args);
     }
     let options = build_options(args)?;
+    if args.estimate {
+        return run_estimate(args, &options);
+    }
     if args.plan {
         return run_plan(args, &options);
     }
@@ -39,6 +44,76 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
 
 fn exit_of(completed: bool) -> Exit {
     if completed { Exit::Done } else { Exit::Stopped }
+}
+
+fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
+    let found = estimate(options)?;
+    if args.json {
+        print_json(&found)?;
+        return Ok(Exit::Done);
+    }
+    let mut text = format!(
+        "{} sequences, {} positions ({} targets)\n\n{:8} {:>14} {:>10} {:>15}\n",
+        found.sequences,
+        found.positions,
+        found.targets,
+        "tier",
+        "bytes/position",
+        "shards",
+        "head and basis"
+    );
+    for (tier, bytes_of) in &found.tiers {
+        let mark = if *tier == tier_name(found.tier) {
+            "  <- --tier"
+        } else {
+            ""
+        };
+        text += &format!(
+            "{tier:8} {:>14.0} {:>10} {:>15}{mark}\n",
+            bytes_of.bytes_per_position,
+            bytes(bytes_of.shard_bytes),
+            bytes(bytes_of.shared_bytes)
+        );
+    }
+    let memory = if found.memory.layered {
+        format!(
+            "layer by layer in {}, {} positions at a time (whole it would take {})",
+            bytes(found.memory.bytes),
+            found.memory.block_positions,
+            bytes(found.in_memory_bytes)
+        )
+    } else {
+        format!(
+            "{} with all weights in it; layer by layer (--memory-budget) at least {}",
+            bytes(found.memory.bytes),
+            bytes(found.least_bytes)
+        )
+    };
+    let measured = &found.measurement;
+    text += &format!("\nmemory: {memory}\n");
+    text += &format!(
+        "time:   {} at {:.0} tokens/s{}\n        from one of {} layers and the head, measured on {} positions; {:.0}% of the batches is padding",
+        duration(found.seconds),
+        found.tokens_per_second,
+        if found.fit_seconds > 0.0 {
+            format!(", {} of it for the fit", duration(found.fit_seconds))
+        } else {
+            String::new()
+        },
+        measured.layers,
+        measured.positions,
+        100.0 * found.padding as f64 / (found.padding + found.positions) as f64,
+    );
+    print_text(text);
+    Ok(Exit::Done)
+}
+
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Sparse => "sparse",
+        Tier::Compact => "compact",
+        Tier::Exact => "exact",
+    }
 }
 
 fn run_plan(args: &BuildArgs, options: &BuildOptions) -> Outcome {
@@ -74,10 +149,10 @@ fn run_worker(args: &BuildArgs, share: &str) -> Outcome {
         ));
     }
     let options = WorkerOptions {
-        out: args.out.clone(),
+        out: args.out.clone().unwrap_or_default(),
         share: origin.share,
         teacher: args.teacher.clone(),
-        device: parse_device(&args.device)?,
+        placement: placement(args)?,
     };
     let report = with_progress(&format!("worker {index}/{count}"), |progress| {
         work(&options, &terminal::STOP, progress)
@@ -112,9 +187,9 @@ fn run_worker(args: &BuildArgs, share: &str) -> Outcome {
 
 fn run_commit(args: &BuildArgs) -> Outcome {
     let options = CommitOptions {
-        out: args.out.clone(),
+        out: args.out.clone().unwrap_or_default(),
         teacher: args.teacher.clone(),
-        device: parse_device(&args.device)?,
+        placement: placement(args)?,
     };
     let report = with_progress("committing", |progress| commit(&options, progress))?;
     say(format!(
@@ -165,8 +240,8 @@ fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
         max_len: args.max_len,
         kind: kind_of(args.dtype),
         batch_tokens: BATCH_TOKENS,
-        out: args.out.clone(),
-        device: parse_device(&args.device)?,
+        out: args.out.clone().unwrap_or_default(),
+        placement: placement(args)?,
         resume: args.resume,
         fidelity: !args.no_fidelity,
     })
@@ -229,13 +304,21 @@ pub(crate) fn build_with_progress(
     if let Some(fidelity) = &report.fidelity {
         say_fidelity(fidelity);
     }
+    if report.block_positions > 0 {
+        say(format!(
+            "layer by layer, {} positions at a time; {} of the time went into waiting for weights",
+            report.block_positions,
+            duration(report.waiting_seconds)
+        ));
+    }
     say(format!(
-        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it",
+        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it; with the disk {}",
         duration(report.teacher_seconds),
         report.teacher_positions,
         report.tokens_per_second,
         100.0 * (report.statistics_seconds + report.encoding_seconds)
             / report.teacher_seconds.max(1e-9),
+        duration(report.pass_seconds),
     ));
     Ok(report)
 }

@@ -467,7 +467,8 @@ fn work_files(store: &Store) -> Result<Vec<String>> {
 }
 
 fn is_work_file(name: &str) -> bool {
-    name.starts_with("work-") && name.ends_with(".json")
+    let digest = name.strip_prefix("work-");
+    digest.is_some_and(|rest| rest.strip_suffix(".json").is_some())
 }
 
 fn work_file(digest: &str) -> String {
