@@ -39,7 +39,10 @@ On many machines that see one folder (deploy/ has scripts for Slurm and Kubernet
   caskd build --commit --out cache
 
 A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
-#[expect(clippy::struct_excessive_bools, reason = "flags as the user types them")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "flags as the user types them"
+)]
 pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder or a GGUF file
     #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
