@@ -61,7 +61,7 @@ impl LayerPass<'_> {
         let shapes: Vec<(i64, i64)> = batches
             .iter()
             .map(|ids| ids.size2())
-            .collect::<Result<_, _>>()
+            .collect::<std::result::Result<_, _>>()
             .map_err(crate::error::torch("reading the shape of a batch"))?;
         let mut times = LayerTimes::default();
         let mut states = Activations::new(batches.len(), self.spill)?;
