@@ -6,6 +6,7 @@
 
 mod activations;
 mod build;
+mod device_statistics;
 mod error;
 mod estimate;
 mod fidelity;

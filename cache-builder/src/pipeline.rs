@@ -60,6 +60,9 @@ pub(crate) fn compute_and_write(
                         break;
                     }
                 }
+                if group.is_empty() {
+                    break;
+                }
                 let completed = pass.run(&group, on_batch, &mut |index, sequences| {
                     // An error of the writing thread closes the channel, and follows below.
                     Ok(sender.send((numbers[index], sequences)).is_ok())

@@ -8,6 +8,7 @@ use caskd_formats::{CacheSpec, Coefficients, HiddenState, Sequence, Statistics, 
 use caskd_models::Forward;
 use tch::{Device, Kind, Tensor};
 
+use crate::device_statistics::summarize_on_device;
 use crate::layers::Event;
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
 use crate::teacher::Teacher;
@@ -324,12 +325,20 @@ impl<'a> TeacherPass<'a> {
         while first < rows && bad.is_none() {
             let count = HEAD_ROWS.min(rows - first);
             let hidden = last_hidden.narrow(0, first, count).to_kind(Kind::Float);
-            let seconds = fill_logits(&hidden, &head, &mut self.logits);
-            let started = Instant::now();
-            let summarized =
-                summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k);
+            let (summarized, seconds) = if head.device() == Device::Cpu {
+                let moving = fill_logits(&hidden, &head, &mut self.logits);
+                let started = Instant::now();
+                let summarized =
+                    summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k);
+                (summarized, moving + started.elapsed().as_secs_f64())
+            } else {
+                let logits = logits_on_device(&hidden, &head);
+                let started = Instant::now();
+                let summarized = summarize_on_device(&logits, &mut statistics, &mut top_k)?;
+                (summarized, started.elapsed().as_secs_f64())
+            };
             bad = summarized.err().map(|row| first as usize + row);
-            self.totals.statistics_seconds += seconds + started.elapsed().as_secs_f64();
+            self.totals.statistics_seconds += seconds;
             first += count;
         }
         self.head = Some(head);
@@ -340,10 +349,30 @@ impl<'a> TeacherPass<'a> {
     }
 }
 
+/// Rows of the head in one product.
+fn slice_rows(head: &Tensor) -> usize {
+    let (vocab_size, width) = (head.size()[0] as usize, head.size()[1] as usize);
+    (HEAD_SLICE_BYTES / 4 / width.max(1)).clamp(1, vocab_size)
+}
+
+/// Logits [N, V] of hidden states [N, D] in f32, which stay where the head is.
+fn logits_on_device(hidden: &Tensor, head: &Tensor) -> Tensor {
+    let columns = slice_rows(head) as i64;
+    let vocab_size = head.size()[0];
+    let slices: Vec<Tensor> = (0..vocab_size)
+        .step_by(columns as usize)
+        .map(|first| {
+            let weights = head.narrow(0, first, columns.min(vocab_size - first));
+            caskd_models::linear(hidden, &weights.to_kind(Kind::Float), None)
+        })
+        .collect();
+    Tensor::cat(&slices, 1)
+}
+
 /// Logits [N, V] of hidden states [N, D] in f32, as one flat row after the other; the seconds spent on moving them.
 fn fill_logits(hidden: &Tensor, head: &Tensor, logits: &mut Vec<f32>) -> f64 {
     let (rows, vocab_size) = (hidden.size()[0] as usize, head.size()[0] as usize);
-    let columns = (HEAD_SLICE_BYTES / 4 / head.size()[1].max(1) as usize).clamp(1, vocab_size);
+    let columns = slice_rows(head);
     logits.resize(rows * vocab_size, 0.0);
     let mut slice = Vec::new();
     let mut seconds = 0.0;
