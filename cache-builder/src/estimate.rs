@@ -243,7 +243,7 @@ fn measure(
         .view([positions as i64, width])
         .to_kind(options.kind);
     let layer_seconds = best_of(3, device, || {
-        block.forward(&x, &context);
+        let _ = block.forward(&x, &context);
     });
     drop(block);
 

@@ -61,7 +61,8 @@ pub(crate) fn prune_to(
             "0.25 removes a quarter of each pruned layer",
         ));
     }
-    let mut model = load(model, &LoadOptions::default())?;
+    let path = model;
+    let mut model = load(path, &LoadOptions::default())?;
     let activation = match calibration {
         None => {
             say(
@@ -70,7 +71,8 @@ pub(crate) fn prune_to(
             None
         }
         Some(file) => {
-            let data = caskd_cache_builder::tokenize(&model, std::slice::from_ref(file), 512)?;
+            let files = caskd_models::ModelFiles::open(path)?;
+            let data = caskd_cache_builder::tokenize(&files, std::slice::from_ref(file), 512)?;
             let mut sequences = Vec::new();
             let mut tokens = 0;
             for sequence in data.sequences {
