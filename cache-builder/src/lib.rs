@@ -14,6 +14,7 @@ mod footprint;
 mod head;
 mod layers;
 mod memory;
+mod noise_shaping;
 mod options;
 mod pipeline;
 mod plan;

@@ -18,7 +18,9 @@ use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::teacher::Teacher;
 use crate::teacher_pass::TeacherPass;
 use crate::tokenize::{TokenizedSequence, tokenize};
-use crate::transform_fit::{self, FIT_POSITIONS, HELD_OUT_POSITIONS, MOST_K, Sample};
+use crate::transform_fit::{
+    self, FIT_POSITIONS, HELD_OUT_POSITIONS, LEAST_FIT_POSITIONS, MOST_K, Sample,
+};
 use crate::{Error, Result};
 
 /// A build whose first shard can be computed.
@@ -252,21 +254,25 @@ fn choose_sample(sequences: &[TokenizedSequence]) -> (Vec<TokenizedSequence>, us
         .collect();
     order.sort_unstable();
     let mut chosen = Vec::new();
+    let all: usize = sequences
+        .iter()
+        .map(|sequence| sequence.token_ids.len())
+        .sum();
+    // A quarter of small data stays held out.
+    let to_fit = FIT_POSITIONS.min((all / 4 * 3).max(LEAST_FIT_POSITIONS));
     let (mut positions, mut fitted) = (0, None);
     for (_, index) in order {
-        if positions >= FIT_POSITIONS && fitted.is_none() {
+        if positions >= to_fit && fitted.is_none() {
             fitted = Some(chosen.len());
         }
-        if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS {
+        if positions >= to_fit + HELD_OUT_POSITIONS {
             break;
         }
         positions += sequences[index].token_ids.len();
         chosen.push(sequences[index].clone());
     }
     match fitted {
-        Some(fitted) if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS / 2 => {
-            (chosen, fitted, fitted)
-        }
+        Some(fitted) if positions >= to_fit + HELD_OUT_POSITIONS / 2 => (chosen, fitted, fitted),
         _ => {
             let (all, last) = (chosen.len(), chosen.len() / 4 * 3);
             (chosen, all, last.min(all.saturating_sub(1)))

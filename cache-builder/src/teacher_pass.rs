@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use caskd_formats::{CacheSpec, Coefficients, HiddenState, Sequence, Statistics, TopK};
+use caskd_formats::{CacheSpec, HiddenState, Sequence, Statistics, TopK};
 use caskd_models::Forward;
 use tch::{Device, Kind, Tensor};
 
@@ -254,14 +254,19 @@ impl<'a> TeacherPass<'a> {
         let (mut statistics, mut top_k) = self
             .summarize(&last_hidden)?
             .map_err(|position| not_finite("logits", members, position))?;
-        let coefficients = self.coder.as_ref().map(|coder| {
+        let mut coefficients = Vec::new();
+        if let Some(coder) = &self.coder {
             let started = Instant::now();
             round_statistics(&mut statistics);
             snap_top_k(&mut top_k, &statistics.max);
-            let coefficients = coder.code(&last_hidden);
+            let masks: Vec<&[bool]> = members
+                .iter()
+                .map(|member| member.loss_mask.as_slice())
+                .collect();
+            coefficients = coder.code(&last_hidden, &masks)?;
             self.totals.statistics_seconds += started.elapsed().as_secs_f64();
-            coefficients
-        });
+        }
+        let mut coefficients = coefficients.into_iter();
 
         let mut results = Vec::with_capacity(members.len());
         let mut first = 0;
@@ -286,10 +291,7 @@ impl<'a> TeacherPass<'a> {
                         values: values[rows.start * width..rows.end * width].to_vec(),
                     })
                     .collect(),
-                coefficients: coefficients.as_ref().map(|all| Coefficients {
-                    rank: all.rank,
-                    levels: all.levels[rows.start * all.rank..rows.end * all.rank].to_vec(),
-                }),
+                coefficients: coefficients.next(),
             });
         }
         for (layer, values, width) in &kept {
