@@ -4,16 +4,32 @@ use tch::{Device, Tensor};
 
 use crate::config::Config;
 use crate::linear::{Linear, Pass};
+use crate::llama::LayerShape;
+use crate::prune::Coupling;
 use crate::weights::WeightSource;
 use crate::{LoadOptions, Result, bloom, llama};
 
 /// Places inside a block that an observer sees, with what enters there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Site {
+    /// Input of the attention's first projections: [N, D].
+    AttentionInput,
     /// Input of the attention's output projection: [N, H·d].
     AttentionOutput,
+    /// Input of the FFN's first projections: [N, D].
+    FfnInput,
     /// Input of the FFN's output projection: [N, F].
     FfnOutput,
+}
+
+/// Where the input of a projection is seen, by its path inside the block.
+pub(crate) fn site_of(path: &str) -> Site {
+    match path {
+        "self_attn.o_proj" | "self_attention.dense" => Site::AttentionOutput,
+        "mlp.down_proj" | "mlp.dense_4h_to_h" => Site::FfnOutput,
+        path if path.starts_with("mlp.") => Site::FfnInput,
+        _ => Site::AttentionInput,
+    }
 }
 
 /// One block, loaded. Its memory is free again when it is dropped.
@@ -133,6 +149,61 @@ impl Block {
         match self {
             Block::Llama(block) => block.0.linears_mut(),
             Block::Bloom(block) => block.0.linears_mut(),
+        }
+    }
+
+    /// What a head's weights, or those of a key/value head with its query heads, are; `None` where heads have places
+    /// of their own and none can go.
+    pub(crate) fn attention_coupling(
+        &self,
+        shape: LayerShape,
+        head_dim: usize,
+    ) -> Option<Coupling> {
+        match self {
+            Block::Llama(_) => {
+                let queries = shape.heads / shape.kv_heads * head_dim;
+                Some(Coupling {
+                    rows: vec![
+                        ("self_attn.q_proj", queries),
+                        ("self_attn.k_proj", head_dim),
+                        ("self_attn.v_proj", head_dim),
+                    ],
+                    columns: ("self_attn.o_proj", queries),
+                })
+            }
+            // The slope of a head's position bias belongs to its place.
+            Block::Bloom(_) => None,
+        }
+    }
+
+    /// What an FFN channel's weights are.
+    pub(crate) fn ffn_coupling(&self) -> Coupling {
+        match self {
+            Block::Llama(_) => Coupling {
+                rows: vec![("mlp.gate_proj", 1), ("mlp.up_proj", 1)],
+                columns: ("mlp.down_proj", 1),
+            },
+            Block::Bloom(_) => Coupling {
+                rows: vec![("mlp.dense_h_to_4h", 1)],
+                columns: ("mlp.dense_4h_to_h", 1),
+            },
+        }
+    }
+
+    /// The block's tensors, to be replaced.
+    pub(crate) fn for_each_tensor(&mut self, change: &mut dyn FnMut(&mut Tensor)) {
+        let norms = match self {
+            Block::Llama(block) => block.0.norms_mut(),
+            Block::Bloom(block) => block.0.norms_mut(),
+        };
+        for norm in norms {
+            norm.for_each_tensor(change);
+        }
+        for (_, linear) in self.linears_mut() {
+            change(&mut linear.weight);
+            if let Some(bias) = &mut linear.bias {
+                change(bias);
+            }
         }
     }
 

@@ -341,11 +341,13 @@ impl Block {
     ) -> Tensor {
         let pass = context.pass;
         let normed = self.input_norm.forward(x);
+        observe(Site::AttentionInput, &normed);
         let mixed = self.attention.mix(&normed, context);
         observe(Site::AttentionOutput, &mixed);
         let residual = if self.residual_after_norm { &normed } else { x };
         let x = self.attention.dense.forward(&mixed, pass).g_add_(residual);
         let normed = self.post_attention_norm.forward(&x);
+        observe(Site::FfnInput, &normed);
         let active = self.mlp.dense_h_to_4h.forward(&normed, pass).gelu("tanh");
         observe(Site::FfnOutput, &active);
         let residual = if self.residual_after_norm {
@@ -382,6 +384,10 @@ impl Block {
             ("mlp.dense_h_to_4h", &mut self.mlp.dense_h_to_4h),
             ("mlp.dense_4h_to_h", &mut self.mlp.dense_4h_to_h),
         ]
+    }
+
+    pub(crate) fn norms_mut(&mut self) -> [&mut Norm; 2] {
+        [&mut self.input_norm, &mut self.post_attention_norm]
     }
 
     pub(crate) fn norms(&self) -> Vec<(&'static str, &Norm)> {

@@ -109,6 +109,19 @@ impl Config {
         self.layers().len()
     }
 
+    /// Sizes of a block before any pruning.
+    pub fn dense(&self) -> LayerShape {
+        match self {
+            Config::Llama(config) => config.dense,
+            Config::Bloom(config) => config.dense,
+        }
+    }
+
+    /// True when some block is smaller than the architecture's own sizes.
+    pub fn is_pruned(&self) -> bool {
+        self.layers().iter().any(|layer| *layer != self.dense())
+    }
+
     /// Sizes of every block.
     pub fn layers(&self) -> &[LayerShape] {
         match self {

@@ -37,6 +37,7 @@ use crate::gguf::GgufFile;
 use crate::hub;
 use crate::linear::Pass;
 use crate::norm::Norm;
+use crate::sparsity::Sparsity;
 use crate::tokenizer::read_json;
 use crate::weights::{SafetensorsFolder, WeightSource};
 use crate::{
@@ -48,6 +49,8 @@ use crate::{
 pub struct ModelFiles {
     path: PathBuf,
     config: Config,
+    /// Of a masked network.
+    sparsity: Option<Sparsity>,
     source: Box<dyn WeightSource>,
     /// The tokenizer, with its fingerprint, special tokens and configuration; `bos` and `eos` fall
     /// back to those of the network's configuration.
@@ -89,6 +92,7 @@ impl ModelFiles {
     pub fn open(path: &Path) -> Result<ModelFiles> {
         let name = hub::model_name(path);
         let path = &*hub::locate(path)?;
+        let mut sparsity = None;
         let (config, source): (Config, Box<dyn WeightSource>) = if is_gguf(path)? {
             let file = GgufFile::open(path)?;
             (file.config()?, Box::new(file))
@@ -97,6 +101,7 @@ impl ModelFiles {
             let config = read_json(&config_path)?.ok_or_else(|| Error::NotAModel {
                 path: path.to_owned(),
             })?;
+            sparsity = Sparsity::from_config(&config_path, &config)?;
             let config = Config::from_json(&config_path, &config)?;
             (config, Box::new(SafetensorsFolder::open(path)?))
         };
@@ -118,6 +123,7 @@ impl ModelFiles {
         Ok(ModelFiles {
             path: path.to_owned(),
             config,
+            sparsity,
             source,
             tokenizer,
             name: name.unwrap_or_else(|| path_name(path)),
@@ -168,7 +174,8 @@ impl ModelFiles {
         Embedding::load(&self.config, self.source.as_ref(), options)
     }
 
-    /// Loads block `index` of 0..L: reads it from the files and converts it.
+    /// Loads block `index` of 0..L: reads it from the files and converts it, in one copy that is
+    /// free again when the block is dropped; no page of the files stays with the process.
     ///
     /// # Errors
     /// A missing or misshapen tensor.
@@ -198,11 +205,12 @@ impl ModelFiles {
         self.config.head_rows(rows, self.source.as_ref(), options)
     }
 
-    /// Loads everything; the blocks are placed in turn on the devices, as many on each.
+    /// Loads everything; the blocks are placed in turn on the devices, as many on each. Weights
+    /// that stay on the CPU in the type of their file are not copied: they are the mapped file.
     ///
     /// # Errors
     /// A compute type that is neither f32 nor bf16, no device, missing or misshapen tensors.
-    pub fn load(self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+    pub fn load(mut self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::unsupported(
                 &self.path,
@@ -217,7 +225,11 @@ impl ModelFiles {
                 devices.len(),
             ));
         }
-        let network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
+        self.source.keep_mapped();
+        let mut network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
+        if let Some(sparsity) = self.sparsity.clone() {
+            network.set_sparsity(sparsity);
+        }
         let digest = self.digest();
         let tokenizer = self.tokenizer;
         Ok(LoadedModel {
@@ -276,6 +288,13 @@ impl Embedding {
         match &self.norm {
             Some(norm) => norm.forward(&x),
             None => x,
+        }
+    }
+
+    pub(crate) fn for_each_tensor(&mut self, change: &mut dyn FnMut(&mut Tensor)) {
+        change(&mut self.table);
+        if let Some(norm) = &mut self.norm {
+            norm.for_each_tensor(change);
         }
     }
 

@@ -24,6 +24,7 @@
 
 mod activation;
 mod attention;
+mod bf16_product;
 mod block;
 mod bloom;
 mod config;
@@ -34,6 +35,7 @@ mod gguf_config;
 mod gguf_tokenizer;
 mod hf;
 mod hub;
+mod importance;
 mod linear;
 mod llama;
 mod lora;
@@ -41,12 +43,17 @@ mod mapped;
 mod mistral;
 mod network;
 mod norm;
+mod pad;
 mod prune;
 mod qwen2;
 mod rng;
+mod saliency;
 mod save;
+mod sparsity;
 mod tokenizer;
+mod training;
 mod weights;
+mod wide_head;
 
 use std::path::Path;
 
@@ -59,6 +66,7 @@ pub use bloom::BloomConfig;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use files::{Embedding, ModelFiles, PartBytes};
+pub use importance::{Criterion, Method};
 pub use linear::{linear, through_onednn};
 pub use llama::{
     AttentionBias, Family, LayerShape, Llama3Scaling, LlamaConfig, RopeScaling, SlidingWindow,
@@ -66,10 +74,17 @@ pub use llama::{
 pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
 pub use network::{Forward, Network};
 pub use norm::Norm;
-pub use prune::{LayerPruning, PruneOptions, PruneReport, prune, prune_block};
+pub use pad::pad_to_dense;
+pub use prune::{
+    LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune, prune_block,
+};
 pub use rng::SeededRng;
-pub use save::save_model;
+pub use saliency::{Saliencies, saliencies};
+pub use save::{save_model, save_peft};
+pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
+pub use training::Tape;
+pub use wide_head::WideHead;
 
 /// Where the weights go and in which type they compute.
 #[derive(Debug, Clone, Copy)]

@@ -445,16 +445,18 @@ impl Block {
         context: &Context,
         observe: &mut dyn FnMut(Site, &Tensor),
     ) -> Tensor {
-        let mixed = self.attention.mix(&self.input_norm.forward(x), context);
+        let normed = self.input_norm.forward(x);
+        observe(Site::AttentionInput, &normed);
+        let mixed = self.attention.mix(&normed, context);
         observe(Site::AttentionOutput, &mixed);
         let x = self
             .attention
             .o_proj
             .forward(&mixed, context.pass)
             .g_add_(x);
-        let active = self
-            .mlp
-            .activate(&self.post_attention_norm.forward(&x), context.pass);
+        let normed = self.post_attention_norm.forward(&x);
+        observe(Site::FfnInput, &normed);
+        let active = self.mlp.activate(&normed, context.pass);
         observe(Site::FfnOutput, &active);
         self.mlp.down_proj.forward(&active, context.pass).g_add_(&x)
     }
@@ -482,6 +484,10 @@ impl Block {
             ("mlp.up_proj", &mut self.mlp.up_proj),
             ("mlp.down_proj", &mut self.mlp.down_proj),
         ]
+    }
+
+    pub(crate) fn norms_mut(&mut self) -> [&mut Norm; 2] {
+        [&mut self.input_norm, &mut self.post_attention_norm]
     }
 
     pub(crate) fn norms(&self) -> Vec<(&'static str, &Norm)> {

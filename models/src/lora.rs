@@ -91,6 +91,11 @@ impl LoraConfig {
 /// # Errors
 /// The network has no adapters; the disk is full or not writable.
 pub fn save_adapters(network: &Network, out: &Path) -> Result<()> {
+    save_adapters_for(network, None, out)
+}
+
+/// The same, naming the base model that they go onto.
+pub(crate) fn save_adapters_for(network: &Network, base: Option<&Path>, out: &Path) -> Result<()> {
     let lora = network
         .lora()
         .ok_or_else(|| refuse("the network has none".to_owned()))?;
@@ -98,7 +103,7 @@ pub fn save_adapters(network: &Network, out: &Path) -> Result<()> {
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": null,
+        "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,

@@ -11,6 +11,7 @@ use crate::files::Embedding;
 use crate::linear::{Adapter, Pass};
 use crate::lora::LoraConfig;
 use crate::norm::Norm;
+use crate::sparsity::Sparsity;
 use crate::weights::{RandomWeights, WeightSource};
 use crate::{Error, LoadOptions, Result};
 
@@ -36,6 +37,10 @@ pub struct Network {
     head: Tensor,
     lora: Option<LoraConfig>,
     dropout_seed: u64,
+    /// The type that passes compute in, where the head is of another.
+    compute: Option<Kind>,
+    /// Where weights are zero and stay so.
+    sparsity: Option<Sparsity>,
 }
 
 impl Network {
@@ -75,6 +80,8 @@ impl Network {
             head,
             lora: None,
             dropout_seed: 0,
+            compute: None,
+            sparsity: None,
         })
     }
 
@@ -113,6 +120,18 @@ impl Network {
         pass: Pass,
         observe: Observer<'_>,
     ) -> Forward {
+        self.run(input_ids, keep, pass, &mut |_, _| {}, observe)
+    }
+
+    /// The whole pass; `enter` sees what enters each block [N, D], and at last the final norm.
+    pub(crate) fn run(
+        &self,
+        input_ids: &Tensor,
+        keep: &[u32],
+        pass: Pass,
+        enter: &mut dyn FnMut(usize, &Tensor),
+        observe: Observer<'_>,
+    ) -> Forward {
         let &[batch, positions] = input_ids.size().as_slice() else {
             panic!("input_ids must be [B, T], not {:?}", input_ids.size());
         };
@@ -126,15 +145,17 @@ impl Network {
             self.contexts(|options| Context::new(&self.config, (batch, positions), options, pass));
         let mut hidden = Vec::new();
         let x = self.run_blocks(
-            self.embedding.forward(input_ids),
+            self.embedding.forward(input_ids).to_kind(self.kind()),
             &contexts,
             &mut |index, x| {
+                enter(index, x);
                 if keep.contains(&(index as u32)) {
                     hidden.push((index as u32, x.view(shape)));
                 }
             },
             observe,
         );
+        enter(self.blocks.len(), &x);
         let last_hidden = self.norm.forward(&x).view(shape);
         if keep.contains(&last) {
             hidden.push((last, last_hidden.shallow_clone()));
@@ -172,7 +193,10 @@ impl Network {
     }
 
     /// The shared part of a pass on every device that holds a block.
-    fn contexts(&self, make: impl Fn(&LoadOptions) -> Context) -> Vec<(Device, Context)> {
+    pub(crate) fn contexts(
+        &self,
+        make: impl Fn(&LoadOptions) -> Context,
+    ) -> Vec<(Device, Context)> {
         let mut contexts: Vec<(Device, Context)> = Vec::new();
         for device in self.blocks.iter().map(Block::device) {
             if contexts.iter().all(|(known, _)| *known != device) {
@@ -208,7 +232,7 @@ impl Network {
 
     /// Logits of hidden states after the final norm: [.., D] → [.., V], in the compute type.
     pub fn logits(&self, last_hidden: &Tensor) -> Tensor {
-        last_hidden.linear(&self.head, None::<&Tensor>)
+        last_hidden.linear(&self.head.to_kind(last_hidden.kind()), None::<&Tensor>)
     }
 
     /// The configuration.
@@ -255,6 +279,12 @@ impl Network {
                 message: "the network has adapters already".to_owned(),
             });
         }
+        if self.sparsity.is_some() && lora.dropout > 0.0 {
+            return Err(Error::Lora {
+                message: "adapters of a masked network have no dropout: they are part of its masked weights"
+                    .to_owned(),
+            });
+        }
         let scale = lora.alpha / lora.rank as f64;
         for (index, block) in self.blocks.iter_mut().enumerate() {
             let device = block.device();
@@ -295,9 +325,15 @@ impl Network {
         self.dropout_seed = seed;
     }
 
-    /// Adapter tensors by PEFT name (`base_model.model.….lora_A.weight`), ordered by name: shallow
+    /// What trains, ordered by name: all weights by Hugging Face's names after [`Network::train_all`], else the
+    /// adapter tensors by PEFT name (`base_model.model.….lora_A.weight`). Shallow
     /// clones that require gradients, so an optimizer changes the network through them.
     pub fn trainable(&self) -> Vec<(String, Tensor)> {
+        if self.trains_all() {
+            let mut tensors = self.parameters();
+            tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+            return tensors;
+        }
         let mut tensors = Vec::new();
         for adapter in self
             .blocks
@@ -346,6 +382,48 @@ impl Network {
             .collect()
     }
 
+    /// What a masked network's configuration says.
+    pub fn sparsity(&self) -> Option<&Sparsity> {
+        self.sparsity.as_ref()
+    }
+
+    /// Takes the projections' zeros in the masked layers for their masks.
+    pub(crate) fn set_sparsity(&mut self, sparsity: Sparsity) {
+        let end = sparsity.end_layer.min(self.blocks.len());
+        for block in &mut self.blocks[sparsity.first_layer.min(end)..end] {
+            for (_, linear) in block.linears_mut() {
+                linear.mask = Some(linear.weight.ne(0));
+            }
+        }
+        self.sparsity = Some(sparsity);
+    }
+
+    pub(crate) fn final_norm(&self) -> &Norm {
+        &self.norm
+    }
+
+    pub(crate) fn dropout_seed(&self) -> u64 {
+        self.dropout_seed
+    }
+
+    pub(crate) fn set_compute(&mut self, kind: Kind) {
+        self.compute = Some(kind);
+    }
+
+    /// Replaces every tensor; a tied head stays the embedding.
+    pub(crate) fn for_each_tensor(&mut self, change: &mut dyn FnMut(&mut Tensor)) {
+        self.embedding.for_each_tensor(change);
+        for block in &mut self.blocks {
+            block.for_each_tensor(change);
+        }
+        self.norm.for_each_tensor(change);
+        if self.config.tie_word_embeddings() {
+            self.head = self.embedding.table.to_device(self.head.device());
+        } else {
+            change(&mut self.head);
+        }
+    }
+
     /// Device of final norm and head, where [`forward`](Network::forward) leaves the last hidden
     /// state. Token ids may come from any device.
     pub fn device(&self) -> Device {
@@ -354,7 +432,7 @@ impl Network {
 
     /// Compute type of the weights.
     pub fn kind(&self) -> Kind {
-        self.head.kind()
+        self.compute.unwrap_or_else(|| self.head.kind())
     }
 
     /// Records new block sizes after the weights were cut.
@@ -374,6 +452,8 @@ impl Network {
             head: self.head.shallow_clone(),
             lora: None,
             dropout_seed: 0,
+            compute: self.compute,
+            sparsity: self.sparsity.clone(),
         }
     }
 }

@@ -46,11 +46,19 @@ impl Norm {
         })
     }
 
+    pub(crate) fn for_each_tensor(&mut self, change: &mut dyn FnMut(&mut Tensor)) {
+        change(&mut self.weight);
+        if let Some(bias) = &mut self.bias {
+            change(bias);
+        }
+    }
+
     /// [.., D] → [.., D].
     pub fn forward(&self, x: &Tensor) -> Tensor {
         if let Some(bias) = &self.bias {
             let width = self.weight.size();
-            return x.layer_norm(width, Some(&self.weight), Some(bias), self.eps, false);
+            let (weight, bias) = (self.weight.to_kind(x.kind()), bias.to_kind(x.kind()));
+            return x.layer_norm(width, Some(&weight), Some(&bias), self.eps, false);
         }
         // Type promotion makes the products f32 without a wide copy of x.
         let norm = x.linalg_norm(2.0, [-1i64].as_slice(), true, Kind::Float);

@@ -44,7 +44,7 @@ A JSONL record has Alpaca's fields (instruction, input, output), or input_ids an
     reason = "flags as the user types them"
 )]
 pub(crate) struct BuildArgs {
-    /// The teacher: a Hugging Face folder or a GGUF file
+    /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
     pub(crate) teacher: Option<PathBuf>,
     /// Records (.jsonl) or running text (.txt); may be repeated

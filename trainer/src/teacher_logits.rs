@@ -12,6 +12,8 @@ use tch::{Device, Kind, Tensor};
 use crate::batch::Batch;
 use crate::head::{chunks, rows_per_chunk};
 use crate::matmul::times_transposed;
+use crate::row_kernel::{TeacherParts, TopEntries};
+use crate::unchecked::read;
 use crate::{Error, Result};
 
 /// Mass outside the top K that a shift to the exact log-sum-exp does not go below.
@@ -164,6 +166,36 @@ impl LinearCode {
     /// Whether temperature 1 has logits of its own.
     pub(crate) fn differs_at_one(&self) -> bool {
         matches!(self.source, Source::Levels)
+    }
+
+    /// The products that logits are made of [N, V'], V' ≥ V, in memory of their own.
+    pub(crate) fn products(&self, rows: &TeacherRows) -> Tensor {
+        times_transposed(&rows.coefficients, &self.weight)
+    }
+
+    /// What makes logits of them; `None` where it does not lie in the CPU's memory.
+    pub(crate) fn parts<'a>(&'a self, rows: &'a TeacherRows) -> Option<TeacherParts<'a>> {
+        let bias = match &self.bias {
+            Some(bias) => Some(read(bias)?),
+            None => None,
+        };
+        let Some(exact) = &rows.exact else {
+            return Some(TeacherParts {
+                bias,
+                ..TeacherParts::default()
+            });
+        };
+        Some(TeacherParts {
+            bias,
+            mean: Some(read(&exact.mean)?),
+            exact: Some(TopEntries {
+                k: exact.ids.size()[1] as usize,
+                ids: read(&exact.ids)?,
+                logits: read(&exact.logits)?,
+                log_sum_exp: read(&exact.log_sum_exp)?,
+            }),
+            smallest_mass: SMALLEST_MASS,
+        })
     }
 
     fn all_logits(&self, rows: &TeacherRows) -> Tensor {

@@ -34,6 +34,8 @@ pub(crate) struct CacheForm {
     pub(crate) top_k: usize,
     pub(crate) fingerprint: Option<String>,
     pub(crate) vocabulary: usize,
+    /// Every second response is the student's.
+    pub(crate) student_responses: bool,
 }
 
 impl Default for CacheForm {
@@ -44,6 +46,7 @@ impl Default for CacheForm {
             top_k: TOP_K,
             fingerprint: None,
             vocabulary: VOCABULARY,
+            student_responses: false,
         }
     }
 }
@@ -163,7 +166,15 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
                     values: floats(hidden),
                 });
                 Sequence {
-                    source: format!("tiny.jsonl:{}", index + 1),
+                    source: format!(
+                        "tiny.jsonl:{}{}",
+                        index + 1,
+                        if form.student_responses && index % 2 == 1 {
+                            "#student"
+                        } else {
+                            ""
+                        }
+                    ),
                     loss_mask: (0..positions).map(|t| t >= 2).collect(),
                     statistics: Some(statistics(&logits)),
                     top_k: (form.top_k > 0).then(|| {
