@@ -144,12 +144,15 @@ impl Teacher {
     /// Last hidden states of the teacher pruned by magnitude, each batch [B, T] → [B, T, D]. The pruned network never
     /// exists whole.
     pub(crate) fn run_pruned(&self, batches: &[Tensor], ratio: f64) -> Result<Vec<Tensor>> {
-        let options = PruneOptions {
-            ratio,
-            ..PruneOptions::default()
-        };
         let config = self.files.config();
-        let change = |index: usize, block: &mut Block| prune_block(config, index, block, &options);
+        // The reading thread makes options of its own: theirs may hold tensors, which no two threads share.
+        let change = |index: usize, block: &mut Block| {
+            let options = PruneOptions {
+                ratio,
+                ..PruneOptions::default()
+            };
+            prune_block(config, index, block, &options)
+        };
         let mut found: Vec<Option<Tensor>> = batches.iter().map(|_| None).collect();
         LayerPass {
             files: &self.files,
