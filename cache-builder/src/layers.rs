@@ -60,7 +60,7 @@ impl LayerPass<'_> {
         let num_layers = self.files.config().num_layers();
         let shapes: Vec<(i64, i64)> = batches
             .iter()
-            .map(|ids| ids.size2())
+            .map(Tensor::size2)
             .collect::<std::result::Result<_, _>>()
             .map_err(crate::error::torch("reading the shape of a batch"))?;
         let mut times = LayerTimes::default();

@@ -49,7 +49,7 @@ pub(crate) fn compute_and_write(
             while waiting.peek().is_some() {
                 // As many shards as go through the teacher together: one, unless it is read layer by layer.
                 let (mut numbers, mut group, mut positions) = (Vec::new(), Vec::new(), 0);
-                while let Some(shard) = waiting.next() {
+                for shard in waiting.by_ref() {
                     if let Some(tokens) = load(shard)? {
                         let lengths = tokens.iter().map(|sequence| sequence.token_ids.len());
                         positions += lengths.sum::<usize>();

@@ -90,13 +90,11 @@ impl Teacher {
 
     /// LM head [V, D] in the compute type, on the device of the last layer.
     pub(crate) fn head(&self) -> Result<Tensor> {
-        match &self.whole {
-            Some(model) => Ok(model.network.head().detach()),
-            None => {
-                let rows = 0..self.files.config().vocab_size();
-                Ok(self.files.load_head(rows, &self.options)?)
-            }
+        if let Some(model) = &self.whole {
+            return Ok(model.network.head().detach());
         }
+        let rows = 0..self.files.config().vocab_size();
+        Ok(self.files.load_head(rows, &self.options)?)
     }
 
     /// The head as statistics are computed with it: in f32, where that fits.

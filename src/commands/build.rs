@@ -52,59 +52,57 @@ fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
         print_json(&found)?;
         return Ok(Exit::Done);
     }
-    let mut text = format!(
-        "{} sequences, {} positions ({} targets)\n\n{:8} {:>14} {:>10} {:>15}\n",
-        found.sequences,
-        found.positions,
-        found.targets,
-        "tier",
-        "bytes/position",
-        "shards",
-        "head and basis"
-    );
+    let mut lines = vec![
+        format!(
+            "{} sequences, {} positions ({} targets)\n",
+            found.sequences, found.positions, found.targets
+        ),
+        format!(
+            "{:8} {:>14} {:>10} {:>15}",
+            "tier", "bytes/position", "shards", "head and basis"
+        ),
+    ];
     for (tier, bytes_of) in &found.tiers {
         let mark = if *tier == tier_name(found.tier) {
             "  <- --tier"
         } else {
             ""
         };
-        text += &format!(
-            "{tier:8} {:>14.0} {:>10} {:>15}{mark}\n",
+        lines.push(format!(
+            "{tier:8} {:>14.0} {:>10} {:>15}{mark}",
             bytes_of.bytes_per_position,
             bytes(bytes_of.shard_bytes),
             bytes(bytes_of.shared_bytes)
-        );
+        ));
     }
-    let memory = if found.memory.layered {
+    lines.push(if found.memory.layered {
         format!(
-            "layer by layer in {}, {} positions at a time (whole it would take {})",
+            "\nmemory: layer by layer in {}, {} positions at a time (whole it would take {})",
             bytes(found.memory.bytes),
             found.memory.block_positions,
             bytes(found.in_memory_bytes)
         )
     } else {
         format!(
-            "{} with all weights in it; layer by layer (--memory-budget) at least {}",
+            "\nmemory: {} with all weights in it; layer by layer (--memory-budget) at least {}",
             bytes(found.memory.bytes),
             bytes(found.least_bytes)
         )
+    });
+    let fit = if found.fit_seconds > 0.0 {
+        format!(", {} of it for the fit", duration(found.fit_seconds))
+    } else {
+        String::new()
     };
-    let measured = &found.measurement;
-    text += &format!("\nmemory: {memory}\n");
-    text += &format!(
-        "time:   {} at {:.0} tokens/s{}\n        from one of {} layers and the head, measured on {} positions; {:.0}% of the batches is padding",
+    lines.push(format!(
+        "time:   {} at {:.0} tokens/s{fit}\n        from one of {} layers and the head, measured on {} positions; {:.0}% of the batches is padding",
         duration(found.seconds),
         found.tokens_per_second,
-        if found.fit_seconds > 0.0 {
-            format!(", {} of it for the fit", duration(found.fit_seconds))
-        } else {
-            String::new()
-        },
-        measured.layers,
-        measured.positions,
+        found.measurement.layers,
+        found.measurement.positions,
         100.0 * found.padding as f64 / (found.padding + found.positions) as f64,
-    );
-    print_text(text);
+    ));
+    print_text(lines.join("\n"));
     Ok(Exit::Done)
 }
 
