@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use caskd_cache_builder::{DataOptions, tokenize};
 use caskd_models::{
     LoadOptions, PruneOptions, PruneReport, activation_norms, load, prune, save_model,
 };
@@ -70,7 +71,17 @@ pub(crate) fn prune_to(
             None
         }
         Some(file) => {
-            let data = caskd_cache_builder::tokenize(&model, std::slice::from_ref(file), 512)?;
+            let data = tokenize(
+                &model,
+                std::slice::from_ref(file),
+                512,
+                &DataOptions::default(),
+                &terminal::STOP,
+                &mut |_| {},
+            )?;
+            let Some(data) = data else {
+                return Ok(Exit::Stopped);
+            };
             let mut sequences = Vec::new();
             let mut tokens = 0;
             for sequence in data.sequences {

@@ -1,7 +1,7 @@
 //! Which sequences a run sees, and in which order: a pure function of (seed, epoch, rows), whatever
 //! the threads do. The state of a run is therefore one integer, its step.
 
-use caskd_formats::RowInfo;
+use caskd_formats::{DataInfo, RowInfo, in_fraction};
 use caskd_models::SeededRng;
 
 use crate::{Error, Result};
@@ -19,13 +19,20 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    /// Takes the rows that have a target and whose hash falls into the fraction.
-    pub(crate) fn new(rows: Vec<RowInfo>, config: &crate::TrainConfig) -> Result<Order> {
+    /// Takes the rows that have a target and whose hash falls into the fraction, but none of the validation split.
+    pub(crate) fn new(
+        rows: Vec<RowInfo>,
+        data: &DataInfo,
+        config: &crate::TrainConfig,
+    ) -> Result<Order> {
         let total = rows.len();
-        let limit = (config.fraction * 2f64.powi(64)) as u128;
         let rows: Vec<RowInfo> = rows
             .into_iter()
-            .filter(|row| u128::from(row.split_hash) < limit && row.targets > 0)
+            .filter(|row| {
+                row.targets > 0
+                    && in_fraction(row.split_hash, config.fraction)
+                    && !data.is_validation(row.split_hash)
+            })
             .collect();
         if rows.is_empty() {
             let reason = format!(
@@ -133,7 +140,7 @@ mod tests {
             from in 0u64..40,
         ) {
             let config = TrainConfig { seed, batch_size, gradient_accumulation, ..TrainConfig::default() };
-            let order = Order::new(rows(count), &config).unwrap();
+            let order = Order::new(rows(count), &DataInfo::default(), &config).unwrap();
             let epoch = order.epoch(1);
             let mut seen: Vec<(u32, u32)> = epoch.iter().flatten().map(|row| (row.shard, row.row)).collect();
             seen.sort_unstable();
@@ -154,6 +161,7 @@ mod tests {
         let order = |seed| {
             Order::new(
                 rows(256),
+                &DataInfo::default(),
                 &TrainConfig {
                     seed,
                     ..TrainConfig::default()
@@ -184,6 +192,7 @@ mod tests {
         let kept = |fraction| {
             let order = Order::new(
                 rows(300),
+                &DataInfo::default(),
                 &TrainConfig {
                     fraction,
                     ..TrainConfig::default()
@@ -205,11 +214,27 @@ mod tests {
         );
         let none = Order::new(
             rows(3),
+            &DataInfo::default(),
             &TrainConfig {
                 fraction: 1e-9,
                 ..TrainConfig::default()
             },
         );
         assert!(matches!(none, Err(Error::NoSequences { .. })));
+    }
+
+    #[test]
+    fn the_validation_split_is_never_trained_on() {
+        let mut data = DataInfo::default();
+        data.preparation.validation_millionths = 200_000;
+        let config = TrainConfig::default();
+        let order = Order::new(rows(300), &data, &config).unwrap();
+        let apart = rows(300)
+            .iter()
+            .filter(|row| row.split_hash >= u64::MAX / 5 * 4)
+            .count();
+        assert!((30..=90).contains(&apart), "{apart}");
+        assert_eq!(order.num_sequences(), 300 - apart);
+        assert!(order.rows.iter().all(|row| row.split_hash < u64::MAX / 5 * 4 + 5));
     }
 }

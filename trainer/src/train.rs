@@ -115,7 +115,7 @@ pub fn train(
     config.validate()?;
     let objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
     check_fidelity(config, &cache)?;
-    let order = Order::new(cache.rows()?, config)?;
+    let order = Order::new(cache.rows()?, &cache.manifest().data, config)?;
     let device = student.network.device();
     let kind = student.network.kind();
     let teacher = objective

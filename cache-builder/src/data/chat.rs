@@ -1,0 +1,208 @@
+//! Conversations as text, and where in it the assistant speaks.
+
+use std::ops::Range;
+
+use minijinja::Value;
+
+use super::jinja::{ChatTemplate, GENERATION_BEGINS, GENERATION_ENDS};
+
+/// A conversation as the template writes it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct RenderedChat {
+    /// The text, special tokens included.
+    pub(crate) text: String,
+    /// Byte ranges of the assistant's turns: what it says and the token that ends its turn, ascending.
+    pub(crate) turns: Vec<Range<usize>>,
+}
+
+/// A word that stands for an answer while its place is looked for.
+const STAND_IN: &str = "\u{10FFF2}answer\u{10FFF3}";
+
+/// Renders a conversation and finds the assistant's turns.
+///
+/// Where the template marks them itself (`{% generation %}`), the marks count. Else a turn is what the template writes
+/// between the prompt that asks for it (the messages before it with the generation prompt) and the conversation up to
+/// its end. Templates that rewrite earlier turns once later ones are there fail that; then a turn is where its content
+/// stands. `special` are the tokenizer's special tokens: whitespace behind the one that ends a turn belongs to the
+/// template and not to the answer.
+///
+/// # Errors
+/// What the template refuses, a turn that can't be found.
+pub(crate) fn render_chat(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: &Value,
+    special: &[String],
+) -> Result<RenderedChat, String> {
+    let marked = template
+        .render(messages, tools, false)
+        .map_err(|problem| format!("the chat template refuses it: {problem}"))?;
+    if template.marks_generation {
+        return Ok(without_marks(&marked));
+    }
+    let text = marked;
+    let mut turns = Vec::new();
+    for (index, message) in messages.iter().enumerate() {
+        if role(message).as_deref() != Some("assistant") {
+            continue;
+        }
+        let turn = turn_by_prefix(template, messages, tools, index, &text)
+            .or_else(|| turn_by_content(template, messages, tools, index, &text, special))
+            .ok_or_else(|| {
+                format!(
+                    "where the answer in message {} stands in the text of the chat template can't be found",
+                    index + 1
+                )
+            })?;
+        turns.push(turn.start..end_of_turn(&text, &turn, special));
+    }
+    Ok(RenderedChat { text, turns })
+}
+
+fn role(message: &Value) -> Option<String> {
+    message.get_attr("role").ok()?.as_str().map(str::to_owned)
+}
+
+/// Takes the marks of generation blocks out of a rendered text.
+pub(crate) fn without_marks(marked: &str) -> RenderedChat {
+    let mut text = String::with_capacity(marked.len());
+    let mut turns: Vec<Range<usize>> = Vec::new();
+    for letter in marked.chars() {
+        match letter {
+            GENERATION_BEGINS => turns.push(text.len()..text.len()),
+            GENERATION_ENDS => {
+                if let Some(turn) = turns.last_mut() {
+                    turn.end = text.len();
+                }
+            }
+            letter => text.push(letter),
+        }
+    }
+    RenderedChat { text, turns }
+}
+
+fn turn_by_prefix(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: &Value,
+    index: usize,
+    text: &str,
+) -> Option<Range<usize>> {
+    let before = template.render(&messages[..index], tools, true).ok()?;
+    let after = template.render(&messages[..=index], tools, false).ok()?;
+    let fits = text.starts_with(&after) && after.starts_with(&before) && after.len() > before.len();
+    fits.then_some(before.len()..after.len())
+}
+
+fn turn_by_content(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: &Value,
+    index: usize,
+    text: &str,
+    special: &[String],
+) -> Option<Range<usize>> {
+    let message = &messages[index];
+    message.get_attr("content").ok()?.as_str()?;
+    let replaced: Value = message
+        .try_iter()
+        .ok()?
+        .map(|key| {
+            let value = match key.as_str() {
+                Some("content") => Value::from(STAND_IN),
+                _ => message.get_item(&key).unwrap_or_default(),
+            };
+            (key.to_string(), value)
+        })
+        .collect();
+    let mut with_stand_in = messages.to_vec();
+    with_stand_in[index] = replaced;
+    let rendered = template.render(&with_stand_in, tools, false).ok()?;
+    let (before, after) = rendered.split_once(STAND_IN)?;
+    let fits = !after.contains(STAND_IN)
+        && text.len() > before.len() + after.len()
+        && text.starts_with(before)
+        && text.ends_with(after);
+    if !fits {
+        return None;
+    }
+    let end = special
+        .iter()
+        .filter(|token| after.trim_start().starts_with(token.as_str()))
+        .map(|token| after.len() - after.trim_start().len() + token.len())
+        .max()
+        .unwrap_or(0);
+    Some(before.len()..text.len() - after.len() + end)
+}
+
+/// The end of the turn without whitespace behind the special token that ends it.
+fn end_of_turn(text: &str, turn: &Range<usize>, special: &[String]) -> usize {
+    let trimmed = text[turn.clone()].trim_end();
+    if special.iter().any(|token| trimmed.ends_with(token.as_str())) {
+        turn.start + trimmed.len()
+    } else {
+        turn.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn turns(source: &str, messages: &str) -> Result<Vec<String>, String> {
+        let template = ChatTemplate::new(
+            source,
+            &serde_json::json!({"eos_token": "</s>"}),
+            chrono::NaiveDate::MIN,
+        )?;
+        let messages: Vec<Value> = serde_json::from_str(messages).unwrap();
+        let special = ["</s>".to_owned(), "<end>".to_owned()];
+        let chat = render_chat(&template, &messages, &Value::from(()), &special)?;
+        Ok(chat
+            .turns
+            .into_iter()
+            .map(|turn| chat.text[turn].to_owned())
+            .collect())
+    }
+
+    const TALK: &str = r#"[{"role":"system","content":"be kind"},{"role":"user","content":"one?"},
+        {"role":"assistant","content":"1"},{"role":"user","content":"two?"},{"role":"assistant","content":"<t>hm</t>2"}]"#;
+
+    #[test]
+    fn every_turn_of_the_assistant_is_found_with_its_end() {
+        let plain = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}";
+        assert_eq!(turns(plain, TALK).unwrap(), ["1<end>", "<t>hm</t>2<end>"]);
+        // Without a generation prompt the header can't be told from the answer, but the content can be found.
+        let no_prompt = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% else %}[{{ m.content }}]{% endif %}{% endfor %}";
+        assert_eq!(
+            turns(no_prompt, TALK).unwrap(),
+            [" 1 </s>", " <t>hm</t>2 </s>"]
+        );
+    }
+
+    #[test]
+    fn turns_that_the_template_rewrites_later_are_found_by_their_content() {
+        // The end token comes only at the end of the whole, so no shorter conversation is a prefix.
+        let ends_once = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if loop.last and not add_generation_prompt %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        assert_eq!(turns(ends_once, TALK).unwrap(), ["1", "<t>hm</t>2</s>"]);
+        // An earlier turn loses its thoughts.
+        let forgets = "{% for m in messages %}<{{ m.role }}>{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% else %}{{ m.content.split('</t>')[-1] }}{% endif %}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        let swapped = r#"[{"role":"user","content":"?"},{"role":"assistant","content":"<t>hm</t>2"},{"role":"user","content":"!"},{"role":"assistant","content":"<t>so</t>3"}]"#;
+        assert_eq!(
+            turns(forgets, swapped).unwrap(),
+            ["2<end>", "<t>so</t>3<end>"]
+        );
+    }
+
+    #[test]
+    fn generation_blocks_count_before_anything_else() {
+        let marked = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}";
+        assert_eq!(turns(marked, TALK).unwrap(), ["1<end>", "<t>hm</t>2<end>"]);
+    }
+
+    #[test]
+    fn a_template_that_drops_an_answer_is_refused() {
+        let drops = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
+        assert!(turns(drops, TALK).unwrap_err().contains("message 3"));
+    }
+}

@@ -1,0 +1,461 @@
+//! One record: a JSON object in one of the known forms.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use minijinja::Value;
+use serde_json::value::RawValue;
+
+use super::options::DataOptions;
+
+/// The forms a record can have.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum RecordBody {
+    /// Alpaca's three fields.
+    Instruction {
+        /// The task.
+        instruction: String,
+        /// Its input; may be empty.
+        input: String,
+        /// The response to learn.
+        output: String,
+    },
+    /// A prompt that is used as it stands, and what follows it.
+    Completion {
+        /// The prompt; no target.
+        prompt: String,
+        /// What is learned.
+        completion: String,
+    },
+    /// A conversation, as the chat template takes it.
+    Chat {
+        /// Maps with at least `role`, and whatever else the template reads.
+        messages: Vec<Value>,
+        /// Tool descriptions, or none.
+        tools: Value,
+    },
+    /// Running text.
+    Text(String),
+    /// Tokens made elsewhere.
+    Tokens {
+        /// Token ids.
+        input_ids: Vec<u32>,
+        /// For each token whether it is a target; absent: all of them.
+        loss_mask: Option<Vec<bool>>,
+    },
+}
+
+/// Every field that a form has; `--column` may give any of them another name.
+pub(crate) const FIELDS: [&str; 11] = [
+    "text",
+    "messages",
+    "conversations",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "input_ids",
+    "loss_mask",
+];
+
+/// What every refusal of a record says.
+pub(crate) const FORMS: &str = "a record is a JSON object (or a row) of one of these forms: \
+    instruction, input, output (Alpaca); \
+    messages: [{role, content}, ...], or conversations: [{from, value}, ...] (chat); \
+    prompt, completion; \
+    text; \
+    input_ids, loss_mask (tokens). \
+    Other names: --column FIELD=NAME";
+
+/// Why a record can't be used, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Problem {
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
+
+impl Problem {
+    pub(crate) fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+/// Reads a record.
+pub(crate) fn parse_record(json: &str, options: &DataOptions) -> Result<RecordBody, Problem> {
+    let fields: BTreeMap<Cow<'_, str>, &RawValue> =
+        serde_json::from_str(json).map_err(|error| {
+            let kind = match error.classify() {
+                serde_json::error::Category::Data => "not a JSON object".to_owned(),
+                _ => format!("not JSON ({error})"),
+            };
+            Problem::new(kind, FORMS)
+        })?;
+    let record = Fields { fields, options };
+    let parse: fn(&Fields<'_>) -> Result<RecordBody, String> = match record.form() {
+        Some("input_ids") => parse_tokens,
+        Some("messages") => parse_messages,
+        Some("conversations") => parse_conversations,
+        Some("instruction") => parse_instruction,
+        Some("prompt") => parse_completion,
+        Some(_) => |record| record.text("text", Need::Filled).map(RecordBody::Text),
+        None => {
+            return Err(Problem::new(
+                format!("a record of unknown form ({})", record.names()),
+                FORMS,
+            ));
+        }
+    };
+    parse(&record).map_err(|message| Problem::new(message, FORMS))
+}
+
+/// The fields by which a form is known; of several the first counts, those named by `--column` before the others.
+const FORM_FIELDS: [&str; 6] = [
+    "input_ids",
+    "messages",
+    "conversations",
+    "instruction",
+    "prompt",
+    "text",
+];
+
+/// Whether a text may be absent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Filled,
+    Optional,
+}
+
+struct Fields<'a> {
+    fields: BTreeMap<Cow<'a, str>, &'a RawValue>,
+    options: &'a DataOptions,
+}
+
+impl Fields<'_> {
+    /// The JSON of a field; null counts as absent.
+    fn get(&self, field: &str) -> Option<&str> {
+        let json = self.fields.get(self.options.key(field))?.get();
+        (json != "null").then_some(json)
+    }
+
+    fn form(&self) -> Option<&'static str> {
+        let named = |field: &&str| self.options.columns.contains_key(*field);
+        let of = |choose: &dyn Fn(&&str) -> bool| {
+            FORM_FIELDS
+                .into_iter()
+                .filter(|field| choose(field))
+                .find(|field| self.get(field).is_some())
+        };
+        of(&named).or_else(|| of(&|field| !named(field)))
+    }
+
+    /// The field as the user knows it.
+    fn name<'f>(&'f self, field: &'f str) -> &'f str {
+        self.options.key(field)
+    }
+
+    fn names(&self) -> String {
+        match self.fields.len() {
+            0 => "it has no field".to_owned(),
+            _ => format!(
+                "its fields: {}",
+                self.fields
+                    .keys()
+                    .take(12)
+                    .map(AsRef::as_ref)
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
+        }
+    }
+
+    fn text(&self, field: &str, need: Need) -> Result<String, String> {
+        let name = self.name(field);
+        let Some(json) = self.get(field) else {
+            return match need {
+                Need::Optional => Ok(String::new()),
+                Need::Filled => Err(format!("the record has no `{name}`")),
+            };
+        };
+        let text: String =
+            serde_json::from_str(json).map_err(|_| format!("the field `{name}` is not a string"))?;
+        if need == Need::Filled && text.trim().is_empty() {
+            return Err(format!("the field `{name}` is empty"));
+        }
+        Ok(text)
+    }
+
+    fn list(&self, field: &str) -> Result<Vec<Value>, String> {
+        let name = self.name(field);
+        let json = self.get(field).unwrap_or("null");
+        let list: Vec<Value> =
+            serde_json::from_str(json).map_err(|_| format!("`{name}` is not a list"))?;
+        if list.is_empty() {
+            return Err(format!("`{name}` is empty"));
+        }
+        Ok(list)
+    }
+
+    fn tools(&self) -> Result<Value, String> {
+        match self.get("tools") {
+            None => Ok(Value::from(())),
+            Some(json) => serde_json::from_str(json)
+                .map_err(|_| format!("`{}` can't be read", self.name("tools"))),
+        }
+    }
+}
+
+fn parse_instruction(record: &Fields<'_>) -> Result<RecordBody, String> {
+    Ok(RecordBody::Instruction {
+        instruction: record.text("instruction", Need::Filled)?,
+        input: record.text("input", Need::Optional)?,
+        output: record.text("output", Need::Filled)?,
+    })
+}
+
+fn parse_completion(record: &Fields<'_>) -> Result<RecordBody, String> {
+    Ok(RecordBody::Completion {
+        prompt: record.text("prompt", Need::Filled)?,
+        completion: record.text("completion", Need::Filled)?,
+    })
+}
+
+fn parse_messages(record: &Fields<'_>) -> Result<RecordBody, String> {
+    let messages = record.list("messages")?;
+    for (index, message) in messages.iter().enumerate() {
+        let of = || format!("message {} of `{}`", index + 1, record.name("messages"));
+        let has = |key: &str| {
+            message
+                .get_attr(key)
+                .is_ok_and(|value| !value.is_undefined() && !value.is_none())
+        };
+        if !has("role") {
+            return Err(format!("{} has no `role`", of()));
+        }
+        if !has("content") && !has("tool_calls") {
+            return Err(format!("{} has no `content`", of()));
+        }
+    }
+    Ok(RecordBody::Chat {
+        messages,
+        tools: record.tools()?,
+    })
+}
+
+/// ShareGPT's names of the speakers.
+fn parse_conversations(record: &Fields<'_>) -> Result<RecordBody, String> {
+    let turns = record.list("conversations")?;
+    let mut messages = Vec::with_capacity(turns.len());
+    for (index, turn) in turns.iter().enumerate() {
+        let of = || format!("turn {} of `{}`", index + 1, record.name("conversations"));
+        let text = |key: &str| {
+            let value = turn.get_attr(key).ok();
+            value.and_then(|value| value.as_str().map(str::to_owned))
+        };
+        // Some files of this form use the names of the chat form inside.
+        let from = text("from").or_else(|| text("role"));
+        let from = from.ok_or_else(|| format!("{} has no `from`", of()))?;
+        let content = text("value").or_else(|| text("content"));
+        let content = content.ok_or_else(|| format!("{} has no `value`", of()))?;
+        let role = match from.as_str() {
+            "human" | "user" => "user",
+            "gpt" | "assistant" | "chatgpt" | "model" | "bing" | "bard" => "assistant",
+            "system" => "system",
+            "tool" | "function" | "observation" | "function_response" => "tool",
+            other => return Err(format!("{} is from an unknown speaker `{other}`", of())),
+        };
+        messages.push(message(role, content));
+    }
+    Ok(RecordBody::Chat {
+        messages,
+        tools: record.tools()?,
+    })
+}
+
+/// A message as a template takes it.
+pub(crate) fn message(role: &str, content: String) -> Value {
+    [("role", Value::from(role)), ("content", Value::from(content))]
+        .into_iter()
+        .collect()
+}
+
+fn parse_tokens(record: &Fields<'_>) -> Result<RecordBody, String> {
+    let (ids_name, mask_name) = (record.name("input_ids"), record.name("loss_mask"));
+    let list = |json: &str, name: &str| {
+        serde_json::from_str::<Vec<serde_json::Value>>(json)
+            .map_err(|_| format!("`{name}` is not a list"))
+    };
+    let input_ids: Vec<u32> = list(record.get("input_ids").unwrap_or("null"), ids_name)?
+        .iter()
+        .map(|id| {
+            id.as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| format!("`{ids_name}` holds {id}, which is no token id"))
+        })
+        .collect::<Result<_, _>>()?;
+    if input_ids.is_empty() {
+        return Err(format!("`{ids_name}` is empty"));
+    }
+    let Some(json) = record.get("loss_mask") else {
+        return Ok(RecordBody::Tokens {
+            input_ids,
+            loss_mask: None,
+        });
+    };
+    let loss_mask: Vec<bool> = list(json, mask_name)?
+        .iter()
+        .map(|flag| match (flag.as_bool(), flag.as_u64()) {
+            (Some(flag), _) => Ok(flag),
+            (_, Some(0)) => Ok(false),
+            (_, Some(1)) => Ok(true),
+            _ => Err(format!(
+                "`{mask_name}` holds {flag}, which is neither 0 nor 1"
+            )),
+        })
+        .collect::<Result<_, _>>()?;
+    if loss_mask.len() != input_ids.len() {
+        return Err(format!(
+            "`{mask_name}` has {} entries for {} token ids",
+            loss_mask.len(),
+            input_ids.len()
+        ));
+    }
+    Ok(RecordBody::Tokens {
+        input_ids,
+        loss_mask: Some(loss_mask),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> RecordBody {
+        parse_record(json, &DataOptions::default()).unwrap()
+    }
+
+    fn refused(json: &str, expected: &str) {
+        let problem = parse_record(json, &DataOptions::default()).unwrap_err();
+        assert!(
+            problem.message.contains(expected),
+            "{} lacks {expected}",
+            problem.message
+        );
+        assert_eq!(problem.hint, FORMS);
+    }
+
+    #[test]
+    fn every_form_is_known_by_its_fields() {
+        assert_eq!(
+            parse("{\"instruction\":\"a\",\"output\":\"b\",\"extra\":1,\"text\":\"whole prompt\"}"),
+            RecordBody::Instruction {
+                instruction: "a".into(),
+                input: String::new(),
+                output: "b".into()
+            }
+        );
+        assert_eq!(
+            parse("{\"prompt\":\"a\",\"completion\":\" b\"}"),
+            RecordBody::Completion {
+                prompt: "a".into(),
+                completion: " b".into()
+            }
+        );
+        assert_eq!(
+            parse("{\"input_ids\":[1,2],\"loss_mask\":[0,true]}"),
+            RecordBody::Tokens {
+                input_ids: vec![1, 2],
+                loss_mask: Some(vec![false, true])
+            }
+        );
+        assert_eq!(parse("{\"text\":\"x\"}"), RecordBody::Text("x".into()));
+        let chat = RecordBody::Chat {
+            messages: vec![
+                message("user", "hi".into()),
+                message("assistant", "hello".into()),
+            ],
+            tools: Value::from(()),
+        };
+        assert_eq!(
+            parse(
+                "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",\"content\":\"hello\"}],\"tools\":null}"
+            ),
+            chat
+        );
+        assert_eq!(
+            parse(
+                "{\"conversations\":[{\"from\":\"human\",\"value\":\"hi\"},{\"from\":\"gpt\",\"value\":\"hello\"}]}"
+            ),
+            chat
+        );
+    }
+
+    #[test]
+    fn columns_may_have_other_names() {
+        let mut options = DataOptions::default();
+        options
+            .set_columns(&["text=body".into(), "output=answer".into()])
+            .unwrap();
+        let parse = |json| parse_record(json, &options).unwrap();
+        // A named column decides the form even where another form is there too.
+        assert_eq!(
+            parse("{\"body\":\"x\",\"instruction\":\"y\",\"answer\":\"z\"}"),
+            RecordBody::Text("x".into())
+        );
+        assert_eq!(
+            parse("{\"instruction\":\"y\",\"answer\":\"z\"}"),
+            RecordBody::Instruction {
+                instruction: "y".into(),
+                input: String::new(),
+                output: "z".into()
+            }
+        );
+        for wrong in ["text", "text=", "words=x", "output=again"] {
+            let error = options.set_columns(&[wrong.into()]).unwrap_err();
+            assert!(error.hint().unwrap().contains("--column"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bad_records_are_refused() {
+        refused("{\"instruction\":\"a\"}", "the record has no `output`");
+        refused(
+            "{\"instruction\":\"a\",\"output\":\" \"}",
+            "`output` is empty",
+        );
+        refused(
+            "{\"instruction\":\"a\",\"output\":7}",
+            "`output` is not a string",
+        );
+        refused("[1]", "not a JSON object");
+        refused("{oops", "not JSON");
+        refused("{}", "no field");
+        refused("{\"a\":1,\"b\":2}", "unknown form (its fields: a, b)");
+        refused("{\"input_ids\":[]}", "`input_ids` is empty");
+        refused("{\"input_ids\":[-1]}", "no token id");
+        refused("{\"input_ids\":[4294967296]}", "no token id");
+        refused(
+            "{\"input_ids\":[1,2],\"loss_mask\":[1]}",
+            "1 entries for 2 token ids",
+        );
+        refused("{\"input_ids\":[1],\"loss_mask\":[2]}", "neither 0 nor 1");
+        refused("{\"messages\":\"hi\"}", "`messages` is not a list");
+        refused("{\"messages\":[]}", "`messages` is empty");
+        refused(
+            "{\"messages\":[{\"content\":\"x\"}]}",
+            "message 1 of `messages` has no `role`",
+        );
+        refused(
+            "{\"messages\":[{\"role\":\"user\",\"content\":null}]}",
+            "no `content`",
+        );
+        refused(
+            "{\"conversations\":[{\"from\":\"cat\",\"value\":\"x\"}]}",
+            "unknown speaker `cat`",
+        );
+    }
+}
