@@ -29,7 +29,7 @@ struct Row {
     split: String,
 }
 
-/// Builds a sparse cache and reads its sequences back.
+/// Builds a cache and reads its sequences back.
 fn rows(bench: &Bench, name: &str, arguments: &[&str]) -> Vec<Row> {
     build(bench, name, arguments);
     exported(bench, name)
@@ -37,10 +37,10 @@ fn rows(bench: &Bench, name: &str, arguments: &[&str]) -> Vec<Row> {
 
 fn build(bench: &Bench, name: &str, arguments: &[&str]) -> Value {
     let fixed = [
-        "build", "--teacher", "teacher", "--out", name, "--tier", "sparse", "--layers", "none",
-        "--top-k", "4", "--no-fidelity", "--json",
+        "build", "--teacher", "teacher", "--out", name, "--layers", "none", "--top-k", "4",
+        "--no-fidelity", "--json",
     ];
-    bench.json(&[&fixed, arguments].concat())
+    bench.json(&[&fixed[..], arguments].concat())
 }
 
 /// The tiny teacher's tokens are bytes.

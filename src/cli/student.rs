@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::DtypeArg;
+use super::{DtypeArg, SplitArg};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -257,9 +257,10 @@ fn score_split(
     check_fit(model, &cache)?;
     let data = &cache.manifest().data;
     let has_split = data.preparation.validation_millionths > 0;
-    let split = split.unwrap_or(match has_split {
-        true => SplitArg::Validation,
-        false => SplitArg::All,
+    let split = split.unwrap_or(if has_split {
+        SplitArg::Validation
+    } else {
+        SplitArg::All
     });
     if split != SplitArg::All && !has_split {
         return Err(Failure::user(

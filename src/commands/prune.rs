@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::{print_json, refuse_existing};
 use crate::cli::PruneArgs;
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::say;
+use crate::terminal::{STOP, say};
 
 /// Tokens that are enough to see how large each channel's inputs are.
 const CALIBRATION_TOKENS: usize = 8192;
@@ -76,12 +76,15 @@ pub(crate) fn prune_to(
                 std::slice::from_ref(file),
                 512,
                 &DataOptions::default(),
-                &terminal::STOP,
+                &STOP,
                 &mut |_| {},
-            )?;
-            let Some(data) = data else {
-                return Ok(Exit::Stopped);
-            };
+            )?
+            .ok_or_else(|| {
+                Failure::user(
+                    "stopped while the calibration data were read",
+                    "nothing was written; run the command again",
+                )
+            })?;
             let mut sequences = Vec::new();
             let mut tokens = 0;
             for sequence in data.sequences {

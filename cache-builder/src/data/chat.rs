@@ -64,7 +64,7 @@ fn role(message: &Value) -> Option<String> {
 }
 
 /// Takes the marks of generation blocks out of a rendered text.
-pub(crate) fn without_marks(marked: &str) -> RenderedChat {
+fn without_marks(marked: &str) -> RenderedChat {
     let mut text = String::with_capacity(marked.len());
     let mut turns: Vec<Range<usize>> = Vec::new();
     for letter in marked.chars() {
@@ -104,17 +104,13 @@ fn turn_by_content(
 ) -> Option<Range<usize>> {
     let message = &messages[index];
     message.get_attr("content").ok()?.as_str()?;
-    let replaced: Value = message
-        .try_iter()
-        .ok()?
-        .map(|key| {
-            let value = match key.as_str() {
-                Some("content") => Value::from(STAND_IN),
-                _ => message.get_item(&key).unwrap_or_default(),
-            };
-            (key.to_string(), value)
-        })
-        .collect();
+    let replaced = Value::from_pairs(message.try_iter().ok()?.map(|key| {
+        let value = match key.as_str() {
+            Some("content") => Value::from(STAND_IN),
+            _ => message.get_item(&key).unwrap_or_default(),
+        };
+        (key, value)
+    }));
     let mut with_stand_in = messages.to_vec();
     with_stand_in[index] = replaced;
     let rendered = template.render(&with_stand_in, tools, false).ok()?;
@@ -147,6 +143,8 @@ fn end_of_turn(text: &str, turn: &Range<usize>, special: &[String]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn turns(source: &str, messages: &str) -> Result<Vec<String>, String> {
@@ -204,5 +202,140 @@ mod tests {
     fn a_template_that_drops_an_answer_is_refused() {
         let drops = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
         assert!(turns(drops, TALK).unwrap_err().contains("message 3"));
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Conversation {
+        messages: Vec<Value>,
+        #[serde(default)]
+        tools: Value,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        template: String,
+        conversation: String,
+        add_generation_prompt: bool,
+        text: Option<String>,
+        generated: Option<Vec<String>>,
+    }
+
+    /// What `tests/golden/make_chat.py` writes.
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        special_tokens: serde_json::Value,
+        date: String,
+        templates: BTreeMap<String, String>,
+        conversations: BTreeMap<String, Conversation>,
+        cases: Vec<Case>,
+    }
+
+    impl Golden {
+        fn read(path: &str) -> Self {
+            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+        }
+
+        fn template(&self, name: &str) -> Result<ChatTemplate, String> {
+            let source = &self.templates[name];
+            ChatTemplate::new(source, &self.special_tokens, self.date.parse().unwrap())
+        }
+
+        /// Cases where we are not transformers.
+        fn differences(&self) -> Vec<String> {
+            let mut wrong = Vec::new();
+            for case in &self.cases {
+                let conversation = &self.conversations[&case.conversation];
+                let rendered = self.template(&case.template).and_then(|template| {
+                    let messages = &conversation.messages;
+                    template.render(messages, &conversation.tools, case.add_generation_prompt)
+                });
+                let ours = rendered.map(|marked| without_marks(&marked));
+                let is_same = match (&ours, &case.text) {
+                    (Ok(chat), Some(text)) => {
+                        let turns = chat.turns.iter().map(|turn| &chat.text[turn.clone()]);
+                        let expected = case.generated.as_ref();
+                        chat.text == *text && expected.is_none_or(|of| turns.eq(of))
+                    }
+                    (Err(_), None) => true,
+                    _ => false,
+                };
+                if !is_same {
+                    wrong.push(format!(
+                        "{} on {}, {}: {ours:?} instead of {:?}, {:?}",
+                        case.template,
+                        case.conversation,
+                        case.add_generation_prompt,
+                        case.text,
+                        case.generated
+                    ));
+                }
+            }
+            wrong
+        }
+    }
+
+    #[test]
+    fn texts_and_marked_turns_are_those_of_transformers() {
+        let golden = Golden::read(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/chat.json"
+        ));
+        assert!(golden.cases.len() >= 80);
+        let wrong = golden.differences();
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    /// Any templates at all, prepared by `make_chat.py --templates`. Where a template has a twin `*_training` that marks
+    /// what is generated, the turns found without marks must be those.
+    #[test]
+    fn templates_of_others_give_the_same_too() {
+        let Ok(path) = std::env::var("CASKD_CHAT_CASES") else {
+            eprintln!("skipped: CASKD_CHAT_CASES is not set");
+            return;
+        };
+        let golden = Golden::read(&path);
+        let wrong = golden.differences();
+        for difference in &wrong {
+            println!("{difference}\n");
+        }
+        let special: Vec<String> = Vec::new();
+        let (mut compared, mut other) = (0, 0);
+        for case in &golden.cases {
+            let Some(name) = case.template.strip_suffix("_training.jinja") else {
+                continue;
+            };
+            let plain = format!("{name}.jinja");
+            let (Some(text), Some(expected), true) = (
+                &case.text,
+                &case.generated,
+                !case.add_generation_prompt && golden.templates.contains_key(&plain),
+            ) else {
+                continue;
+            };
+            let conversation = &golden.conversations[&case.conversation];
+            let template = golden.template(&plain).unwrap();
+            let chat = render_chat(
+                &template,
+                &conversation.messages,
+                &conversation.tools,
+                &special,
+            );
+            compared += 1;
+            let turns = chat.map(|chat| {
+                let turns = chat.turns.iter();
+                let turns: Vec<String> = turns.map(|turn| chat.text[turn.clone()].to_owned()).collect();
+                (chat.text, turns)
+            });
+            if turns != Ok((text.clone(), expected.clone())) {
+                other += 1;
+                println!("{plain} on {}: {turns:?} instead of {expected:?}\n", case.conversation);
+            }
+        }
+        println!(
+            "{} of {} texts differ; {other} of {compared} conversations have other turns",
+            wrong.len(),
+            golden.cases.len()
+        );
+        assert!(wrong.is_empty(), "{} differences", wrong.len());
     }
 }

@@ -132,9 +132,10 @@ impl<'a> Encoder<'a> {
                     self.response(source, alpaca_prompt(&instruction, &input), &output)?
                 }
                 PromptForm::Chat => {
-                    let question = match input.trim().is_empty() {
-                        true => instruction,
-                        false => format!("{instruction}\n\n{input}"),
+                    let question = if input.trim().is_empty() {
+                        instruction
+                    } else {
+                        format!("{instruction}\n\n{input}")
                     };
                     let messages = [message("user", question), message("assistant", output)];
                     self.chat(source, &messages, &minijinja::Value::from(()))?
@@ -273,9 +274,10 @@ impl<'a> Encoder<'a> {
             .chunks(self.max_len)
             .zip(1..)
             .map(|(ids, window)| TokenizedSequence {
-                source: match many {
-                    true => format!("{}:{window}", all.source),
-                    false => all.source.clone(),
+                source: if many {
+                    format!("{}:{window}", all.source)
+                } else {
+                    all.source.clone()
                 },
                 token_ids: ids.to_vec(),
                 loss_mask: vec![true; ids.len()],

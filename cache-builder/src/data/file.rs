@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use arrow_json::LineDelimitedWriter;
 use caskd_formats::DataFile;
+use minijinja::Value;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
-use serde_json::value::RawValue;
 
 use super::options::DataOptions;
 use super::record::FIELDS;
@@ -107,7 +107,7 @@ impl TextBlocks {
     }
 
     /// The next block of about `size` bytes, whole characters; `None` at the end.
-    pub(crate) fn next(&mut self, size: usize) -> Result<Option<String>> {
+    pub(crate) fn next_block(&mut self, size: usize) -> Result<Option<String>> {
         let mut bytes = std::mem::take(&mut self.rest);
         let wanted = size.saturating_sub(bytes.len()).max(4);
         let before = self.reader.bytes() - bytes.len() as u64;
@@ -150,11 +150,30 @@ impl TextBlocks {
     }
 }
 
-/// One record as it stands in its file; `Err` says why it can't even be read.
+/// One record as it stands in its file.
 pub(crate) struct RawRecord {
     /// 1-based line, entry or row.
     pub(crate) number: u64,
-    pub(crate) json: std::result::Result<String, String>,
+    pub(crate) body: RawBody,
+}
+
+pub(crate) enum RawBody {
+    /// JSON that nobody has looked at yet.
+    Json(String),
+    /// An entry of a list.
+    Parsed(Value),
+    /// Bytes that are no text.
+    NotText,
+}
+
+impl RawBody {
+    /// Roughly how much text it is.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Json(json) => json.len(),
+            Self::Parsed(_) | Self::NotText => 1024,
+        }
+    }
 }
 
 /// The records of a file.
@@ -168,7 +187,7 @@ pub(crate) struct Records {
 enum Reader {
     Lines(Box<BufReader<Hashed<File>>>),
     List {
-        entries: std::vec::IntoIter<Box<RawValue>>,
+        entries: std::vec::IntoIter<Value>,
         identity: DataFile,
     },
     Rows {
@@ -207,10 +226,10 @@ impl Records {
     }
 
     /// The next record; blank lines are none.
-    pub(crate) fn next(&mut self) -> Result<Option<RawRecord>> {
+    pub(crate) fn next_record(&mut self) -> Result<Option<RawRecord>> {
         loop {
             self.number += 1;
-            let json = match &mut self.reader {
+            let body = match &mut self.reader {
                 Reader::Lines(reader) => {
                     let mut line = Vec::new();
                     let count = reader
@@ -222,14 +241,14 @@ impl Records {
                     if line.trim_ascii().is_empty() {
                         continue;
                     }
-                    String::from_utf8(line).map_err(|_| "not UTF-8 text".to_owned())
+                    String::from_utf8(line).map_or(RawBody::NotText, RawBody::Json)
                 }
                 Reader::List { entries, .. } => match entries.next() {
                     None => return Ok(None),
-                    Some(entry) => Ok(Box::<str>::from(entry).into_string()),
+                    Some(entry) => RawBody::Parsed(entry),
                 },
                 Reader::Rows { batches, rows, .. } => match rows.next() {
-                    Some(row) => Ok(row),
+                    Some(row) => RawBody::Json(row),
                     None => match batches.next() {
                         None => return Ok(None),
                         Some(batch) => {
@@ -242,7 +261,7 @@ impl Records {
             };
             return Ok(Some(RawRecord {
                 number: self.number,
-                json,
+                body,
             }));
         }
     }
@@ -293,7 +312,7 @@ fn open_list(path: &Path) -> Result<Reader> {
     reader
         .read_to_end(&mut bytes)
         .map_err(|source| unreadable(path, source))?;
-    let entries: Vec<Box<RawValue>> =
+    let entries: Vec<Value> =
         serde_json::from_slice(&bytes).map_err(|error| Error::Damaged {
             path: path.into(),
             message: format!("it is no JSON list of records ({error})"),

@@ -22,8 +22,8 @@ pub use encode::alpaca_prompt;
 pub use options::{DataOptions, OnError, PromptForm, USUAL_CHAT_DATE};
 
 use encode::{EncodedRecord, Encoder};
-use file::{FileKind, RawRecord, Records, TextBlocks, file_name};
-use record::{Problem, parse_record};
+use file::{FileKind, RawBody, RawRecord, Records, TextBlocks, file_name};
+use record::{Problem, parse_json, parse_record};
 use text::TextEncoder;
 
 use crate::{Error, Result};
@@ -192,7 +192,7 @@ impl Reading<'_> {
         let mut waiting = before;
         let mut window = 0;
         self.counts().records += 1;
-        while let Some(block) = blocks.next(text.block())? {
+        while let Some(block) = blocks.next_block(text.block())? {
             waiting.append(&mut text.push(block).map_err(refused)?);
             self.take_windows(&name, &mut waiting, &mut window, false);
             if !self.progress(blocks.bytes_done()) {
@@ -208,9 +208,10 @@ impl Reading<'_> {
 
     /// Takes whole windows off the front of `tokens`, or with `all` every token.
     fn take_windows(&mut self, name: &str, tokens: &mut Vec<u32>, window: &mut u64, all: bool) {
-        let whole = match all {
-            true => tokens.len(),
-            false => tokens.len() / self.max_len * self.max_len,
+        let whole = if all {
+            tokens.len()
+        } else {
+            tokens.len() / self.max_len * self.max_len
         };
         let rest = tokens.split_off(whole);
         for ids in tokens.chunks(self.max_len) {
@@ -232,18 +233,19 @@ impl Reading<'_> {
             let mut batch = Vec::new();
             let mut bytes = 0;
             while bytes < BATCH_BYTES && batch.len() < BATCH_RECORDS {
-                let Some(record) = records.next()? else {
+                let Some(record) = records.next_record()? else {
                     break;
                 };
-                bytes += record.json.as_ref().map_or(0, String::len);
+                bytes += record.body.bytes();
                 batch.push(record);
             }
             if batch.is_empty() {
                 return Ok(Some(records.identity()));
             }
+            let (encoder, options) = (self.encoder, self.options);
             let encoded: Vec<(u64, std::result::Result<EncodedRecord, Problem>)> = batch
                 .into_par_iter()
-                .map(|record| (record.number, self.encode(&name, record)))
+                .map(|record| (record.number, encode(encoder, options, &name, record)))
                 .collect();
             for (number, encoded) in encoded {
                 self.counts().records += 1;
@@ -256,19 +258,6 @@ impl Reading<'_> {
                 return Ok(None);
             }
         }
-    }
-
-    fn encode(
-        &self,
-        name: &str,
-        record: RawRecord,
-    ) -> std::result::Result<EncodedRecord, Problem> {
-        let json = record
-            .json
-            .map_err(|problem| Problem::new(problem, "save the file as UTF-8"))?;
-        let body = parse_record(&json, self.options)?;
-        self.encoder
-            .encode(format!("{name}:{}", record.number), body)
     }
 
     /// A bad record stops the build, or is named and counted.
@@ -336,10 +325,10 @@ impl Reading<'_> {
             });
         }
         let options = self.options;
-        let sequences = match options.pack {
-            true => pack::pack(std::mem::take(&mut self.sequences), self.max_len),
-            false => std::mem::take(&mut self.sequences),
-        };
+        let mut sequences = std::mem::take(&mut self.sequences);
+        if options.pack {
+            sequences = pack::pack(sequences, self.max_len);
+        }
         let template = self.encoder.template();
         let used_chat = template.filter(|template| template.was_used());
         let date = options.chat_date.unwrap_or(USUAL_CHAT_DATE);
@@ -373,6 +362,23 @@ impl Reading<'_> {
             bad_records: self.bad_records,
         })
     }
+}
+
+fn encode(
+    encoder: &Encoder<'_>,
+    options: &DataOptions,
+    name: &str,
+    record: RawRecord,
+) -> std::result::Result<EncodedRecord, Problem> {
+    let value = match record.body {
+        RawBody::Json(json) => parse_json(&json)?,
+        RawBody::Parsed(value) => value,
+        RawBody::NotText => {
+            return Err(Problem::new("not UTF-8 text", "save the file as UTF-8"));
+        }
+    };
+    let body = parse_record(&value, options)?;
+    encoder.encode(format!("{name}:{}", record.number), body)
 }
 
 /// Tokens of a sequence that something predicts and the loss asks for.

@@ -1,10 +1,7 @@
 //! One record: a JSON object in one of the known forms.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-
 use minijinja::Value;
-use serde_json::value::RawValue;
+use minijinja::value::ValueKind;
 
 use super::options::DataOptions;
 
@@ -85,17 +82,17 @@ impl Problem {
     }
 }
 
+/// Reads the JSON of a record.
+pub(crate) fn parse_json(json: &str) -> Result<Value, Problem> {
+    serde_json::from_str(json).map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
+}
+
 /// Reads a record.
-pub(crate) fn parse_record(json: &str, options: &DataOptions) -> Result<RecordBody, Problem> {
-    let fields: BTreeMap<Cow<'_, str>, &RawValue> =
-        serde_json::from_str(json).map_err(|error| {
-            let kind = match error.classify() {
-                serde_json::error::Category::Data => "not a JSON object".to_owned(),
-                _ => format!("not JSON ({error})"),
-            };
-            Problem::new(kind, FORMS)
-        })?;
-    let record = Fields { fields, options };
+pub(crate) fn parse_record(record: &Value, options: &DataOptions) -> Result<RecordBody, Problem> {
+    if record.kind() != ValueKind::Map {
+        return Err(Problem::new("not a JSON object", FORMS));
+    }
+    let record = Fields { record, options };
     let parse: fn(&Fields<'_>) -> Result<RecordBody, String> = match record.form() {
         Some("input_ids") => parse_tokens,
         Some("messages") => parse_messages,
@@ -131,15 +128,15 @@ enum Need {
 }
 
 struct Fields<'a> {
-    fields: BTreeMap<Cow<'a, str>, &'a RawValue>,
+    record: &'a Value,
     options: &'a DataOptions,
 }
 
 impl Fields<'_> {
-    /// The JSON of a field; null counts as absent.
-    fn get(&self, field: &str) -> Option<&str> {
-        let json = self.fields.get(self.options.key(field))?.get();
-        (json != "null").then_some(json)
+    /// The value of a field; null counts as absent.
+    fn get(&self, field: &str) -> Option<Value> {
+        let value = self.record.get_attr(self.options.key(field)).ok()?;
+        (!value.is_undefined() && !value.is_none()).then_some(value)
     }
 
     fn form(&self) -> Option<&'static str> {
@@ -159,53 +156,57 @@ impl Fields<'_> {
     }
 
     fn names(&self) -> String {
-        match self.fields.len() {
-            0 => "it has no field".to_owned(),
-            _ => format!(
-                "its fields: {}",
-                self.fields
-                    .keys()
-                    .take(12)
-                    .map(AsRef::as_ref)
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
+        let names: Vec<String> = self
+            .record
+            .try_iter()
+            .into_iter()
+            .flatten()
+            .take(12)
+            .map(|name| name.to_string())
+            .collect();
+        if names.is_empty() {
+            return "it has no field".to_owned();
         }
+        format!("its fields: {}", names.join(", "))
     }
 
     fn text(&self, field: &str, need: Need) -> Result<String, String> {
         let name = self.name(field);
-        let Some(json) = self.get(field) else {
+        let Some(value) = self.get(field) else {
             return match need {
                 Need::Optional => Ok(String::new()),
                 Need::Filled => Err(format!("the record has no `{name}`")),
             };
         };
-        let text: String =
-            serde_json::from_str(json).map_err(|_| format!("the field `{name}` is not a string"))?;
+        let text = value
+            .as_str()
+            .ok_or_else(|| format!("the field `{name}` is not a string"))?;
         if need == Need::Filled && text.trim().is_empty() {
             return Err(format!("the field `{name}` is empty"));
         }
-        Ok(text)
+        Ok(text.to_owned())
     }
 
     fn list(&self, field: &str) -> Result<Vec<Value>, String> {
         let name = self.name(field);
-        let json = self.get(field).unwrap_or("null");
-        let list: Vec<Value> =
-            serde_json::from_str(json).map_err(|_| format!("`{name}` is not a list"))?;
+        let value = self.get(field).unwrap_or_default();
+        if value.kind() != ValueKind::Seq {
+            return Err(format!("`{name}` is not a list"));
+        }
+        Ok(value.try_iter().into_iter().flatten().collect())
+    }
+
+    fn filled_list(&self, field: &str) -> Result<Vec<Value>, String> {
+        let list = self.list(field)?;
         if list.is_empty() {
-            return Err(format!("`{name}` is empty"));
+            return Err(format!("`{}` is empty", self.name(field)));
         }
         Ok(list)
     }
 
-    fn tools(&self) -> Result<Value, String> {
-        match self.get("tools") {
-            None => Ok(Value::from(())),
-            Some(json) => serde_json::from_str(json)
-                .map_err(|_| format!("`{}` can't be read", self.name("tools"))),
-        }
+    /// What the template gets as `tools`: none where there are none.
+    fn tools(&self) -> Value {
+        self.get("tools").unwrap_or_else(|| Value::from(()))
     }
 }
 
@@ -225,7 +226,7 @@ fn parse_completion(record: &Fields<'_>) -> Result<RecordBody, String> {
 }
 
 fn parse_messages(record: &Fields<'_>) -> Result<RecordBody, String> {
-    let messages = record.list("messages")?;
+    let messages = record.filled_list("messages")?;
     for (index, message) in messages.iter().enumerate() {
         let of = || format!("message {} of `{}`", index + 1, record.name("messages"));
         let has = |key: &str| {
@@ -242,13 +243,13 @@ fn parse_messages(record: &Fields<'_>) -> Result<RecordBody, String> {
     }
     Ok(RecordBody::Chat {
         messages,
-        tools: record.tools()?,
+        tools: record.tools(),
     })
 }
 
 /// ShareGPT's names of the speakers.
 fn parse_conversations(record: &Fields<'_>) -> Result<RecordBody, String> {
-    let turns = record.list("conversations")?;
+    let turns = record.filled_list("conversations")?;
     let mut messages = Vec::with_capacity(turns.len());
     for (index, turn) in turns.iter().enumerate() {
         let of = || format!("turn {} of `{}`", index + 1, record.name("conversations"));
@@ -272,46 +273,43 @@ fn parse_conversations(record: &Fields<'_>) -> Result<RecordBody, String> {
     }
     Ok(RecordBody::Chat {
         messages,
-        tools: record.tools()?,
+        tools: record.tools(),
     })
 }
 
 /// A message as a template takes it.
 pub(crate) fn message(role: &str, content: String) -> Value {
-    [("role", Value::from(role)), ("content", Value::from(content))]
-        .into_iter()
-        .collect()
+    Value::from_pairs([
+        ("role", Value::from(role)),
+        ("content", Value::from(content)),
+    ])
 }
 
 fn parse_tokens(record: &Fields<'_>) -> Result<RecordBody, String> {
     let (ids_name, mask_name) = (record.name("input_ids"), record.name("loss_mask"));
-    let list = |json: &str, name: &str| {
-        serde_json::from_str::<Vec<serde_json::Value>>(json)
-            .map_err(|_| format!("`{name}` is not a list"))
-    };
-    let input_ids: Vec<u32> = list(record.get("input_ids").unwrap_or("null"), ids_name)?
+    let input_ids: Vec<u32> = record
+        .filled_list("input_ids")?
         .iter()
         .map(|id| {
-            id.as_u64()
+            id.as_i64()
+                .filter(|_| id.is_integer())
                 .and_then(|id| u32::try_from(id).ok())
                 .ok_or_else(|| format!("`{ids_name}` holds {id}, which is no token id"))
         })
         .collect::<Result<_, _>>()?;
-    if input_ids.is_empty() {
-        return Err(format!("`{ids_name}` is empty"));
-    }
-    let Some(json) = record.get("loss_mask") else {
+    if record.get("loss_mask").is_none() {
         return Ok(RecordBody::Tokens {
             input_ids,
             loss_mask: None,
         });
-    };
-    let loss_mask: Vec<bool> = list(json, mask_name)?
+    }
+    let loss_mask: Vec<bool> = record
+        .list("loss_mask")?
         .iter()
-        .map(|flag| match (flag.as_bool(), flag.as_u64()) {
-            (Some(flag), _) => Ok(flag),
-            (_, Some(0)) => Ok(false),
-            (_, Some(1)) => Ok(true),
+        .map(|flag| match (flag.kind(), flag.as_i64()) {
+            (ValueKind::Bool, _) => Ok(flag.is_true()),
+            (ValueKind::Number, Some(0)) => Ok(false),
+            (ValueKind::Number, Some(1)) => Ok(true),
             _ => Err(format!(
                 "`{mask_name}` holds {flag}, which is neither 0 nor 1"
             )),
@@ -334,12 +332,16 @@ fn parse_tokens(record: &Fields<'_>) -> Result<RecordBody, String> {
 mod tests {
     use super::*;
 
+    fn read(json: &str, options: &DataOptions) -> Result<RecordBody, Problem> {
+        parse_record(&parse_json(json)?, options)
+    }
+
     fn parse(json: &str) -> RecordBody {
-        parse_record(json, &DataOptions::default()).unwrap()
+        read(json, &DataOptions::default()).unwrap()
     }
 
     fn refused(json: &str, expected: &str) {
-        let problem = parse_record(json, &DataOptions::default()).unwrap_err();
+        let problem = read(json, &DataOptions::default()).unwrap_err();
         assert!(
             problem.message.contains(expected),
             "{} lacks {expected}",
@@ -400,7 +402,7 @@ mod tests {
         options
             .set_columns(&["text=body".into(), "output=answer".into()])
             .unwrap();
-        let parse = |json| parse_record(json, &options).unwrap();
+        let parse = |json| read(json, &options).unwrap();
         // A named column decides the form even where another form is there too.
         assert_eq!(
             parse("{\"body\":\"x\",\"instruction\":\"y\",\"answer\":\"z\"}"),

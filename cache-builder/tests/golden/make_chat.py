@@ -1,11 +1,12 @@
 """Renders conversations with Hugging Face transformers, for the chat templates' tests.
 
-    python make_chat.py [--teacher FILE.gguf]
+    python make_chat.py [--teacher FILE.gguf] [--templates FOLDER --out FILE.json]
 
 writes chat.json beside itself: templates (written for these tests, in the manner of well-known ones), conversations,
 and what `apply_chat_template` makes of each pair, with the character ranges of `{% generation %}` blocks. With a
 teacher it also writes chat_teacher.json: token ids of the same conversations by that model's own tokenizer and
-template, and which of them the assistant says. Wants transformers 4.57, jinja2 3.1, gguf, torch.
+template, and which of them the assistant says. With a folder of templates (`*.jinja`, of anybody) it writes what they make of
+the conversations to FILE.json instead; the tests read that too where CASKD_CHAT_CASES names it. Wants transformers 4.57, jinja2 3.1, gguf, torch.
 """
 
 import argparse
@@ -193,22 +194,22 @@ def render(template, conversation, add_generation_prompt):
     return rendered[0], ranges[0]
 
 
-def texts():
+def texts(templates):
     chat_template_utils.datetime = Now
     cases = []
-    for template_name, template in TEMPLATES.items():
+    for template_name, template in templates.items():
         for name, conversation in CONVERSATIONS.items():
             for prompt in (False, True):
                 case = {"template": template_name, "conversation": name, "add_generation_prompt": prompt}
                 try:
                     text, ranges = render(template, conversation, prompt)
                     case["text"] = text
-                    if template_name == "marked":
+                    if "endgeneration" in template:
                         case["generated"] = [text[start:end] for start, end in ranges]
                 except Exception as error:
                     case["refused"] = type(error).__name__
                 cases.append(case)
-    return {"special_tokens": SPECIAL, "date": str(DATE.date()), "templates": TEMPLATES, "conversations": CONVERSATIONS, "cases": cases}
+    return {"special_tokens": SPECIAL, "date": str(DATE.date()), "templates": templates, "conversations": CONVERSATIONS, "cases": cases}
 
 
 def of_teacher(path):
@@ -240,8 +241,14 @@ def of_teacher(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", type=pathlib.Path)
+    parser.add_argument("--templates", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
-    (HERE / "chat.json").write_text(json.dumps(texts(), indent=1, ensure_ascii=False) + "\n")
+    if arguments.templates:
+        templates = {str(path.relative_to(arguments.templates)): path.read_text() for path in sorted(arguments.templates.rglob("*.jinja"))}
+        arguments.out.write_text(json.dumps(texts(templates), ensure_ascii=False))
+        return
+    (HERE / "chat.json").write_text(json.dumps(texts(TEMPLATES), indent=1, ensure_ascii=False) + "\n")
     if arguments.teacher:
         cases = of_teacher(arguments.teacher)
         (HERE / "chat_teacher.json").write_text(json.dumps(cases, ensure_ascii=False) + "\n")
