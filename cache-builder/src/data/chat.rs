@@ -260,8 +260,13 @@ mod tests {
                     _ => false,
                 };
                 if !is_same {
+                    let kind = match (&ours, &case.text) {
+                        (Ok(_), None) => "given where transformers refuse",
+                        (Err(_), Some(_)) => "refused where transformers give",
+                        _ => "another text",
+                    };
                     wrong.push(format!(
-                        "{} on {}, {}: {ours:?} instead of {:?}, {:?}",
+                        "{kind}: {} on {}, {}: {ours:?} instead of {:?}, {:?}",
                         case.template,
                         case.conversation,
                         case.add_generation_prompt,
@@ -294,11 +299,27 @@ mod tests {
             return;
         };
         let golden = Golden::read(&path);
-        let wrong = golden.differences();
-        for difference in &wrong {
-            println!("{difference}\n");
-        }
-        let special: Vec<String> = Vec::new();
+        let differences = golden.differences();
+        // Where Python stumbles over a none, minijinja may go on; that is no other text.
+        let (lenient, wrong): (Vec<_>, Vec<_>) = differences
+            .into_iter()
+            .partition(|difference| difference.starts_with("given where transformers refuse"));
+        // Whatever stands between such brackets is a special token of some model.
+        let special = |text: &str| -> Vec<String> {
+            let mut tokens: Vec<String> = [("<|", "|>"), ("<｜", "｜>"), ("<", ">")]
+                .iter()
+                .flat_map(|&(open, close)| {
+                    text.match_indices(open).filter_map(move |(start, _)| {
+                        let length = text[start..].find(close)? + close.len();
+                        Some(text[start..start + length].to_owned())
+                    })
+                })
+                .filter(|token| token.len() < 30)
+                .collect();
+            tokens.sort_unstable();
+            tokens.dedup();
+            tokens
+        };
         let (mut compared, mut other) = (0, 0);
         for case in &golden.cases {
             let Some(name) = case.template.strip_suffix("_training.jinja") else {
@@ -318,7 +339,7 @@ mod tests {
                 &template,
                 &conversation.messages,
                 &conversation.tools,
-                &special,
+                &special(text),
             );
             compared += 1;
             let turns = chat.map(|chat| {
@@ -326,16 +347,22 @@ mod tests {
                 let turns: Vec<String> = turns.map(|turn| chat.text[turn.clone()].to_owned()).collect();
                 (chat.text, turns)
             });
-            if turns != Ok((text.clone(), expected.clone())) {
+            // Some of the marks take in the line's end behind the last token.
+            let trimmed = |turns: &[String]| -> Vec<String> {
+                turns.iter().map(|turn| turn.trim_end().to_owned()).collect()
+            };
+            let turns = turns.map(|(text, turns)| (text, trimmed(&turns)));
+            if turns != Ok((text.clone(), trimmed(expected))) {
                 other += 1;
                 println!("{plain} on {}: {turns:?} instead of {expected:?}\n", case.conversation);
             }
         }
         println!(
-            "{} of {} texts differ; {other} of {compared} conversations have other turns",
+            "{} of {} texts differ, {} more are given where transformers refuse; {other} of {compared} conversations have other turns",
             wrong.len(),
-            golden.cases.len()
+            golden.cases.len(),
+            lenient.len()
         );
-        assert!(wrong.is_empty(), "{} differences", wrong.len());
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 }

@@ -10,7 +10,7 @@ use chrono::NaiveDate;
 use chrono::format::{Item, StrftimeItems};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, Value, escape_formatter};
 
 /// The places that the markers of a `{% generation %}` block leave in the rendered text. They are private-use
 /// characters of the last plane, which no text has a reason to hold.
@@ -101,6 +101,17 @@ fn environment(
         .map_err(|error| one_line(&error))?;
     environment.set_syntax(syntax);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, state, value| match as_float(value) {
+        Some(number) => Ok(out.write_str(&float(number))?),
+        None => escape_formatter(out, state, value),
+    });
+    environment.add_filter("string", |value: &Value| {
+        as_float(value).map_or_else(|| value.to_string(), float)
+    });
+    // Nothing can be looped over that is none.
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && (value.kind() == ValueKind::String || value.try_iter().is_ok())
+    });
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -221,8 +232,10 @@ impl Dumps<'_> {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool if value.is_true() => out.push_str("true"),
             ValueKind::Bool => out.push_str("false"),
-            ValueKind::Number if value.is_integer() => write!(out, "{value}")?,
-            ValueKind::Number => out.push_str(&float(f64::try_from(value.clone())?)),
+            ValueKind::Number => match as_float(value) {
+                Some(number) => out.push_str(&float(number)),
+                None => write!(out, "{value}")?,
+            },
             ValueKind::String => self.string(out, value.as_str().unwrap_or_default())?,
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
@@ -304,6 +317,13 @@ impl Dumps<'_> {
     }
 }
 
+fn as_float(value: &Value) -> Option<f64> {
+    let is_float = value.kind() == ValueKind::Number && !value.is_integer();
+    is_float
+        .then(|| f64::try_from(value.clone()).ok())
+        .flatten()
+}
+
 /// `repr` of a float: the shortest digits that give it back, with an exponent below 1e-4 and from 1e16 on.
 fn float(value: f64) -> String {
     if !value.is_finite() {
@@ -353,9 +373,9 @@ mod tests {
             "{\n  \"b\": [],\n  \"a\": [\n    \"\\u00e9\"\n  ]\n}",
         );
         check(
-            "{{ [true, none, 'it', 1.5] }}{{ none }}{{ undefined_name }}",
-            "[]",
-            "[True, None, 'it', 1.5]None",
+            "{{ [true, none, 'it', 1.5] }}{{ none }}{{ undefined_name }}{{ messages[0] }}{{ 2.0 | string }}",
+            "[1e-7]",
+            "[True, None, 'it', 1.5]None1e-072.0",
         );
     }
 

@@ -84,7 +84,7 @@ mod tests {
         let packed = pack(sequences.clone(), 10);
         assert_eq!(packed.len(), 5, "41 tokens need 5 sequences of 10");
         let sources: Vec<&str> = packed.iter().map(|pack| pack.source.as_str()).collect();
-        assert_eq!(sources, ["d:0+d:7", "d:1+d:6", "d:2+d:5", "d:3", "d:4"]);
+        assert_eq!(sources, ["d:0+d:5+d:7", "d:1+d:6", "d:2", "d:3", "d:4"]);
         let mut lengths_again = [0; 8];
         for pack in &packed {
             assert!(pack.token_ids.len() <= 10 && pack.token_ids.len() == pack.loss_mask.len());
@@ -97,7 +97,7 @@ mod tests {
         // No token is predicted from another record.
         assert_eq!(
             packed[0].loss_mask,
-            [true, true, true, true, true, false, true, true, true]
+            [true, true, true, true, true, false, false, true, true, true]
         );
         assert_eq!(pack(sequences, 10), packed);
     }
