@@ -34,7 +34,7 @@ pub(crate) struct Encoder<'a> {
     max_len: usize,
     loss_on: LossOn,
     prompt: PromptForm,
-    template: Option<ChatTemplate>,
+    template: std::result::Result<ChatTemplate, Problem>,
     special: Vec<String>,
 }
 
@@ -56,13 +56,27 @@ impl<'a> Encoder<'a> {
             None => template_of(&teacher.tokenizer_config),
         };
         let date = options.chat_date.unwrap_or(USUAL_CHAT_DATE);
-        let template = source
-            .map(|source| ChatTemplate::new(&source, &teacher.tokenizer_config, date))
-            .transpose()
-            .map_err(|problem| Error::Option {
-                problem: format!("the chat template can't be read: {problem}"),
-                hint: "give another one: --chat-template FILE.jinja".into(),
-            })?;
+        let template = match source {
+            None => Err(Problem::new(
+                "the teacher's tokenizer has no chat template for this conversation",
+                "give one: --chat-template FILE.jinja",
+            )),
+            Some(source) => {
+                ChatTemplate::new(&source, &teacher.tokenizer_config, date).map_err(|problem| {
+                    Problem::new(
+                        format!("the chat template can't be read: {problem}"),
+                        "give another one: --chat-template FILE.jinja",
+                    )
+                })
+            }
+        };
+        // The tokenizer's own matters only once there is a conversation.
+        if let (Some(_), Err(problem)) = (&options.chat_template, &template) {
+            return Err(Error::Option {
+                problem: problem.message.clone(),
+                hint: problem.hint.clone(),
+            });
+        }
         let mut special: Vec<String> = teacher
             .tokenizer
             .get_added_tokens_decoder()
@@ -84,7 +98,7 @@ impl<'a> Encoder<'a> {
     }
 
     pub(crate) fn template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref()
+        self.template.as_ref().ok()
     }
 
     /// The special tokens that the tokenizer puts before and behind a text.
@@ -197,12 +211,7 @@ impl<'a> Encoder<'a> {
         messages: &[minijinja::Value],
         tools: &minijinja::Value,
     ) -> std::result::Result<TokenizedSequence, Problem> {
-        let Some(template) = &self.template else {
-            return Err(Problem::new(
-                "the teacher's tokenizer has no chat template for this conversation",
-                "give one: --chat-template FILE.jinja",
-            ));
-        };
+        let template = self.template.as_ref().map_err(Clone::clone)?;
         let chat = render_chat(template, messages, tools, &self.special).map_err(|message| {
             Problem::new(
                 message,

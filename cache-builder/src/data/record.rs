@@ -84,7 +84,8 @@ impl Problem {
 
 /// Reads the JSON of a record.
 pub(crate) fn parse_json(json: &str) -> Result<Value, Problem> {
-    serde_json::from_str(json).map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
+    // Some editors begin a file with a byte-order mark.
+    serde_json::from_str(json.trim_start_matches('\u{feff}')).map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
 }
 
 /// Reads a record.
