@@ -64,7 +64,7 @@ impl<R: Read> Hashed<R> {
         }
     }
 
-    pub(crate) fn bytes(&self) -> u64 {
+    fn count(&self) -> u64 {
         self.bytes
     }
 
@@ -110,7 +110,7 @@ impl TextBlocks {
     pub(crate) fn next_block(&mut self, size: usize) -> Result<Option<String>> {
         let mut bytes = std::mem::take(&mut self.rest);
         let wanted = size.saturating_sub(bytes.len()).max(4);
-        let before = self.reader.bytes() - bytes.len() as u64;
+        let before = self.reader.count() - bytes.len() as u64;
         (&mut self.reader)
             .take(wanted as u64)
             .read_to_end(&mut bytes)
@@ -142,7 +142,7 @@ impl TextBlocks {
     }
 
     pub(crate) fn bytes_done(&self) -> u64 {
-        self.reader.bytes()
+        self.reader.count()
     }
 
     pub(crate) fn identity(&self) -> DataFile {
@@ -269,7 +269,7 @@ impl Records {
     /// Bytes of the file that have been read, or the share of the rows that corresponds to them.
     pub(crate) fn bytes_done(&self) -> u64 {
         match &self.reader {
-            Reader::Lines(reader) => reader.get_ref().bytes(),
+            Reader::Lines(reader) => reader.get_ref().count(),
             Reader::List { identity, .. } => identity.bytes,
             Reader::Rows {
                 total, identity, ..
