@@ -37,8 +37,17 @@ fn rows(bench: &Bench, name: &str, arguments: &[&str]) -> Vec<Row> {
 
 fn build(bench: &Bench, name: &str, arguments: &[&str]) -> Value {
     let fixed = [
-        "build", "--teacher", "teacher", "--out", name, "--layers", "none", "--top-k", "4",
-        "--no-fidelity", "--json",
+        "build",
+        "--teacher",
+        "teacher",
+        "--out",
+        name,
+        "--layers",
+        "none",
+        "--top-k",
+        "4",
+        "--no-fidelity",
+        "--json",
     ];
     bench.json(&[&fixed[..], arguments].concat())
 }
@@ -111,7 +120,11 @@ fn every_form_of_record_becomes_its_tokens_and_targets() {
     let from = ["--data", "data.jsonl", "--chat-template", "chat.jinja"];
     let all = rows(&bench, "response", &from);
     let learned: Vec<&str> = all.iter().map(|row| row.learned.as_str()).collect();
-    assert!(all[0].text.starts_with("Below is an instruction that describes a task, paired"));
+    assert!(
+        all[0]
+            .text
+            .starts_with("Below is an instruction that describes a task, paired")
+    );
     assert!(all[0].text.ends_with("### Input:\n1 2\n\n### Response:\n3"));
     assert_eq!(learned[0].trim_start_matches('.'), "3");
     assert_eq!(
@@ -124,7 +137,10 @@ fn every_form_of_record_becomes_its_tokens_and_targets() {
     );
     assert_eq!(all[2].text, "<user>hi\u{17}\n<assistant>hello\u{17}\n");
     assert_eq!(learned[2].trim_start_matches('.'), "hello\u{17}\n");
-    assert_eq!((all[3].text.as_str(), learned[3]), ("Q: why? A: so", ".......... so"));
+    assert_eq!(
+        (all[3].text.as_str(), learned[3]),
+        ("Q: why? A: so", ".......... so")
+    );
     assert_eq!((all[4].text.as_str(), learned[4]), ("a text", "a text"));
     assert_eq!((all[5].text.as_str(), learned[5]), ("Hi!", "..!"));
     assert_eq!(all[1].source, "data.jsonl:2");
@@ -133,7 +149,10 @@ fn every_form_of_record_becomes_its_tokens_and_targets() {
     assert!(all.iter().all(|row| row.learned == row.text));
 
     let chat = rows(&bench, "chat", &[&from[..], &["--prompt", "chat"]].concat());
-    assert_eq!(chat[0].text, "<user>Add.\n\n1 2\u{17}\n<assistant>3\u{17}\n");
+    assert_eq!(
+        chat[0].text,
+        "<user>Add.\n\n1 2\u{17}\n<assistant>3\u{17}\n"
+    );
     assert_eq!(chat[0].learned.trim_start_matches('.'), "3\u{17}\n");
     let card = bench.json(&["inspect", "chat", "--json"]);
     assert!(card["command"].as_str().unwrap().contains("--prompt chat"));
@@ -146,7 +165,10 @@ fn parquet_and_json_hold_the_same_records() {
     let bench = Bench::new();
     bench.write("chat.jinja", TEMPLATE);
     let texts = ["first text", "second \"text\" — ünï", "third"];
-    let records: Vec<Value> = texts.iter().map(|text| json!({"body": text, "id": 7})).collect();
+    let records: Vec<Value> = texts
+        .iter()
+        .map(|text| json!({"body": text, "id": 7}))
+        .collect();
     bench.write("text.jsonl", &lines(&records));
     bench.write("text.json", &Value::from(records).to_string());
     let column = Arc::new(StringArray::from(texts.to_vec())) as ArrayRef;
@@ -171,7 +193,11 @@ fn parquet_and_json_hold_the_same_records() {
     }
     assert_eq!((lines.len(), list.len(), table.len()), (3, 3, 3));
 
-    parquet(&bench.path("chat.parquet"), chat_columns(), Compression::UNCOMPRESSED);
+    parquet(
+        &bench.path("chat.parquet"),
+        chat_columns(),
+        Compression::UNCOMPRESSED,
+    );
     let chats = rows(
         &bench,
         "chats",
@@ -183,13 +209,22 @@ fn parquet_and_json_hold_the_same_records() {
     let mut ids = ListBuilder::new(Int64Builder::new());
     ids.append_value([Some(72), Some(105), Some(33)]);
     let ids = Arc::new(ids.finish()) as ArrayRef;
-    parquet(&bench.path("ids.parquet"), vec![("input_ids", ids)], Compression::SNAPPY);
-    assert_eq!(rows(&bench, "ids", &["--data", "ids.parquet"])[0].text, "Hi!");
+    parquet(
+        &bench.path("ids.parquet"),
+        vec![("input_ids", ids)],
+        Compression::SNAPPY,
+    );
+    assert_eq!(
+        rows(&bench, "ids", &["--data", "ids.parquet"])[0].text,
+        "Hi!"
+    );
 }
 
 fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>, compression: Compression) {
     let batch = RecordBatch::try_from_iter(columns).unwrap();
-    let properties = WriterProperties::builder().set_compression(compression).build();
+    let properties = WriterProperties::builder()
+        .set_compression(compression)
+        .build();
     let file = std::fs::File::create(path).unwrap();
     let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
     writer.write(&batch).unwrap();
@@ -205,8 +240,14 @@ fn chat_columns() -> Vec<(&'static str, ArrayRef)> {
     let mut messages = ListBuilder::new(StructBuilder::from_fields(fields, 2));
     for (role, content) in [("user", "hi"), ("assistant", "hello")] {
         let message = messages.values();
-        message.field_builder::<StringBuilder>(0).unwrap().append_value(role);
-        message.field_builder::<StringBuilder>(1).unwrap().append_value(content);
+        message
+            .field_builder::<StringBuilder>(0)
+            .unwrap()
+            .append_value(role);
+        message
+            .field_builder::<StringBuilder>(1)
+            .unwrap()
+            .append_value(content);
         message.append(true);
     }
     messages.append(true);
@@ -224,7 +265,15 @@ fn bad_records_stop_the_build_or_are_named_and_counted() {
     records[4] = json!({"input_ids": [1, 999]}).to_string();
     bench.write("data.jsonl", &(records.join("\n") + "\n"));
     let arguments = |out: &'static str, more: &[&'static str]| {
-        let fixed = ["build", "--teacher", "teacher", "--data", "data.jsonl", "--out", out];
+        let fixed = [
+            "build",
+            "--teacher",
+            "teacher",
+            "--data",
+            "data.jsonl",
+            "--out",
+            out,
+        ];
         [&fixed[..], &["--top-k", "4", "--json"], more].concat()
     };
     let stopped = bench.run(&arguments("stopped", &[]));
@@ -255,7 +304,10 @@ fn bad_records_stop_the_build_or_are_named_and_counted() {
         .collect();
     assert_eq!(sources, ["data.jsonl:1", "data.jsonl:3", "data.jsonl:6"]);
     let manifest = bench.json(&["inspect", "skipped", "--json"]);
-    assert_eq!(manifest["manifest"]["data"]["preparation"]["bad_records"], 3);
+    assert_eq!(
+        manifest["manifest"]["data"]["preparation"]["bad_records"],
+        3
+    );
     bench.ok(&["verify", "skipped", "--deep"]);
 }
 
@@ -265,12 +317,27 @@ fn repeated_sequences_are_dropped_and_counted() {
     let record = |text: &str| json!({"text": text});
     bench.write(
         "data.jsonl",
-        &lines(&[record("same"), record("other"), record("same"), record("same")]),
+        &lines(&[
+            record("same"),
+            record("other"),
+            record("same"),
+            record("same"),
+        ]),
     );
     let report = build(&bench, "dropped", &["--data", "data.jsonl"]);
-    assert_eq!((report["sequences"].as_u64(), report["duplicates"].as_u64()), (Some(2), Some(2)));
-    let report = build(&bench, "kept", &["--data", "data.jsonl", "--duplicates", "keep"]);
-    assert_eq!((report["sequences"].as_u64(), report["duplicates"].as_u64()), (Some(4), Some(0)));
+    assert_eq!(
+        (report["sequences"].as_u64(), report["duplicates"].as_u64()),
+        (Some(2), Some(2))
+    );
+    let report = build(
+        &bench,
+        "kept",
+        &["--data", "data.jsonl", "--duplicates", "keep"],
+    );
+    assert_eq!(
+        (report["sequences"].as_u64(), report["duplicates"].as_u64()),
+        (Some(4), Some(0))
+    );
 }
 
 #[test]
@@ -281,7 +348,11 @@ fn the_validation_split_is_the_same_for_everyone_and_kept_out_of_training() {
     let backwards: Vec<Value> = (0..60).rev().map(text).collect();
     bench.write("data.jsonl", &lines(&numbers));
     bench.write("backwards.jsonl", &lines(&backwards));
-    let report = build(&bench, "cache", &["--data", "data.jsonl", "--validation", "0.25"]);
+    let report = build(
+        &bench,
+        "cache",
+        &["--data", "data.jsonl", "--validation", "0.25"],
+    );
     let validation = |name: &str| {
         let mut texts: Vec<String> = exported(&bench, name)
             .into_iter()
@@ -293,28 +364,71 @@ fn the_validation_split_is_the_same_for_everyone_and_kept_out_of_training() {
     };
     let apart = validation("cache");
     assert!((5..=25).contains(&apart.len()), "{}", apart.len());
-    assert_eq!(report["validation_sequences"].as_u64(), Some(apart.len() as u64));
-    build(&bench, "again", &["--data", "backwards.jsonl", "--validation", "0.25"]);
-    assert_eq!(validation("again"), apart, "the order of the data changes nothing");
+    assert_eq!(
+        report["validation_sequences"].as_u64(),
+        Some(apart.len() as u64)
+    );
+    build(
+        &bench,
+        "again",
+        &["--data", "backwards.jsonl", "--validation", "0.25"],
+    );
+    assert_eq!(
+        validation("again"),
+        apart,
+        "the order of the data changes nothing"
+    );
 
-    let prune = ["prune", "--model", "teacher", "--ratio", "0.25", "--out", "student"];
+    let prune = [
+        "prune", "--model", "teacher", "--ratio", "0.25", "--out", "student",
+    ];
     bench.ok(&prune);
     let train = |out: &str| {
-        let of = ["train", "--cache", "cache", "--student", "student", "--out", out, "--json"];
-        let how = ["--set", "hard_weight=1", "--set", "soft_weight=0", "--set", "batch_size=8"];
+        let of = [
+            "train",
+            "--cache",
+            "cache",
+            "--student",
+            "student",
+            "--out",
+            out,
+            "--json",
+        ];
+        let how = [
+            "--set",
+            "hard_weight=1",
+            "--set",
+            "soft_weight=0",
+            "--set",
+            "batch_size=8",
+        ];
         bench.json(&[&of[..], &how].concat())
     };
-    assert_eq!(train("run")["sequences"].as_u64(), Some(60 - apart.len() as u64));
+    assert_eq!(
+        train("run")["sequences"].as_u64(),
+        Some(60 - apart.len() as u64)
+    );
     // A run is judged on what it has not seen.
     let scores = bench.json(&["eval", "--model", "run", "--cache", "cache", "--json"]);
-    assert_eq!(scores["cache"][0]["sequences"].as_u64(), Some(apart.len() as u64));
+    assert_eq!(
+        scores["cache"][0]["sequences"].as_u64(),
+        Some(apart.len() as u64)
+    );
     assert_eq!(scores["cache"][0]["split"], "validation");
-    let all = ["eval", "--model", "run", "--cache", "cache", "--split", "all", "--json"];
+    let all = [
+        "eval", "--model", "run", "--cache", "cache", "--split", "all", "--json",
+    ];
     assert_eq!(bench.json(&all)["cache"][0]["sequences"], 60);
 
     for share in ["1", "-0.1", "0.000001"] {
         let arguments = [
-            "build", "--teacher", "teacher", "--data", "data.jsonl", "--out", "never",
+            "build",
+            "--teacher",
+            "teacher",
+            "--data",
+            "data.jsonl",
+            "--out",
+            "never",
             &format!("--validation={share}"),
         ];
         let refused = bench.run(&arguments);
@@ -337,14 +451,20 @@ fn packing_fills_sequences_and_is_the_same_every_time() {
     assert_eq!(single["positions"], packed["positions"]);
     let least = single["positions"].as_u64().unwrap().div_ceil(64);
     let sequences = packed["sequences"].as_u64().unwrap();
-    assert!((least..=least + 1).contains(&sequences), "{sequences} for {least}");
+    assert!(
+        (least..=least + 1).contains(&sequences),
+        "{sequences} for {least}"
+    );
     let rows = exported(&bench, "packed");
     let mut sources: Vec<&str> = rows.iter().flat_map(|row| row.source.split('+')).collect();
     sources.sort_unstable();
     sources.dedup();
     assert_eq!(sources.len(), 40);
     build(&bench, "again", &[&from[..], &["--pack"]].concat());
-    assert_eq!(files(&bench.path("packed/shards")), files(&bench.path("again/shards")));
+    assert_eq!(
+        files(&bench.path("packed/shards")),
+        files(&bench.path("again/shards"))
+    );
     bench.ok(&["verify", "packed"]);
 }
 
@@ -378,8 +498,8 @@ fn the_real_teachers_chats_are_those_of_transformers() {
         eprintln!("skipped: CASKD_TEACHER is not set");
         return;
     };
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("cache-builder/tests/golden/chat_teacher.json");
+    let golden =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("cache-builder/tests/golden/chat_teacher.json");
     let cases: Vec<Value> = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
     let bench = Bench::empty();
     // Two of the conversations have no answer; all tokens are asked for where there is none to learn from.
@@ -396,8 +516,20 @@ fn the_real_teachers_chats_are_those_of_transformers() {
     bench.write("data.jsonl", &lines(&records));
     let teacher = teacher.to_str().unwrap();
     bench.ok(&[
-        "build", "--teacher", teacher, "--data", "data.jsonl", "--out", "cache", "--tier",
-        "sparse", "--layers", "none", "--top-k", "2", "--no-fidelity",
+        "build",
+        "--teacher",
+        teacher,
+        "--data",
+        "data.jsonl",
+        "--out",
+        "cache",
+        "--tier",
+        "sparse",
+        "--layers",
+        "none",
+        "--top-k",
+        "2",
+        "--no-fidelity",
     ]);
     bench.ok(&["export", "cache", "--to", "jsonl", "--out", "out.jsonl"]);
     let out = std::fs::read_to_string(bench.path("out.jsonl")).unwrap();
@@ -408,6 +540,11 @@ fn the_real_teachers_chats_are_those_of_transformers() {
             let list = list.as_array().unwrap().iter();
             list.map(|flag| flag == 1 || flag == true).collect()
         };
-        assert_eq!(flags(&row["loss_mask"]), flags(&case["loss_mask"]), "{}", case["messages"]);
+        assert_eq!(
+            flags(&row["loss_mask"]),
+            flags(&case["loss_mask"]),
+            "{}",
+            case["messages"]
+        );
     }
 }

@@ -8,6 +8,7 @@ mod build;
 mod data;
 mod error;
 mod fidelity;
+mod noise_shaping;
 mod options;
 mod rebuild;
 mod recheck;
@@ -16,8 +17,8 @@ mod transform_fit;
 
 pub use build::{BuildReport, Progress, Stage, build};
 pub use data::{
-    BadRecord, DataEvent, DataOptions, NAMED_BAD_RECORDS, OnError, PromptForm, TokenizedData, TokenizedSequence,
-    USUAL_CHAT_DATE, alpaca_prompt, tokenize,
+    BadRecord, DataEvent, DataOptions, NAMED_BAD_RECORDS, OnError, PromptForm, TokenizedData,
+    TokenizedSequence, USUAL_CHAT_DATE, alpaca_prompt, tokenize,
 };
 pub use error::{Error, Result};
 pub use fidelity::{measure_cache, pruned_teacher};

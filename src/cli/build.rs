@@ -23,7 +23,7 @@ A record (a line of .jsonl, an entry of a .json list, a row of .parquet) has one
   text                                running text; long ones are cut into windows
   input_ids, loss_mask                tokens made elsewhere")]
 pub(crate) struct BuildArgs {
-    /// The teacher: a Hugging Face folder or a GGUF file
+    /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) teacher: PathBuf,
     /// The cache's folder; it must not exist, or hold an interrupted build

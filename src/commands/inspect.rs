@@ -239,7 +239,11 @@ fn as_text(card: &Card<'_>) -> String {
             data.positions,
             data.targets,
             data.prompt_form,
-            if data.preparation.packed { ", packed" } else { "" },
+            if data.preparation.packed {
+                ", packed"
+            } else {
+                ""
+            },
         ),
     );
     line(

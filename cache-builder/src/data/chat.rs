@@ -134,7 +134,10 @@ fn turn_by_content(
 /// The end of the turn without whitespace behind the special token that ends it.
 fn end_of_turn(text: &str, turn: &Range<usize>, special: &[String]) -> usize {
     let trimmed = text[turn.clone()].trim_end();
-    if special.iter().any(|token| trimmed.ends_with(token.as_str())) {
+    if special
+        .iter()
+        .any(|token| trimmed.ends_with(token.as_str()))
+    {
         turn.start + trimmed.len()
     } else {
         turn.end
@@ -344,17 +347,25 @@ mod tests {
             compared += 1;
             let turns = chat.map(|chat| {
                 let turns = chat.turns.iter();
-                let turns: Vec<String> = turns.map(|turn| chat.text[turn.clone()].to_owned()).collect();
+                let turns: Vec<String> = turns
+                    .map(|turn| chat.text[turn.clone()].to_owned())
+                    .collect();
                 (chat.text, turns)
             });
             // Some of the marks take in the line's end behind the last token.
             let trimmed = |turns: &[String]| -> Vec<String> {
-                turns.iter().map(|turn| turn.trim_end().to_owned()).collect()
+                turns
+                    .iter()
+                    .map(|turn| turn.trim_end().to_owned())
+                    .collect()
             };
             let turns = turns.map(|(text, turns)| (text, trimmed(&turns)));
             if turns != Ok((text.clone(), trimmed(expected))) {
                 other += 1;
-                println!("{plain} on {}: {turns:?} instead of {expected:?}\n", case.conversation);
+                println!(
+                    "{plain} on {}: {turns:?} instead of {expected:?}\n",
+                    case.conversation
+                );
             }
         }
         println!(

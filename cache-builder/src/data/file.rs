@@ -312,12 +312,11 @@ fn open_list(path: &Path) -> Result<Reader> {
     reader
         .read_to_end(&mut bytes)
         .map_err(|source| unreadable(path, source))?;
-    let entries: Vec<Value> =
-        serde_json::from_slice(&bytes).map_err(|error| Error::Damaged {
-            path: path.into(),
-            message: format!("it is no JSON list of records ({error})"),
-            hint: "one JSON object a line is called .jsonl".into(),
-        })?;
+    let entries: Vec<Value> = serde_json::from_slice(&bytes).map_err(|error| Error::Damaged {
+        path: path.into(),
+        message: format!("it is no JSON list of records ({error})"),
+        hint: "one JSON object a line is called .jsonl".into(),
+    })?;
     Ok(Reader::List {
         entries: entries.into_iter(),
         identity: reader.identity(path),

@@ -113,9 +113,12 @@ fn environment(
         !value.is_none() && (value.kind() == ValueKind::String || value.try_iter().is_ok())
     });
     environment.add_filter("tojson", to_json);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, message))
-    });
+    environment.add_function(
+        "raise_exception",
+        |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        },
+    );
     let asked = Arc::clone(asked_for_date);
     environment.add_function("strftime_now", move |format: String| {
         asked.store(true, Ordering::Relaxed);
@@ -194,7 +197,10 @@ fn one_line(error: &Error) -> String {
 }
 
 /// `json.dumps` as transformers calls it: nothing is escaped for HTML, and keys keep their order.
-#[expect(clippy::needless_pass_by_value, reason = "what a filter's arguments are")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "what a filter's arguments are"
+)]
 fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
@@ -397,7 +403,9 @@ mod tests {
     #[test]
     fn generation_blocks_leave_marks_and_change_nothing_else() {
         let of = |begin: &str, end: &str| {
-            format!("{{% for m in messages %}}\n  x\n  {begin}\n  y{{{{ m }}}}\n  {end}\nz\n{{% endfor %}}\n")
+            format!(
+                "{{% for m in messages %}}\n  x\n  {begin}\n  y{{{{ m }}}}\n  {end}\nz\n{{% endfor %}}\n"
+            )
         };
         for (left, right) in [("", ""), ("-", ""), ("", "-"), ("-", "-")] {
             let marked = render(

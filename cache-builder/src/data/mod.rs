@@ -23,7 +23,7 @@ pub use options::{DataOptions, OnError, PromptForm, USUAL_CHAT_DATE};
 
 use encode::{EncodedRecord, Encoder};
 use file::{FileKind, RawBody, RawRecord, Records, TextBlocks, file_name};
-use record::{Problem, parse_json, parse_record};
+use record::{Problem, parse_json, parse_record, response_mark};
 use text::TextEncoder;
 
 use crate::{Error, Result};
@@ -274,7 +274,10 @@ impl Reading<'_> {
                 unit,
                 number,
                 problem: problem.message,
-                hint: format!("{}; to pass over bad records: --on-error skip", problem.hint),
+                hint: format!(
+                    "{}; to pass over bad records: --on-error skip",
+                    problem.hint
+                ),
             });
         }
         let bad = BadRecord {
@@ -378,7 +381,8 @@ fn encode(
         }
     };
     let body = parse_record(&value, options)?;
-    encoder.encode(format!("{name}:{}", record.number), body)
+    let mark = response_mark(&value, options)?;
+    encoder.encode(format!("{name}:{}{mark}", record.number), body)
 }
 
 /// Tokens of a sequence that something predicts and the loss asks for.

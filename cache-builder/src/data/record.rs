@@ -43,7 +43,7 @@ pub(crate) enum RecordBody {
 }
 
 /// Every field that a form has; `--column` may give any of them another name.
-pub(crate) const FIELDS: [&str; 11] = [
+pub(crate) const FIELDS: [&str; 12] = [
     "text",
     "messages",
     "conversations",
@@ -55,6 +55,7 @@ pub(crate) const FIELDS: [&str; 11] = [
     "completion",
     "input_ids",
     "loss_mask",
+    "response_by",
 ];
 
 /// What every refusal of a record says.
@@ -85,7 +86,8 @@ impl Problem {
 /// Reads the JSON of a record.
 pub(crate) fn parse_json(json: &str) -> Result<Value, Problem> {
     // Some editors begin a file with a byte-order mark.
-    serde_json::from_str(json.trim_start_matches('\u{feff}')).map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
+    serde_json::from_str(json.trim_start_matches('\u{feff}'))
+        .map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
 }
 
 /// Reads a record.
@@ -109,6 +111,25 @@ pub(crate) fn parse_record(record: &Value, options: &DataOptions) -> Result<Reco
         }
     };
     parse(&record).map_err(|message| Problem::new(message, FORMS))
+}
+
+/// What a record's `response_by` adds to its source: a cache tells the student's own responses, which `distillm-2`
+/// treats apart, by the `#student` at the end of theirs.
+pub(crate) fn response_mark(
+    record: &Value,
+    options: &DataOptions,
+) -> Result<&'static str, Problem> {
+    match (Fields { record, options }).get("response_by") {
+        None => Ok(""),
+        Some(by) => match by.as_str() {
+            Some("teacher") => Ok(""),
+            Some("student") => Ok("#student"),
+            _ => Err(Problem::new(
+                format!("`response_by` is {by}, neither \"teacher\" nor \"student\""),
+                FORMS,
+            )),
+        },
+    }
 }
 
 /// The fields by which a form is known; of several the first counts, those named by `--column` before the others.
@@ -395,6 +416,16 @@ mod tests {
             ),
             chat
         );
+    }
+
+    #[test]
+    fn the_students_own_responses_are_marked() {
+        let mark = |json: &str| response_mark(&parse_json(json).unwrap(), &DataOptions::default());
+        assert_eq!(mark("{\"input_ids\":[1,2]}"), Ok(""));
+        assert_eq!(mark("{\"response_by\":\"teacher\"}"), Ok(""));
+        assert_eq!(mark("{\"response_by\":\"student\"}"), Ok("#student"));
+        let problem = mark("{\"response_by\":\"me\"}").unwrap_err();
+        assert!(problem.message.contains("neither \"teacher\" nor"));
     }
 
     #[test]

@@ -310,7 +310,10 @@ mod tests {
     #[test]
     fn long_runs_without_a_seam_are_encoded_whole() {
         let run = "x".repeat(5000);
-        check(&format!("A line.\n{run}\nAnother <end> line. {}", &TEXT[..3000]));
+        check(&format!(
+            "A line.\n{run}\nAnother <end> line. {}",
+            &TEXT[..3000]
+        ));
         check(&" ".repeat(3001));
     }
 }

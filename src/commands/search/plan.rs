@@ -119,7 +119,12 @@ impl Plan {
         base.allow_low_fidelity |= args.allow_low_fidelity;
         let validation = match args.validation.or(stored.map(|plan| plan.validation)) {
             Some(share) => share,
-            None => match Cache::open(&cache, Io::Read)?.manifest().data.preparation.validation() {
+            None => match Cache::open(&cache, Io::Read)?
+                .manifest()
+                .data
+                .preparation
+                .validation()
+            {
                 share if share > 0.0 => share,
                 _ => DEFAULT_VALIDATION,
             },
