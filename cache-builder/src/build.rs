@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use caskd_formats::{Basis, CacheSpec, Columns, Fidelity, Manifest, Sequence};
 
+use crate::data::{BadRecord, validation_sequences};
 use crate::options::BuildOptions;
 use crate::pipeline::{Written, compute_and_write};
 use crate::prepare::{Prepared, prepare};
@@ -17,6 +18,8 @@ use crate::{Result, fidelity};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
+    /// The data files are read; the counts are bytes of them.
+    Reading,
     /// The teacher reads the sample that the compact tier's basis is fitted on.
     Fitting,
     /// The teacher reads the data.
@@ -27,7 +30,7 @@ pub enum Stage {
 
 /// How far the build is.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
-pub struct Progress {
+pub struct Progress<'a> {
     /// What it is at; the counts are those of this stage.
     pub stage: Stage,
     /// Positions whose teacher values are known, those of finished shards included.
@@ -36,6 +39,8 @@ pub struct Progress {
     pub positions_total: u64,
     /// Positions a second of teacher time in this run.
     pub tokens_per_second: f64,
+    /// A record that has just been passed over.
+    pub bad_record: Option<&'a BadRecord>,
 }
 
 /// What a build did.
@@ -49,10 +54,24 @@ pub struct BuildReport {
     pub positions: u64,
     /// Positions that a loss may ask for.
     pub targets: u64,
+    /// Sequences of the validation split.
+    pub validation_sequences: u64,
+    /// Records read, bad ones included; a text file is one.
+    pub records: u64,
+    /// Records that could not be used.
+    pub bad_records: u64,
+    /// The first of them.
+    pub bad: Vec<BadRecord>,
+    /// Sequences left out because the same tokens had come before.
+    pub duplicates: u64,
     /// Records cut at the longest length.
     pub truncated: u64,
+    /// Tokens that were cut off them.
+    pub truncated_tokens: u64,
     /// Records dropped because the cut left no target.
     pub skipped: u64,
+    /// The date that the chat template wrote into the prompts, where it asked for one.
+    pub chat_date: Option<String>,
     /// Shards of the cache.
     pub shards: usize,
     /// Shards that an earlier, interrupted build had finished.
@@ -100,10 +119,15 @@ pub struct BuildReport {
 pub fn build(
     options: &BuildOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<BuildReport> {
     let started = Instant::now();
-    let mut prepared = prepare(options, stop, progress)?;
+    let Some(mut prepared) = prepare(options, stop, progress)? else {
+        return Ok(BuildReport {
+            seconds: started.elapsed().as_secs_f64(),
+            ..BuildReport::default()
+        });
+    };
     let Some(mut writer) = prepared.writer.take() else {
         return Ok(BuildReport {
             seconds: started.elapsed().as_secs_f64(),
@@ -171,14 +195,21 @@ pub fn build(
 
 impl BuildReport {
     /// What is known before the first shard.
-    fn of(prepared: &Prepared) -> BuildReport {
+    pub(crate) fn of(prepared: &Prepared) -> BuildReport {
         let data = &prepared.spec.data;
         BuildReport {
             sequences: data.sequences,
             positions: data.positions,
             targets: data.targets,
+            validation_sequences: validation_sequences(&prepared.sequences, data),
+            records: data.preparation.records,
+            bad_records: data.preparation.bad_records,
+            bad: prepared.bad_records.clone(),
+            duplicates: data.preparation.duplicates,
             truncated: data.truncated,
+            truncated_tokens: data.preparation.truncated_tokens,
             skipped: data.skipped,
+            chat_date: data.preparation.chat_date.clone(),
             load_seconds: prepared.load_seconds,
             fit_seconds: prepared.fit_seconds,
             block_positions: prepared.teacher.block_positions,
@@ -217,7 +248,7 @@ pub(crate) fn cache_bytes(manifest: &Manifest) -> u64 {
 pub(crate) fn building(
     positions_total: u64,
     done: u64,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> impl FnMut(&PassTotals) {
     move |totals| {
         progress(&Progress {
@@ -225,6 +256,7 @@ pub(crate) fn building(
             positions_done: done + totals.positions + totals.under_way,
             positions_total,
             tokens_per_second: totals.tokens_per_second(),
+            bad_record: None,
         });
     }
 }
@@ -236,13 +268,14 @@ pub(crate) fn measure_fidelity(
     basis: Option<&Basis>,
     places: &[(usize, u32)],
     read: &mut dyn FnMut(usize, u32, &Columns) -> Result<Sequence>,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<Fidelity> {
     progress(&Progress {
         stage: Stage::Measuring,
         positions_done: 0,
         positions_total: fidelity::SAMPLE_POSITIONS as u64,
         tokens_per_second: 0.0,
+        bad_record: None,
     });
     let columns = fidelity::columns(spec);
     let sample: Vec<Sequence> = places

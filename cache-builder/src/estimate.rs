@@ -2,6 +2,7 @@
 //! parts, time from a short measurement of one layer and of the head.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use caskd_formats::{CacheSpec, CodeTarget, HiddenCodec, Tier};
@@ -10,12 +11,12 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
+use crate::data::tokenize;
 use crate::footprint::{Footprint, MemoryPlan};
 use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::prepare::{cache_spec, check_options};
 use crate::statistics::summarize_logits;
 use crate::teacher_pass::{HEAD_ROWS, padded_shapes};
-use crate::tokenize::tokenize;
 use crate::transform_fit::{FIT_POSITIONS, HELD_OUT_POSITIONS};
 
 /// Bytes a position that every tier takes: ids, mask, five statistics, keys, checksums. Measured on SmolLM2-135M and
@@ -97,14 +98,24 @@ pub struct Estimate {
     pub seconds: f64,
 }
 
-/// Estimates the build that `options` ask for. Reads the data and one layer of the teacher; writes nothing.
+/// Estimates the build that `options` ask for; `None` when stopped. Reads the data and one layer of the teacher; writes nothing.
 ///
 /// # Errors
 /// Bad data, options that don't fit the teacher, a budget that is too small.
-pub fn estimate(options: &BuildOptions) -> Result<Estimate> {
+pub fn estimate(options: &BuildOptions, stop: &AtomicBool) -> Result<Option<Estimate>> {
     check_options(options)?;
     let files = ModelFiles::open(&options.teacher)?;
-    let data = tokenize(&files, &options.data, options.max_len)?;
+    let read = tokenize(
+        &files,
+        &options.data,
+        options.max_len,
+        &options.preparation,
+        stop,
+        &mut |_| {},
+    )?;
+    let Some(data) = read else {
+        return Ok(None);
+    };
     let shapes = padded_shapes(&data.sequences, options.batch_tokens);
     let mut spec = cache_spec(options, &files, String::new(), data.info)?;
     if options.tier == Tier::Compact && options.top_k.is_none() {
@@ -137,7 +148,7 @@ pub fn estimate(options: &BuildOptions) -> Result<Estimate> {
     } else {
         0.0
     };
-    Ok(Estimate {
+    Ok(Some(Estimate {
         sequences: spec.data.sequences,
         positions,
         targets: spec.data.targets,
@@ -152,7 +163,7 @@ pub fn estimate(options: &BuildOptions) -> Result<Estimate> {
         tokens_per_second,
         fit_seconds,
         seconds: seconds + fit_seconds,
-    })
+    }))
 }
 
 /// K of the compact tier, which the fit chooses among 4, 8 and 16.

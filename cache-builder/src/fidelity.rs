@@ -15,10 +15,10 @@ use caskd_formats::{
 use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, load, prune};
 use tch::{Device, Kind, Tensor};
 
+use crate::data::TokenizedSequence;
 use crate::layers::Event;
 use crate::rebuild::{Rebuilt, kl_rows};
 use crate::teacher::Teacher;
-use crate::tokenize::TokenizedSequence;
 use crate::{Error, Result};
 
 /// Positions that a build measures its fidelity on.

@@ -6,6 +6,7 @@
 
 mod activations;
 mod build;
+mod data;
 mod device_statistics;
 mod error;
 mod estimate;
@@ -21,15 +22,17 @@ mod plan;
 mod prepare;
 mod rebuild;
 mod recheck;
-mod records;
 mod statistics;
 mod teacher;
 mod teacher_pass;
-mod tokenize;
 mod transform_fit;
 mod worker;
 
 pub use build::{BuildReport, Progress, Stage, build};
+pub use data::{
+    BadRecord, DataEvent, DataOptions, NAMED_BAD_RECORDS, OnError, PromptForm, TokenizedData,
+    TokenizedSequence, USUAL_CHAT_DATE, alpaca_prompt, tokenize,
+};
 pub use error::{Error, Result};
 pub use estimate::{Estimate, Measurement, TierEstimate, estimate};
 pub use fidelity::{measure_cache, pruned_teacher};
@@ -38,8 +41,6 @@ pub use memory::available_memory;
 pub use options::{BuildOptions, LayerChoice};
 pub use plan::{PlanReport, plan};
 pub use recheck::{Deviation, Recheck, recheck};
-pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};
 pub use teacher::Placement;
-pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};
 pub use worker::{CommitOptions, CommitReport, Share, WorkerOptions, WorkerReport, commit, work};

@@ -6,8 +6,8 @@ use caskd_formats::Sequence;
 use crossbeam_channel::bounded;
 
 use crate::Result;
+use crate::data::TokenizedSequence;
 use crate::teacher_pass::{PassTotals, TeacherPass};
-use crate::tokenize::TokenizedSequence;
 
 /// What became of the shards.
 #[derive(Debug, Clone, Copy, Default)]

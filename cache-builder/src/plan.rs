@@ -7,10 +7,10 @@ use std::time::Instant;
 use caskd_formats::{CacheWriter, TaskInfo, Work};
 use serde::{Deserialize, Serialize};
 
-use crate::build::Progress;
+use crate::build::{BuildReport, Progress};
+use crate::data::TokenizedSequence;
 use crate::options::BuildOptions;
 use crate::prepare::prepare;
-use crate::tokenize::TokenizedSequence;
 use crate::{Error, Result, fidelity};
 
 /// Far above the tokens of the largest shard; a damaged task must not ask for more.
@@ -23,6 +23,9 @@ pub struct PlanReport {
     pub completed: bool,
     /// Tasks, one a shard.
     pub tasks: usize,
+    /// What is known of the data, and of the fit; the rest of a build is still to come.
+    #[serde(skip)]
+    pub data: BuildReport,
     /// Sequences in the cache to be.
     pub sequences: u64,
     /// Their positions.
@@ -33,6 +36,10 @@ pub struct PlanReport {
     pub truncated: u64,
     /// Records dropped because the cut left no target.
     pub skipped: u64,
+    /// Records that could not be used.
+    pub bad_records: u64,
+    /// Sequences left out because the same tokens had come before.
+    pub duplicates: u64,
     /// The compact tier's K, and coefficients of a position.
     pub code: Option<(usize, usize)>,
     /// Seconds in the fit of the compact tier.
@@ -60,11 +67,13 @@ pub(crate) struct Instructions {
 pub fn plan(
     options: &BuildOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<PlanReport> {
     let started = Instant::now();
-    let mut prepared = prepare(options, stop, progress)?;
-    let data = &prepared.spec.data;
+    let Some(mut prepared) = prepare(options, stop, progress)? else {
+        return Ok(PlanReport::default());
+    };
+    let data = BuildReport::of(&prepared);
     let mut report = PlanReport {
         completed: false,
         tasks: prepared.shards.len(),
@@ -73,13 +82,12 @@ pub fn plan(
         targets: data.targets,
         truncated: data.truncated,
         skipped: data.skipped,
-        code: prepared
-            .spec
-            .code
-            .as_ref()
-            .map(|code| (prepared.spec.top_k, code.basis.rank)),
-        fit_seconds: prepared.fit_seconds,
+        bad_records: data.bad_records,
+        duplicates: data.duplicates,
+        code: data.code,
+        fit_seconds: data.fit_seconds,
         seconds: started.elapsed().as_secs_f64(),
+        data,
     };
     let Some(writer) = prepared.writer.take() else {
         return Ok(report);

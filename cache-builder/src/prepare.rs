@@ -12,12 +12,12 @@ use caskd_models::ModelFiles;
 use tch::Kind;
 
 use crate::build::{Progress, Stage};
+use crate::data::{BadRecord, DataEvent, TokenizedData, TokenizedSequence, tokenize};
 use crate::footprint::Footprint;
 use crate::head::write_head;
 use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::teacher::Teacher;
 use crate::teacher_pass::TeacherPass;
-use crate::tokenize::{TokenizedSequence, tokenize};
 use crate::transform_fit::{
     self, FIT_POSITIONS, HELD_OUT_POSITIONS, LEAST_FIT_POSITIONS, MOST_K, Sample,
 };
@@ -29,6 +29,8 @@ pub(crate) struct Prepared {
     /// Bytes of memory that the build will take.
     pub(crate) memory_bytes: u64,
     pub(crate) sequences: Vec<TokenizedSequence>,
+    /// The first bad records.
+    pub(crate) bad_records: Vec<BadRecord>,
     /// Sequences of each shard.
     pub(crate) shards: Vec<Range<usize>>,
     pub(crate) spec: CacheSpec,
@@ -38,16 +40,19 @@ pub(crate) struct Prepared {
     pub(crate) fit_seconds: f64,
 }
 
-/// Loads the teacher, reads the data, fits the compact tier's code and opens the cache.
+/// Reads the data, loads the teacher, fits the compact tier's code and opens the cache. `None` where the
+/// reading was stopped.
 pub(crate) fn prepare(
     options: &BuildOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
-) -> Result<Prepared> {
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Option<Prepared>> {
     let started = Instant::now();
     check_options(options)?;
     let files = ModelFiles::open(&options.teacher)?;
-    let data = tokenize(&files, &options.data, options.max_len)?;
+    let Some(data) = read_data(options, &files, stop, progress)? else {
+        return Ok(None);
+    };
     let digest = files.digest();
     let spec = cache_spec(options, &files, digest.clone(), data.info)?;
     let footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
@@ -63,6 +68,7 @@ pub(crate) fn prepare(
         memory_bytes: footprint.plan(&options.placement)?.bytes,
         shards: shard_ranges(data.sequences.len(), spec.sequences_per_shard),
         sequences: data.sequences,
+        bad_records: data.bad_records,
         spec,
         writer: None,
         load_seconds: started.elapsed().as_secs_f64(),
@@ -82,7 +88,7 @@ pub(crate) fn prepare(
         )?;
         prepared.fit_seconds = fitting.elapsed().as_secs_f64();
         let Some(fitted) = fitted else {
-            return Ok(prepared);
+            return Ok(Some(prepared));
         };
         basis = Some(fitted);
     }
@@ -92,7 +98,46 @@ pub(crate) fn prepare(
         writer.write_basis(basis)?;
     }
     prepared.writer = Some(writer);
-    Ok(prepared)
+    Ok(Some(prepared))
+}
+
+/// Reads the data; `None` when stopped.
+fn read_data(
+    options: &BuildOptions,
+    teacher: &ModelFiles,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Option<TokenizedData>> {
+    let mut last = Progress {
+        stage: Stage::Reading,
+        positions_done: 0,
+        positions_total: 0,
+        tokens_per_second: 0.0,
+        bad_record: None,
+    };
+    tokenize(
+        teacher,
+        &options.data,
+        options.max_len,
+        &options.preparation,
+        stop,
+        &mut |event| match event {
+            DataEvent::Progress {
+                bytes,
+                total,
+                tokens_per_second,
+            } => {
+                last.positions_done = bytes;
+                last.positions_total = total;
+                last.tokens_per_second = tokens_per_second;
+                progress(&last);
+            }
+            DataEvent::BadRecord(bad) => progress(&Progress {
+                bad_record: Some(bad),
+                ..last
+            }),
+        },
+    )
 }
 
 /// Hidden-state bytes (as f32) that one shard may hold in memory.
@@ -199,7 +244,7 @@ fn fit_code(
     spec: &mut CacheSpec,
     sequences: &[TokenizedSequence],
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<Option<Basis>> {
     let wanted = options.top_k;
     if let Some((code, basis)) = stored_code(&options.out)?
@@ -227,6 +272,7 @@ fn fit_code(
             positions_done: pass.positions + pass.under_way,
             positions_total,
             tokens_per_second: pass.tokens_per_second(),
+            bad_record: None,
         });
     })?;
     let Some(sequences) = read else {

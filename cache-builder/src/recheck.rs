@@ -7,9 +7,9 @@ use caskd_formats::{Cache, Columns, RowInfo, Sequence};
 use serde::Serialize;
 use tch::{Device, Kind};
 
+use crate::data::TokenizedSequence;
 use crate::teacher::Teacher;
 use crate::teacher_pass::TeacherPass;
-use crate::tokenize::TokenizedSequence;
 use crate::{Error, Result};
 
 /// How far one kind of value in the cache is from the teacher's.

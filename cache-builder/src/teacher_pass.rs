@@ -8,11 +8,11 @@ use caskd_formats::{CacheSpec, HiddenState, Sequence, Statistics, TopK};
 use caskd_models::Forward;
 use tch::{Device, Kind, Tensor};
 
+use crate::data::TokenizedSequence;
 use crate::device_statistics::summarize_on_device;
 use crate::layers::Event;
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
 use crate::teacher::Teacher;
-use crate::tokenize::TokenizedSequence;
 use crate::transform_fit::Coder;
 use crate::{Error, Result};
 

@@ -79,7 +79,7 @@ pub struct WorkerReport {
 pub fn work(
     options: &WorkerOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<WorkerReport> {
     let started = Instant::now();
     let shared = SharedBuild::join(&options.out)?;
@@ -214,7 +214,7 @@ pub struct CommitReport {
 /// Tasks that are not done (by number), workers that are still alive, shards that are not what their receipts say.
 pub fn commit(
     options: &CommitOptions,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<CommitReport> {
     let started = Instant::now();
     let (mut writer, work) = CacheWriter::commit(&options.out)?;

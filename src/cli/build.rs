@@ -4,11 +4,20 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DtypeArg, HiddenArg, TierArg};
+use super::{DataArgs, DtypeArg, HiddenArg, TierArg};
 
 /// What the plan has decided already.
-const PLANNED: [&str; 10] = [
+const PLANNED: [&str; 19] = [
     "data",
+    "column",
+    "loss_on",
+    "prompt",
+    "chat_template",
+    "chat_date",
+    "pack",
+    "duplicates",
+    "validation",
+    "on_error",
     "tier",
     "top_k",
     "rate",
@@ -26,6 +35,8 @@ Examples:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
+  caskd build --teacher SmolLM2.gguf --data chats.parquet --out cache --validation 0.05 --on-error skip
+  caskd build --teacher SmolLM2.gguf --data pages.jsonl --column text=body --out cache --pack
 
 What it will take, before it runs:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --estimate
@@ -38,7 +49,13 @@ On many machines that see one folder (deploy/ has scripts for Slurm and Kubernet
                                               # Kubernetes Indexed Jobs and torchrun, in this order
   caskd build --commit --out cache
 
-A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
+A record (a line of .jsonl, an entry of a .json list, a row of .parquet) has one of these forms, known by its names:
+  instruction, input, output          Alpaca's fields
+  messages: [{role, content}, ...]    a conversation, written by the teacher's own chat template
+  conversations: [{from, value}, ...] the same in ShareGPT's names
+  prompt, completion                  as they stand
+  text                                running text; long ones are cut into windows
+  input_ids, loss_mask                tokens made elsewhere")]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "flags as the user types them"
@@ -47,9 +64,6 @@ pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
     pub(crate) teacher: Option<PathBuf>,
-    /// Records (.jsonl) or running text (.txt); may be repeated
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["worker", "commit"])]
-    pub(crate) data: Vec<PathBuf>,
     /// The cache's folder; it must not exist, or hold an interrupted build
     #[arg(long, value_name = "CACHE", required_unless_present = "estimate")]
     pub(crate) out: Option<PathBuf>,
@@ -75,9 +89,6 @@ pub(crate) struct BuildArgs {
     /// How hidden states are stored
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) hidden: HiddenArg,
-    /// Longest sequence in tokens; longer records are cut, and counted
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub(crate) max_len: usize,
     /// The type the teacher computes in
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeArg,
@@ -109,4 +120,6 @@ pub(crate) struct BuildArgs {
     /// Print the report as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
 }

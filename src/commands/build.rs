@@ -9,6 +9,7 @@ use caskd_cache_builder::{
 };
 use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
 
+use super::data::{data_options, say_data};
 use super::{kind_of, print_json, print_text};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
@@ -47,7 +48,9 @@ fn exit_of(completed: bool) -> Exit {
 }
 
 fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
-    let found = estimate(options)?;
+    let Some(found) = estimate(options, &terminal::STOP)? else {
+        return Ok(Exit::Stopped);
+    };
     if args.json {
         print_json(&found)?;
         return Ok(Exit::Done);
@@ -124,7 +127,7 @@ fn run_plan(args: &BuildArgs, options: &BuildOptions) -> Outcome {
             "plan `{out}`: {} sequences, {} positions in {} tasks",
             report.sequences, report.positions, report.tasks
         ));
-        warn_of_losses(report.truncated, report.skipped, options.max_len);
+        say_data(&report.data, options.max_len);
         say(format!(
             "now: caskd build --worker I/N --out {out}, on as many machines as you like, then caskd build --commit --out {out}"
         ));
@@ -217,7 +220,8 @@ fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
     };
     Ok(BuildOptions {
         teacher: args.teacher.clone().unwrap_or_default(),
-        data: args.data.clone(),
+        data: args.data.data.clone(),
+        preparation: data_options(&args.data)?,
         tier: match args.tier {
             TierArg::Sparse => Tier::Sparse,
             TierArg::Compact => Tier::Compact,
@@ -235,7 +239,7 @@ fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
             HiddenArg::Int8 => HiddenCodec::Int8,
             HiddenArg::F16 => HiddenCodec::F16,
         },
-        max_len: args.max_len,
+        max_len: args.data.max_len,
         kind: kind_of(args.dtype),
         batch_tokens: BATCH_TOKENS,
         out: args.out.clone().unwrap_or_default(),
@@ -264,6 +268,9 @@ fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
     }
 }
 
+/// Bad records that are shown one by one.
+const NAMED_ON_TERMINAL: u64 = 20;
+
 /// Builds, shows how far it is, and says what was done.
 pub(crate) fn build_with_progress(
     options: &BuildOptions,
@@ -286,7 +293,7 @@ pub(crate) fn build_with_progress(
         report.shards,
         bytes(report.cache_bytes),
     ));
-    warn_of_losses(report.truncated, report.skipped, options.max_len);
+    say_data(&report, options.max_len);
     if report.shards_reused > 0 {
         say(format!(
             "{} of {} shards were there already",
@@ -321,36 +328,54 @@ pub(crate) fn build_with_progress(
     Ok(report)
 }
 
-/// Runs work that tells how far it is, with a bar headed by `label`.
+/// Runs work that tells how far it is: a bar for each stage, that of building headed by `label`.
 fn with_progress<T>(
     label: &str,
-    work: impl FnOnce(&mut dyn FnMut(&BuildProgress)) -> caskd_cache_builder::Result<T>,
+    work: impl FnOnce(&mut dyn FnMut(&BuildProgress<'_>)) -> caskd_cache_builder::Result<T>,
 ) -> Result<T, Failure> {
-    let mut bar = Progress::new(label);
+    let mut bar: Option<(Stage, Progress)> = None;
+    let mut named = 0;
     let done = work(&mut |progress| {
-        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
-        let note = match progress.stage {
-            Stage::Fitting => format!("fitting the code, {rate}"),
-            Stage::Building => rate,
-            Stage::Measuring => "measuring the fidelity".to_owned(),
+        let stage = progress.stage;
+        // Each stage has its own rate and its own end.
+        if bar.as_ref().is_none_or(|(of, _)| *of != stage) {
+            if let Some((_, finished)) = bar.take() {
+                finished.finish();
+            }
+            let label = match stage {
+                Stage::Reading => "reading the data",
+                Stage::Fitting => "fitting the code",
+                Stage::Building => label,
+                Stage::Measuring => "measuring the fidelity",
+            };
+            bar = Some((stage, Progress::new(label)));
+        }
+        let Some((_, bar)) = &mut bar else { return };
+        if let Some(bad) = progress.bad_record {
+            named += 1;
+            if named <= NAMED_ON_TERMINAL {
+                bar.say(&format!(
+                    "skipped `{}` {} {}: {}",
+                    bad.file.display(),
+                    bad.unit,
+                    bad.number,
+                    bad.problem
+                ));
+            } else if named == NAMED_ON_TERMINAL + 1 {
+                bar.say("further bad records are counted only");
+            }
+            return;
+        }
+        let note = match stage {
+            Stage::Measuring => String::new(),
+            _ => format!("{:.0} tokens/s", progress.tokens_per_second),
         };
         bar.update(progress.positions_done, progress.positions_total, &note);
     })?;
-    bar.finish();
+    if let Some((_, bar)) = bar {
+        bar.finish();
+    }
     Ok(done)
-}
-
-fn warn_of_losses(truncated: u64, skipped: u64, max_len: usize) {
-    if truncated > 0 {
-        say(format!(
-            "warning: {truncated} records were longer than --max-len {max_len} and were cut"
-        ));
-    }
-    if skipped > 0 {
-        say(format!(
-            "warning: {skipped} records were dropped: nothing to learn within --max-len {max_len}"
-        ));
-    }
 }
 
 fn say_fidelity(fidelity: &Fidelity) {
