@@ -455,7 +455,11 @@ fn luck_is_not_recommended() {
     for _ in 0..21 {
         let asked = study.ask(Holder::External { seconds: 60.0 }).unwrap();
         let x = asked.params.get("x").and_then(Value::as_f64).unwrap();
-        let noise = if x as u64 % 2 == 0 { 0.3 } else { -0.3 };
+        let noise = if (x as u64).is_multiple_of(2) {
+            0.3
+        } else {
+            -0.3
+        };
         // A bowl around 12; at 3 a trial was luckier than the bottom is deep.
         let value = if x == 3.0 {
             -1.0
