@@ -15,6 +15,7 @@ use exit::Outcome;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    terminal::show_warnings();
     run(&cli.command)
         .unwrap_or_else(|failure| failure.report())
         .into()
@@ -31,6 +32,7 @@ fn run(command: &Command) -> Outcome {
         Command::Train(args) => commands::train::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Loss(args) => commands::loss::run(args),
+        Command::ExportModel(args) => commands::export_model::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Search(args) => commands::search::run(args),
         Command::Ask(args) => commands::ask::run(args),

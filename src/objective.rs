@@ -138,6 +138,9 @@ impl Objective for DistillationObjective {
         let mut config = self.plan.config_of(trial.params)?;
         config.fraction = trial.fraction;
         config.seed = trial.seed;
+        if let (Some(folder), Some(name)) = (&mut config.tensorboard, trial.dir.file_name()) {
+            folder.push(name); // One board for the study, a run for each trial.
+        }
         let student_path = self.plan.student.clone();
         let opened = self.open()?;
         let run = trial.dir.join("run");

@@ -22,6 +22,17 @@ pub(crate) fn install_stop_handler() -> Result<(), Failure> {
     .map_err(|error| Failure::ours(format!("can't install the signal handler: {error}")))
 }
 
+/// Sends what the libraries warn of to stderr, at once.
+pub(crate) fn show_warnings() {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
 /// Whether a stop was asked for.
 pub(crate) fn stopped() -> bool {
     STOP.load(Ordering::Relaxed)

@@ -101,8 +101,9 @@ fn read_jsonl(path: &Path, name: &str, bytes: &[u8]) -> Result<Vec<Record>> {
         } else {
             parse_instruction(&fields).map_err(|problem| refuse(problem, FORMS))?
         };
+        let mark = response_mark(&fields).map_err(|problem| refuse(problem, FORMS))?;
         records.push(Record {
-            source: format!("{name}:{number}"),
+            source: format!("{name}:{number}{mark}"),
             line: number,
             body,
         });
@@ -127,6 +128,19 @@ fn parse_instruction(fields: &Fields) -> std::result::Result<RecordBody, String>
         input: text("input", false)?,
         output: text("output", true)?,
     })
+}
+
+/// What a record's `response_by` adds to its source: a cache tells the student's own responses, which `distillm-2`
+/// treats apart, by the `#student` at the end of theirs.
+fn response_mark(fields: &Fields) -> std::result::Result<&'static str, String> {
+    match fields.get("response_by") {
+        None | Some(Value::Null) => Ok(""),
+        Some(Value::String(by)) if by == "teacher" => Ok(""),
+        Some(Value::String(by)) if by == "student" => Ok("#student"),
+        Some(other) => Err(format!(
+            "`response_by` is {other}, neither \"teacher\" nor \"student\""
+        )),
+    }
 }
 
 fn parse_tokens(fields: &Fields) -> std::result::Result<RecordBody, String> {
@@ -200,6 +214,8 @@ mod tests {
                 loss_mask: vec![false, true]
             }
         );
+        let marked = read("{\"input_ids\":[1,2],\"response_by\":\"student\"}\n").unwrap();
+        assert_eq!(marked[0].source, "data.jsonl:1#student");
     }
 
     fn refused(text: &str, expected: &str) {
@@ -235,5 +251,9 @@ mod tests {
             "1 entries for 2 token ids",
         );
         refused("{\"input_ids\":[1],\"loss_mask\":[2]}", "neither 0 nor 1");
+        refused(
+            "{\"input_ids\":[1,2],\"response_by\":\"me\"}",
+            "neither \"teacher\" nor",
+        );
     }
 }

@@ -4,7 +4,7 @@
 //! library calls would read it from memory each time. Sums run in sixteen fixed lanes, in the same
 //! order on every processor, so the instruction set does not change a bit of the result.
 
-use caskd_formats::{Statistics, TOP_K_STEPS, TopK};
+use caskd_formats::{Statistics, TOP_K_STEPS, TopK, exp_nonpositive};
 
 /// The statistics of one row of logits, over the whole vocabulary at temperature 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -298,28 +298,6 @@ fn offer_all(selection: &mut Selection, values: &Lanes, first: usize) {
 
 fn add_up(lanes: &Lanes) -> f64 {
     lanes.iter().map(|&lane| f64::from(lane)).sum()
-}
-
-/// exp(x) for x ≤ 0 with a relative error below 2e-7; 0 below −87, where f32 would be denormal.
-///
-/// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' `expf`); written
-/// without fused products, whose presence depends on the processor.
-#[inline(always)]
-fn exp_nonpositive(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the rounded integer in the low bits
-    let clamped = if x < -87.0 { -87.0 } else { x };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = clamped - n * 0.693_359_4 - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4f32;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let value = p * r * r + r + 1.0;
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    if x < -87.0 { 0.0 } else { value * scale }
 }
 
 #[cfg(test)]

@@ -174,7 +174,8 @@ impl Cache {
         Ok(rows)
     }
 
-    pub(crate) fn shard_rows(&self, index: usize) -> Result<Vec<RowInfo>> {
+    /// The sequences of one shard, as [`Cache::rows`] has them.
+    pub fn shard_rows(&self, index: usize) -> Result<Vec<RowInfo>> {
         let shard = self.shard(index)?;
         let keys = self.with_workspace(|workspace| shard.keys(workspace))?;
         let positions: u64 = keys.iter().map(|key| u64::from(key.positions)).sum();

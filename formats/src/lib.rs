@@ -20,6 +20,7 @@ extern crate self as caskd_formats;
 mod alignment;
 mod cache;
 mod error;
+mod exp;
 mod fidelity;
 mod frame;
 #[cfg(test)]
@@ -43,6 +44,7 @@ mod writer;
 pub use alignment::{Alignment, AlignmentCheck, OFFSETS};
 pub use cache::{Cache, Columns, Io, RowInfo};
 pub use error::{Error, Result};
+pub use exp::exp_nonpositive;
 pub use fidelity::{Fidelity, TEMPERATURES};
 pub use head::{Head, HeadWeights};
 pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};

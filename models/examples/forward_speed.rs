@@ -45,7 +45,7 @@ fn main() {
         started.elapsed().as_secs_f64(),
         tch::get_num_threads()
     );
-    let vocabulary = model.network.config().vocab_size as i64;
+    let vocabulary = model.network.vocab_size() as i64;
     let ids: Vec<i64> = (0..batch * positions)
         .map(|i| (i * 7919 + 13) % vocabulary)
         .collect();

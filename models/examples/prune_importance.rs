@@ -11,7 +11,9 @@
 
 use std::path::Path;
 
-use caskd_models::{LoadOptions, LoadedModel, PruneOptions, activation_norms, load, prune};
+use caskd_models::{
+    Criterion, LoadOptions, LoadedModel, PruneOptions, activation_norms, load, prune,
+};
 use tch::{Device, Kind, Tensor};
 
 const WINDOW: usize = 256;
@@ -31,14 +33,17 @@ fn main() {
     let evaluation = windows(&dense, &args[2], tokens);
     println!("dense: perplexity {:.2}", perplexity(&dense, &evaluation));
     let norms = activation_norms(&dense.network, &calibration).unwrap();
-    for (name, activation) in [("magnitude", None), ("activation-weighted", Some(norms))] {
+    for (name, criterion) in [
+        ("magnitude", Criterion::Magnitude),
+        ("wanda", Criterion::Wanda(norms)),
+    ] {
         let mut model = open();
         let report = prune(
             &mut model,
             &PruneOptions {
                 ratio,
-                scope: None,
-                activation,
+                criterion,
+                ..PruneOptions::default()
             },
         )
         .unwrap();

@@ -34,6 +34,16 @@ pub enum Error {
         /// The path given.
         path: PathBuf,
     },
+    /// A name that is no path here, and that the Hugging Face hub or the local cache did not serve.
+    #[error("`{name}` is no path here, and as a model of the Hugging Face hub: {message}")]
+    Hub {
+        /// `org/name`, with the revision where one was asked for.
+        name: String,
+        /// What is wrong.
+        message: String,
+        /// HTTP status, 0 when there was none.
+        status: u16,
+    },
     /// A model folder without weights in a form that can be read.
     #[error("`{path}` holds neither `model.safetensors` nor `model.safetensors.index.json`")]
     NoWeights {
@@ -147,11 +157,19 @@ impl Error {
             Error::NotAModel { .. } => {
                 "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
             }
+            Error::Hub { status: 401 | 403, .. } => {
+                "gated and private models need your consent on their page and a token: set HF_TOKEN, or log in with `hf auth login`".to_owned()
+            }
+            Error::Hub { .. } => {
+                "check the path or name; without a network, give a folder or a GGUF file, or a model that HF_HOME holds".to_owned()
+            }
             Error::NoWeights { .. } => {
                 "older formats (pytorch_model.bin) are not read; save the model as safetensors with transformers".to_owned()
             }
             Error::Damaged { .. } => "fetch or copy the file again and compare its size".to_owned(),
-            Error::UnknownArchitecture { .. } => "supported are: llama".to_owned(),
+            Error::UnknownArchitecture { .. } => {
+                format!("supported are: {}", crate::config::ARCHITECTURES.join(", "))
+            }
             Error::MissingTensor { .. } | Error::Shape { .. } => {
                 "config.json and the weight files do not belong together; fetch them again".to_owned()
             }

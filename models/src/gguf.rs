@@ -1,16 +1,18 @@
 //! GGUF files (llama.cpp's format): metadata, dequantised weights under Hugging Face names.
 //!
-//! Reading and dequantising is candle's; here is what the format means: names, the configuration,
-//! and the rows of q and k, which llama.cpp's converter permutes for its own rotary layout.
+//! Reading and dequantising is candle's; what names and metadata mean is in `gguf_config.rs`.
 
 use std::io::Cursor;
+use std::ops::Range;
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Storage, cpu_backend::CpuStorage};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use crate::llama::{LayerShape, LlamaConfig};
+use crate::gguf_config::gguf_name;
 use crate::mapped::MappedFile;
 use crate::weights::WeightSource;
 use crate::{Error, LoadOptions, Result};
@@ -56,110 +58,18 @@ impl GgufFile {
         self.file.path()
     }
 
-    /// blake3 (hex) of the file.
-    pub(crate) fn digest(&self) -> String {
-        blake3::hash(self.file.bytes()).to_hex().to_string()
+    /// Whether the file holds a tensor.
+    pub(crate) fn has(&self, tensor: &str) -> bool {
+        self.content.tensor_infos.contains_key(tensor)
     }
 
-    /// The network's configuration.
-    pub(crate) fn config(&self) -> Result<LlamaConfig> {
-        let architecture = self.text("general.architecture")?;
-        if architecture != "llama" {
-            return Err(Error::UnknownArchitecture {
-                path: self.path().to_owned(),
-                name: architecture.to_owned(),
-            });
-        }
-        let number = |key: &str| self.number(&format!("llama.{key}"));
-        let optional = |key: &str| self.optional_number(&format!("llama.{key}"));
-
-        let layers = number("block_count")?;
-        let hidden_size = number("embedding_length")?;
-        let heads = number("attention.head_count")?;
-        let dense = LayerShape {
-            heads,
-            kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
-            intermediate_size: number("feed_forward_length")?,
-        };
-        let head_dim = match optional("attention.key_length")? {
-            Some(length) => length,
-            None if heads > 0 => hidden_size / heads,
-            None => 0,
-        };
-        self.refuse_what_is_not_implemented(head_dim)?;
-        let embedding = self
-            .content
-            .tensor_infos
-            .get("token_embd.weight")
-            .ok_or_else(|| Error::MissingTensor {
-                path: self.path().to_owned(),
-                name: "token_embd.weight".to_owned(),
-            })?;
-        let config = LlamaConfig {
-            vocab_size: embedding.shape.dims().first().copied().unwrap_or(0),
-            hidden_size,
-            head_dim,
-            max_position_embeddings: number("context_length")?,
-            rms_norm_eps: self.float("llama.attention.layer_norm_rms_epsilon")?,
-            rope_theta: if self.value("llama.rope.freq_base").is_some() {
-                self.float("llama.rope.freq_base")?
-            } else {
-                10_000.0
-            },
-            rope_scaling: None,
-            tie_word_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
-            attention_bias: false,
-            mlp_bias: false,
-            bos_token_id: self
-                .optional_number("tokenizer.ggml.bos_token_id")?
-                .map(|id| id as u32),
-            eos_token_ids: self
-                .optional_number("tokenizer.ggml.eos_token_id")?
-                .map(|id| id as u32)
-                .into_iter()
-                .collect(),
-            dense,
-            layers: vec![dense; layers.min(LlamaConfig::MAX_LAYERS + 1)],
-        };
-        config.check(self.path())?;
-        Ok(config)
+    pub(crate) fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.content.tensor_infos.keys().map(String::as_str)
     }
 
-    /// Refuses keys and tensors that change the numbers and that the Llama forward pass here
-    /// does not know.
-    fn refuse_what_is_not_implemented(&self, head_dim: usize) -> Result<()> {
-        let refuse = |field: &str, value: &str| Err(Error::unsupported(self.path(), field, value));
-        if let Some(value) = self.content.metadata.get("llama.rope.scaling.type")
-            && value.to_string().is_ok_and(|name| name != "none")
-        {
-            return refuse(
-                "llama.rope.scaling.type",
-                value.to_string().map_or("?", String::as_str),
-            );
-        }
-        if let Some(rotary) = self.optional_number("llama.rope.dimension_count")?
-            && rotary != head_dim
-        {
-            return refuse("llama.rope.dimension_count", &rotary.to_string());
-        }
-        if self
-            .optional_number("llama.expert_count")?
-            .is_some_and(|experts| experts > 0)
-        {
-            return refuse("llama.expert_count", "a mixture of experts");
-        }
-        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
-            return refuse("rope_freqs.weight", "a table of scaled rotary frequencies");
-        }
-        let biases = self
-            .content
-            .tensor_infos
-            .keys()
-            .filter(|name| name.rsplit('.').next() == Some("bias"));
-        if let Some(name) = biases.min() {
-            return refuse(name, "a bias");
-        }
-        Ok(())
+    pub(crate) fn tensor_shape(&self, tensor: &str) -> Option<&[usize]> {
+        let info = self.content.tensor_infos.get(tensor)?;
+        Some(info.shape.dims())
     }
 
     pub(crate) fn value(&self, key: &str) -> Option<&Value> {
@@ -224,112 +134,104 @@ impl GgufFile {
     }
 }
 
-impl WeightSource for GgufFile {
-    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
+impl GgufFile {
+    /// A tensor by the file's own name, in f32 on the CPU.
+    pub(crate) fn plain(&self, stored: &str, shape: &[i64]) -> Result<Tensor> {
+        let rows = 0..shape[0] as usize;
+        self.read(stored, shape, rows, &LoadOptions::default())
+    }
+
+    /// Rows of a tensor by the file's own name.
+    fn read(
+        &self,
+        stored: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
         let path = self.path();
-        let missing = || Error::MissingTensor {
+        let info = self.content.tensor_infos.get(stored);
+        let info = info.ok_or_else(|| Error::MissingTensor {
             path: path.to_owned(),
-            name: name.to_owned(),
-        };
-        let stored = gguf_name(name).ok_or_else(missing)?;
-        let info = self
-            .content
-            .tensor_infos
-            .get(&stored)
-            .ok_or_else(|| Error::MissingTensor {
-                path: path.to_owned(),
-                name: stored.clone(),
-            })?;
+            name: stored.to_owned(),
+        })?;
         let found: Vec<i64> = info.shape.dims().iter().map(|&n| n as i64).collect();
         if found != shape {
             return Err(Error::Shape {
                 path: path.to_owned(),
-                name: stored,
+                name: stored.to_owned(),
                 expected: shape.to_vec(),
                 found,
             });
         }
+        let dtype = info.ggml_dtype;
+        let row_elements = info.shape.elem_count() / info.shape.dims()[0].max(1);
+        let start = (self.content.tensor_data_offset + info.offset) as usize;
+        if !row_elements.is_multiple_of(dtype.block_size()) || !start.is_multiple_of(4) {
+            let message = format!("tensor `{stored}` does not lie on whole blocks");
+            return Err(damaged(path, message));
+        }
+        let row_bytes = row_elements / dtype.block_size() * dtype.type_size();
+        let bytes = start + row_bytes * rows.start..start + row_bytes * rows.end;
+        let mut dims = info.shape.dims().to_vec();
+        dims[0] = rows.len();
+        let shape: Vec<i64> = dims.iter().map(|&n| n as i64).collect();
+        let plain = match dtype {
+            GgmlDType::F32 => Some(Kind::Float),
+            GgmlDType::F16 => Some(Kind::Half),
+            GgmlDType::BF16 => Some(Kind::BFloat16),
+            _ => None,
+        };
+        if let Some(kind) = plain {
+            return self.file.tensor(bytes, &shape, kind, options);
+        }
         let unreadable = |e: candle_core::Error| {
             damaged(path, format!("`{stored}`: {}", first_line(&e.to_string())))
         };
-        let quantized = self
-            .content
-            .tensor(&mut Cursor::new(self.file.bytes()), &stored, &Device::Cpu)
+        let wide = qtensor_from_ggml(dtype, &self.file.bytes()[bytes.clone()], dims, &Device::Cpu)
+            .and_then(|quantized| quantized.dequantize(&Device::Cpu))
             .map_err(unreadable)?;
-        let plain = quantized.dequantize(&Device::Cpu).map_err(unreadable)?;
-        let (storage, layout) = plain.storage_and_layout();
+        self.file.release(bytes);
+        let (storage, layout) = wide.storage_and_layout();
         let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-            return Err(damaged(
-                path,
-                format!("`{stored}` does not dequantise to f32"),
-            ));
+            let message = format!("`{stored}` does not dequantise to f32");
+            return Err(damaged(path, message));
         };
         let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
-        let tensor = Tensor::f_from_slice(&values[range])
-            .map_err(Error::torch("copy a weight"))?
-            .view(shape);
-        let tensor = match self.heads_of(name)? {
-            Some(heads) => undo_rotary_permutation(&tensor, heads as i64),
-            None => tensor,
-        };
-        Ok(tensor.to_kind(options.kind).to_device(options.device))
+        let tensor = Tensor::f_from_slice(&values[range]).map_err(Error::torch("copy a weight"))?;
+        Ok(tensor
+            .view(shape.as_slice())
+            .to_kind(options.kind)
+            .to_device(options.device))
     }
 }
 
-impl GgufFile {
-    /// Heads of a projection whose rows the converter permuted.
-    fn heads_of(&self, name: &str) -> Result<Option<usize>> {
-        if name.ends_with("q_proj.weight") {
-            self.number("llama.attention.head_count").map(Some)
-        } else if name.ends_with("k_proj.weight") {
-            let groups = self.optional_number("llama.attention.head_count_kv")?;
-            groups
-                .map_or_else(|| self.number("llama.attention.head_count"), Ok)
-                .map(Some)
-        } else {
-            Ok(None)
-        }
+impl WeightSource for GgufFile {
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
+        let stored = gguf_name(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path().to_owned(),
+            name: name.to_owned(),
+        })?;
+        let tensor = self.read(&stored, shape, rows, options)?;
+        self.reorder(name, tensor)
+    }
+
+    fn keep_mapped(&mut self) {
+        self.file.keep_mapped();
+    }
+
+    fn digest(&self) -> String {
+        blake3::hash(self.file.bytes()).to_hex().to_string()
     }
 }
 
-/// llama.cpp rotates neighbours (2i, 2i+1), Hugging Face rotates halves (i, i + d/2): its converter
-/// writes row i of the first half and row i of the second half side by side. Put them back.
-fn undo_rotary_permutation(weight: &Tensor, heads: i64) -> Tensor {
-    let size = weight.size();
-    let (rows, columns) = (size[0], size[1]);
-    weight
-        .view([heads, rows / heads / 2, 2, columns])
-        .transpose(1, 2)
-        .reshape([rows, columns])
-}
-
-/// Hugging Face's name → llama.cpp's.
-fn gguf_name(name: &str) -> Option<String> {
-    let fixed = match name {
-        "model.embed_tokens.weight" => "token_embd.weight",
-        "model.norm.weight" => "output_norm.weight",
-        "lm_head.weight" => "output.weight",
-        _ => {
-            let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
-            let part = match part.strip_suffix(".weight")? {
-                "input_layernorm" => "attn_norm",
-                "post_attention_layernorm" => "ffn_norm",
-                "self_attn.q_proj" => "attn_q",
-                "self_attn.k_proj" => "attn_k",
-                "self_attn.v_proj" => "attn_v",
-                "self_attn.o_proj" => "attn_output",
-                "mlp.gate_proj" => "ffn_gate",
-                "mlp.up_proj" => "ffn_up",
-                "mlp.down_proj" => "ffn_down",
-                _ => return None,
-            };
-            return Some(format!("blk.{layer}.{part}.weight"));
-        }
-    };
-    Some(fixed.to_owned())
-}
-
-fn damaged(path: &Path, message: impl Into<String>) -> Error {
+pub(crate) fn damaged(path: &Path, message: impl Into<String>) -> Error {
     Error::Damaged {
         path: path.to_owned(),
         format: "GGUF",

@@ -1,12 +1,13 @@
-//! Hugging Face's `config.json` of a Llama network, read and written.
+//! Hugging Face's `config.json` of a network made of Llama's blocks, read and written, and what the
+//! other architectures' files have in common with it.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::llama::{LayerShape, LlamaConfig, RopeScaling};
-use crate::{Error, Result};
+use crate::llama::{AttentionBias, Family, LayerShape, Llama3Scaling, LlamaConfig, RopeScaling};
+use crate::{Error, Result, mistral, qwen2};
 
 /// The keys that matter here. Keys that only matter to generation or training elsewhere are left
 /// alone; keys that change the numbers are understood or refused.
@@ -17,10 +18,10 @@ struct RawConfig {
     intermediate_size: usize,
     num_hidden_layers: usize,
     num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
+    #[serde(default, deserialize_with = "present")]
+    num_key_value_heads: Option<Option<usize>>,
     head_dim: Option<usize>,
-    #[serde(default = "default_positions")]
-    max_position_embeddings: usize,
+    max_position_embeddings: Option<usize>,
     #[serde(default = "default_eps")]
     rms_norm_eps: f64,
     rope_theta: Option<f64>,
@@ -42,17 +43,104 @@ struct RawConfig {
     caskd_layers: Option<Vec<LayerShape>>,
 }
 
+/// Tells a key that is `null` from one that is not there.
+fn present<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<Option<usize>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+/// `eos_token_id`: nothing, a number or a list.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(untagged)]
-enum OneOrMany {
+pub(crate) enum OneOrMany {
     #[default]
     None,
     One(u32),
     Many(Vec<u32>),
 }
 
-fn default_positions() -> usize {
-    2048
+impl OneOrMany {
+    pub(crate) fn of(ids: &[u32]) -> OneOrMany {
+        match ids {
+            [] => OneOrMany::None,
+            [id] => OneOrMany::One(*id),
+            ids => OneOrMany::Many(ids.to_vec()),
+        }
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<u32> {
+        match self {
+            OneOrMany::None => Vec::new(),
+            OneOrMany::One(id) => vec![id],
+            OneOrMany::Many(ids) => ids,
+        }
+    }
+}
+
+/// What transformers takes where a family's `config.json` says nothing.
+struct Defaults {
+    /// G; `None` for one per query head.
+    kv_heads: Option<usize>,
+    max_position_embeddings: usize,
+}
+
+impl Family {
+    fn defaults(self) -> Defaults {
+        let (kv_heads, max_position_embeddings) = match self {
+            Family::Llama => (None, 2048),
+            Family::Qwen2 => (Some(32), 32_768),
+            Family::Mistral => (Some(8), 131_072),
+        };
+        Defaults {
+            kv_heads,
+            max_position_embeddings,
+        }
+    }
+}
+
+/// More layers than this are taken for damage.
+pub(crate) const MAX_LAYERS: usize = 4096;
+
+/// Weights in a form of their own are refused by its name.
+pub(crate) fn refuse_quantized(path: &Path, settings: Option<&Value>) -> Result<()> {
+    let Some(settings) = settings else {
+        return Ok(());
+    };
+    let method = settings.get("quant_method").unwrap_or(settings);
+    Err(Error::unsupported(path, "quantization_config", method))
+}
+
+/// The sizes of every block: all dense, or those of a pruned network.
+pub(crate) fn layers(
+    path: &Path,
+    dense: LayerShape,
+    depth: usize,
+    pruned: Option<Vec<LayerShape>>,
+) -> Result<Vec<LayerShape>> {
+    if depth == 0 || depth > MAX_LAYERS {
+        return Err(Error::unsupported(path, "num_hidden_layers", depth));
+    }
+    match pruned {
+        Some(layers) if layers.len() == depth => Ok(layers),
+        Some(layers) => Err(Error::unsupported(
+            path,
+            "caskd_layers",
+            format!("a list of {}", layers.len()),
+        )),
+        None => Ok(vec![dense; depth]),
+    }
+}
+
+/// Refuses sizes of nothing and of more than any network has.
+pub(crate) fn check_sizes(path: &Path, sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes
+        .iter()
+        .find(|(_, value)| !(1..=0x4000_0000).contains(value))
+    {
+        Some((field, value)) => Err(Error::unsupported(path, field, value)),
+        None => Ok(()),
+    }
 }
 
 fn default_eps() -> f64 {
@@ -60,69 +148,51 @@ fn default_eps() -> f64 {
 }
 
 impl LlamaConfig {
-    /// More layers than this are taken for damage.
-    pub(crate) const MAX_LAYERS: usize = 4096;
-
     /// Reads `config.json`.
-    pub(crate) fn from_json(path: &Path, value: &Value) -> Result<LlamaConfig> {
-        let model_type = value
-            .get("model_type")
-            .and_then(Value::as_str)
-            .ok_or_else(|| Error::MissingField {
-                path: path.to_owned(),
-                field: "model_type".to_owned(),
-            })?;
-        if model_type != "llama" {
-            return Err(Error::UnknownArchitecture {
-                path: path.to_owned(),
-                name: model_type.to_owned(),
-            });
-        }
+    pub(crate) fn from_json(path: &Path, value: &Value, family: Family) -> Result<LlamaConfig> {
         let raw: RawConfig = serde_json::from_value(value.clone()).map_err(Error::json(path))?;
         if let Some(act) = raw.hidden_act.as_deref().filter(|&act| act != "silu") {
             return Err(Error::unsupported(path, "hidden_act", act));
         }
-        if let Some(quantization) = &raw.quantization_config {
-            let method = quantization.get("quant_method").unwrap_or(quantization);
-            return Err(Error::unsupported(path, "quantization_config", method));
-        }
+        refuse_quantized(path, raw.quantization_config.as_ref())?;
         let (rope_theta, rope_scaling) = rotary_settings(path, &raw)?;
         let dense = LayerShape {
             heads: raw.num_attention_heads,
-            kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
+            kv_heads: raw
+                .num_key_value_heads
+                .unwrap_or(family.defaults().kv_heads)
+                .unwrap_or(raw.num_attention_heads),
             intermediate_size: raw.intermediate_size,
         };
-        let depth = raw.num_hidden_layers;
-        let layers = match raw.caskd_layers {
-            Some(layers) if layers.len() == depth => layers,
-            Some(layers) => {
-                return Err(Error::unsupported(
-                    path,
-                    "caskd_layers",
-                    format!("a list of {}", layers.len()),
-                ));
-            }
-            None => vec![dense; depth.min(LlamaConfig::MAX_LAYERS + 1)],
-        };
+        let layers = layers(path, dense, raw.num_hidden_layers, raw.caskd_layers)?;
+        let depth = layers.len();
         let config = LlamaConfig {
+            family,
             vocab_size: raw.vocab_size,
             hidden_size: raw.hidden_size,
             head_dim: raw
                 .head_dim
                 .unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1)),
-            max_position_embeddings: raw.max_position_embeddings,
+            max_position_embeddings: raw
+                .max_position_embeddings
+                .unwrap_or(family.defaults().max_position_embeddings),
             rms_norm_eps: raw.rms_norm_eps,
             rope_theta,
             rope_scaling,
-            tie_word_embeddings: raw.tie_word_embeddings,
-            attention_bias: raw.attention_bias,
-            mlp_bias: raw.mlp_bias,
-            bos_token_id: raw.bos_token_id,
-            eos_token_ids: match raw.eos_token_id {
-                OneOrMany::None => Vec::new(),
-                OneOrMany::One(id) => vec![id],
-                OneOrMany::Many(ids) => ids,
+            sliding_window: match family {
+                Family::Llama => None,
+                Family::Qwen2 => qwen2::sliding_window(path, value, depth)?,
+                Family::Mistral => mistral::sliding_window(path, value, depth)?,
             },
+            tie_word_embeddings: raw.tie_word_embeddings,
+            attention_bias: match family {
+                Family::Llama if raw.attention_bias => AttentionBias::All,
+                Family::Qwen2 => AttentionBias::Qkv,
+                Family::Llama | Family::Mistral => AttentionBias::None,
+            },
+            mlp_bias: family == Family::Llama && raw.mlp_bias,
+            bos_token_id: raw.bos_token_id,
+            eos_token_ids: raw.eos_token_id.into_vec(),
             dense,
             layers,
         };
@@ -134,13 +204,24 @@ impl LlamaConfig {
     /// pruned network's blocks go to `caskd_layers`.
     pub(crate) fn to_json(&self, dtype: &str) -> Value {
         let mut rope = json!({ "rope_type": "default", "rope_theta": self.rope_theta });
-        if let Some(scaling) = self.rope_scaling {
-            rope = json!(scaling);
-            rope["rope_type"] = json!("llama3");
+        match self.rope_scaling {
+            None => {}
+            Some(RopeScaling::Linear { factor }) => {
+                rope = json!({ "rope_type": "linear", "factor": factor });
+            }
+            Some(RopeScaling::Llama3(scaling)) => {
+                rope = json!(scaling);
+                rope["rope_type"] = json!("llama3");
+            }
         }
+        let (class, model_type) = match self.family {
+            Family::Llama => ("LlamaForCausalLM", "llama"),
+            Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
+            Family::Mistral => ("MistralForCausalLM", "mistral"),
+        };
         let mut config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [class],
+            "model_type": model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.dense.intermediate_size,
@@ -154,16 +235,18 @@ impl LlamaConfig {
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling.map(|_| rope.clone()),
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": match self.eos_token_ids.as_slice() {
-                [] => OneOrMany::None,
-                [id] => OneOrMany::One(*id),
-                ids => OneOrMany::Many(ids.to_vec()),
-            },
+            "eos_token_id": OneOrMany::of(&self.eos_token_ids),
             "torch_dtype": dtype,
         });
+        match self.family {
+            Family::Llama => {
+                config["attention_bias"] = json!(self.attention_bias == AttentionBias::All);
+                config["mlp_bias"] = json!(self.mlp_bias);
+            }
+            Family::Qwen2 => qwen2::write_sliding_window(self, &mut config),
+            Family::Mistral => mistral::write_sliding_window(self, &mut config),
+        }
         if self.is_pruned() {
             config["caskd_layers"] = json!(self.layers);
         }
@@ -172,20 +255,14 @@ impl LlamaConfig {
 
     /// Refuses sizes that make no network, before anything is allocated by them.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
-        let size = |field: &str, value: usize| match value {
-            1..=0x4000_0000 => Ok(()),
-            _ => Err(Error::unsupported(path, field, value)),
-        };
-        size("vocab_size", self.vocab_size)?;
-        size("hidden_size", self.hidden_size)?;
-        size("max_position_embeddings", self.max_position_embeddings)?;
-        if self.layers.is_empty() || self.layers.len() > LlamaConfig::MAX_LAYERS {
-            return Err(Error::unsupported(
-                path,
-                "num_hidden_layers",
-                self.layers.len(),
-            ));
-        }
+        check_sizes(
+            path,
+            &[
+                ("vocab_size", self.vocab_size),
+                ("hidden_size", self.hidden_size),
+                ("max_position_embeddings", self.max_position_embeddings),
+            ],
+        )?;
         // The rotary embedding pairs the two halves of a head.
         if self.head_dim == 0 || self.head_dim % 2 == 1 || self.head_dim > 1 << 16 {
             return Err(Error::unsupported(path, "head_dim", self.head_dim));
@@ -197,7 +274,7 @@ impl LlamaConfig {
             return Err(Error::unsupported(path, "rms_norm_eps", self.rms_norm_eps));
         }
         for layer in std::iter::once(&self.dense).chain(&self.layers) {
-            size("intermediate_size", layer.intermediate_size)?;
+            check_sizes(path, &[("intermediate_size", layer.intermediate_size)])?;
             if layer.heads == 0 || layer.heads > 1 << 16 {
                 return Err(Error::unsupported(path, "num_attention_heads", layer.heads));
             }
@@ -213,8 +290,8 @@ impl LlamaConfig {
     }
 }
 
-/// θ and scaling from the old keys or the new one; other scalings than Llama 3's are refused by
-/// name.
+/// θ and scaling from the old keys or the new one; linear scaling and Llama 3's are known,
+/// others refused by name.
 fn rotary_settings(path: &Path, raw: &RawConfig) -> Result<(f64, Option<RopeScaling>)> {
     let theta_of = |value: &Value| value.get("rope_theta").and_then(Value::as_f64);
     let theta = raw
@@ -235,10 +312,23 @@ fn rotary_settings(path: &Path, raw: &RawConfig) -> Result<(f64, Option<RopeScal
     let kind = settings.get("rope_type").or_else(|| settings.get("type"));
     match kind.and_then(Value::as_str) {
         Some("default") => Ok((theta, None)),
+        Some("linear") => match settings.get("factor").and_then(Value::as_f64) {
+            Some(factor) if factor >= 1.0 && factor.is_finite() => {
+                Ok((theta, Some(RopeScaling::Linear { factor })))
+            }
+            _ => Err(Error::unsupported(path, "rope_scaling", settings)),
+        },
         Some("llama3") => {
-            let scaling: RopeScaling =
+            let scaling: Llama3Scaling =
                 serde_json::from_value(settings.clone()).map_err(Error::json(path))?;
-            Ok((theta, Some(scaling)))
+            if !(scaling.factor >= 1.0
+                && scaling.low_freq_factor > 0.0
+                && scaling.high_freq_factor > scaling.low_freq_factor
+                && scaling.factor.is_finite())
+            {
+                return Err(Error::unsupported(path, "rope_scaling", settings));
+            }
+            Ok((theta, Some(RopeScaling::Llama3(scaling))))
         }
         Some(other) => Err(Error::unsupported(path, "rope_type", other)),
         None => Err(Error::unsupported(path, "rope_scaling", settings)),

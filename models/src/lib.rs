@@ -18,43 +18,71 @@
 //! Hidden layers are numbered as in Hugging Face transformers: 0 is the embedding, `i` the output
 //! of block `i`, L the output of the last block *after* the final norm.
 //!
-//! What this crate never does: use a global random generator, touch the network, write anything
+//! What this crate never does: use a global random generator, touch the network outside `hub.rs`, write anything
 //! under a final name before it is complete, or accept a configuration key that changes the
 //! numbers and that it does not implement.
 
 mod activation;
+mod attention;
+mod bf16_product;
+mod block;
+mod bloom;
+mod config;
 mod error;
+mod files;
 mod gguf;
+mod gguf_config;
 mod gguf_tokenizer;
 mod hf;
+mod hub;
+mod importance;
 mod linear;
 mod llama;
 mod lora;
 mod mapped;
+mod mistral;
+mod network;
+mod norm;
+mod pad;
 mod prune;
+mod qwen2;
 mod rng;
+mod saliency;
 mod save;
+mod sparsity;
 mod tokenizer;
+mod training;
 mod weights;
+mod wide_head;
 
 use std::path::Path;
 
 use tch::{Device, Kind};
 use tokenizers::Tokenizer;
 
-use crate::gguf::GgufFile;
-use crate::tokenizer::read_json;
-use crate::weights::SafetensorsFolder;
-
 pub use activation::{ActivationNorms, activation_norms};
+pub use block::{Block, Context};
+pub use bloom::BloomConfig;
+pub use config::Config;
 pub use error::{Error, Result};
+pub use files::{Embedding, ModelFiles, PartBytes};
+pub use importance::{Criterion, Method};
 pub use linear::{linear, through_onednn};
-pub use llama::{Forward, LayerShape, Llama, LlamaConfig, RopeScaling};
-pub use lora::{LORA_TARGETS, LoraConfig, load_adapters, save_adapters};
-pub use prune::{LayerPruning, PruneOptions, PruneReport, prune};
+pub use llama::{
+    AttentionBias, Family, LayerShape, Llama3Scaling, LlamaConfig, RopeScaling, SlidingWindow,
+};
+pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
+pub use network::{Forward, Network};
+pub use norm::Norm;
+pub use pad::pad_to_dense;
+pub use prune::{LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune};
 pub use rng::SeededRng;
-pub use save::save_model;
+pub use saliency::{Saliencies, saliencies};
+pub use save::{save_model, save_peft};
+pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
+pub use training::Tape;
+pub use wide_head::WideHead;
 
 /// Where the weights go and in which type they compute.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +106,7 @@ impl Default for LoadOptions {
 #[derive(Debug)]
 pub struct LoadedModel {
     /// The network.
-    pub network: Llama,
+    pub network: Network,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// blake3 (hex) over the id-ordered `(id, token)` pairs of the tokenizer; the same for the GGUF
@@ -100,7 +128,7 @@ pub struct LoadedModel {
 
 impl LoadedModel {
     /// Puts a network and a tokenizer together (tests, tiny random models).
-    pub fn new(network: Llama, tokenizer: Tokenizer, name: &str) -> LoadedModel {
+    pub fn new(network: Network, tokenizer: Tokenizer, name: &str) -> LoadedModel {
         let fingerprint = fingerprint(&tokenizer);
         LoadedModel {
             network,
@@ -113,69 +141,39 @@ impl LoadedModel {
             tokenizer_config: serde_json::json!({}),
         }
     }
+
+    /// The same model once more, without adapters: the base weights are shared, not copied, so that many students
+    /// in turn can be trained on weights that were loaded once.
+    #[must_use]
+    pub fn share(&self) -> LoadedModel {
+        LoadedModel {
+            network: self.network.share(),
+            tokenizer: self.tokenizer.clone(),
+            fingerprint: self.fingerprint.clone(),
+            digest: self.digest.clone(),
+            name: self.name.clone(),
+            bos: self.bos,
+            eos: self.eos,
+            tokenizer_config: self.tokenizer_config.clone(),
+        }
+    }
 }
 
-/// Loads a Hugging Face folder or a GGUF file.
+/// Loads a Hugging Face folder, a GGUF file or a model of the Hugging Face hub (`org/name`).
 ///
 /// # Errors
-/// A path that is neither, an architecture or `model_type` this crate does not know (named in the
-/// error), a configuration it does not implement, missing or misshapen tensors, damaged files.
+/// Those of [`ModelFiles::open`] and [`ModelFiles::load`].
 pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    if !matches!(options.kind, Kind::Float | Kind::BFloat16) {
-        return Err(Error::unsupported(
-            path,
-            "compute type",
-            format!("{:?}", options.kind),
-        ));
-    }
-    let gguf = is_gguf(path)?;
-    let (network, tokenizer, digest) = if gguf {
-        load_gguf(path, options)?
-    } else {
-        load_folder(path, options)?
-    };
-    if let Some(id) = tokenizer.tokenizer.get_vocab(true).into_values().max()
-        && id as usize >= network.config().vocab_size
-    {
-        return Err(Error::Tokenizer {
-            path: path.to_owned(),
-            message: format!(
-                "token {id} is outside the network's vocabulary of {}",
-                network.config().vocab_size
-            ),
-        });
-    }
-    let bos = tokenizer.bos.or(network.config().bos_token_id);
-    let eos = tokenizer
-        .eos
-        .or(network.config().eos_token_ids.first().copied());
-    Ok(LoadedModel {
-        network,
-        tokenizer: tokenizer.tokenizer,
-        fingerprint: tokenizer.fingerprint,
-        digest,
-        name: path_name(path),
-        bos,
-        eos,
-        tokenizer_config: tokenizer.tokenizer_config,
-    })
+    load_across(path, options.kind, &[options.device])
 }
 
-fn load_gguf(path: &Path, options: &LoadOptions) -> Result<(Llama, LoadedTokenizer, String)> {
-    let file = GgufFile::open(path)?;
-    let network = Llama::load(file.config()?, &file, options)?;
-    Ok((network, file.tokenizer()?, file.digest()))
-}
-
-fn load_folder(path: &Path, options: &LoadOptions) -> Result<(Llama, LoadedTokenizer, String)> {
-    let config_path = path.join("config.json");
-    let config = read_json(&config_path)?.ok_or_else(|| Error::NotAModel {
-        path: path.to_owned(),
-    })?;
-    let config = LlamaConfig::from_json(&config_path, &config)?;
-    let files = SafetensorsFolder::open(path)?;
-    let network = Llama::load(config, &files, options)?;
-    Ok((network, load_tokenizer(path)?, files.digest()))
+/// Loads a model with its layers placed across devices, as many on each: block i of L goes to
+/// device i·P/L of P, the embedding to the first, final norm and head to the last.
+///
+/// # Errors
+/// Those of [`ModelFiles::open`] and [`ModelFiles::load`].
+pub fn load_across(path: &Path, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+    ModelFiles::open(path)?.load(kind, devices)
 }
 
 /// True for a file with GGUF's magic or name, false for a folder.
@@ -198,14 +196,4 @@ fn is_gguf(path: &Path) -> Result<bool> {
     Err(Error::NotAModel {
         path: path.to_owned(),
     })
-}
-
-/// The last part of a path, also of one like `.` or `models/..`.
-fn path_name(path: &Path) -> String {
-    let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    canonical
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
 }

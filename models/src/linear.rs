@@ -1,4 +1,5 @@
-//! A linear projection with a frozen weight and an optional low-rank adapter.
+//! A linear projection: its weight in the compute type, in 8 bits, masked or training, and an optional low-rank
+//! adapter.
 
 use tch::{Device, Kind, Tensor};
 
@@ -16,10 +17,14 @@ pub(crate) enum Pass {
 /// y = x Wᵀ (+ b) + scale · (dropout(x) Aᵀ) Bᵀ.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    /// [out, in], frozen, in the compute type.
+    /// [out, in]: in the compute type, in f32 where it trains, i8 where it is quantised.
     pub(crate) weight: Tensor,
-    /// [out], frozen.
+    /// [out].
     pub(crate) bias: Option<Tensor>,
+    /// [out, 1] f32: what an i8 weight is multiplied with.
+    pub(crate) scale: Option<Tensor>,
+    /// [out, in] bool: false where the weight is zero and stays so.
+    pub(crate) mask: Option<Tensor>,
     pub(crate) adapter: Option<Adapter>,
 }
 
@@ -65,17 +70,54 @@ impl Linear {
         Linear {
             weight,
             bias,
+            scale: None,
+            mask: None,
+            adapter: None,
+        }
+    }
+
+    /// The same weights without the adapter.
+    pub(crate) fn share(&self) -> Linear {
+        Linear {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            scale: self.scale.as_ref().map(Tensor::shallow_clone),
+            mask: self.mask.as_ref().map(Tensor::shallow_clone),
             adapter: None,
         }
     }
 
     /// [N, in] → [N, out].
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass) -> Tensor {
-        let y = linear(x, &self.weight, self.bias.as_ref());
-        match &self.adapter {
-            Some(adapter) => adapter.add_to(y, x, pass),
-            None => y,
+        let kind = x.kind();
+        let weight = self.weight_in(kind);
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+        match (&self.adapter, &self.mask) {
+            (None, None) => linear(x, &weight, bias.as_ref()),
+            (None, Some(_)) if !weight.requires_grad() => linear(x, &weight, bias.as_ref()),
+            (None, Some(mask)) => linear(x, &(weight * mask), bias.as_ref()),
+            (Some(adapter), None) => adapter.add_to(linear(x, &weight, bias.as_ref()), x, pass),
+            (Some(adapter), Some(mask)) => {
+                let weight = weight + (adapter.delta() * mask).to_kind(kind);
+                linear(x, &weight, bias.as_ref())
+            }
         }
+    }
+
+    /// The weight in the type that x computes in; the same tensor where it is in that type.
+    fn weight_in(&self, kind: Kind) -> Tensor {
+        match &self.scale {
+            Some(scale) => (self.weight.to_kind(Kind::Float) * scale).to_kind(kind),
+            None => self.weight.to_kind(kind),
+        }
+    }
+
+    /// Puts the weight into 8 bits with a scale for each output.
+    pub(crate) fn quantize(&mut self) {
+        let weight = self.weight.to_kind(Kind::Float);
+        let scale = weight.abs().amax([1], true).clamp_min(1e-30) / 127.0;
+        self.weight = (weight / &scale).round().to_kind(Kind::Int8);
+        self.scale = Some(scale);
     }
 
     /// W += ΔW, in f32, and the adapter is gone.
@@ -84,9 +126,16 @@ impl Linear {
             return;
         };
         tch::no_grad(|| {
-            let delta = adapter.b.matmul(&adapter.a) * adapter.scale;
-            let merged = self.weight.to_kind(Kind::Float) + delta;
-            self.weight = merged.to_kind(self.weight.kind());
+            let delta = match &self.mask {
+                Some(mask) => adapter.delta() * mask,
+                None => adapter.delta(),
+            };
+            let merged = self.weight_in(Kind::Float) + delta;
+            // A base in 8 bits is merged in f32: rounded to 8 bits again it would lose the adapter.
+            self.weight = match self.scale.take() {
+                Some(_) => merged,
+                None => merged.to_kind(self.weight.kind()),
+            };
         });
     }
 
@@ -103,6 +152,11 @@ impl Linear {
 }
 
 impl Adapter {
+    /// scale · BA [out, in] f32, with its graph.
+    fn delta(&self) -> Tensor {
+        self.b.matmul(&self.a) * self.scale
+    }
+
     /// A kaiming-uniform with a = √5, that is uniform in ±1/√in, from the named stream of `seed`;
     /// B zero, so that the network starts unchanged.
     pub(crate) fn new(

@@ -9,18 +9,10 @@ use tch::Kind;
 use crate::save::{sync_folder, write_json, write_safetensors};
 use crate::tokenizer::read_json;
 use crate::weights::{SafetensorsFolder, WeightSource};
-use crate::{Error, Llama, LoadOptions, Result};
+use crate::{Error, LoadOptions, Network, Result};
 
-/// The seven linear projections of a Llama block, in the order of the forward pass.
-pub const LORA_TARGETS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
+/// Stands for every linear projection of a block, as in PEFT.
+pub const ALL_LINEAR: &str = "all-linear";
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 const CONFIG: &str = "adapter_config.json";
@@ -35,7 +27,7 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Probability that an input element of the adapter is dropped while training.
     pub dropout: f64,
-    /// Projections that get an adapter.
+    /// Projections that get an adapter (`q_proj`, …), or [`ALL_LINEAR`].
     pub targets: Vec<String>,
 }
 
@@ -45,7 +37,7 @@ impl Default for LoraConfig {
             rank: 8,
             alpha: 16.0,
             dropout: 0.0,
-            targets: LORA_TARGETS.iter().map(|&name| name.to_owned()).collect(),
+            targets: vec![ALL_LINEAR.to_owned()],
         }
     }
 }
@@ -68,17 +60,28 @@ impl LoraConfig {
         if self.targets.is_empty() {
             return Err(refuse("there are no target projections".to_owned()));
         }
-        match self
-            .targets
-            .iter()
-            .find(|name| !LORA_TARGETS.contains(&name.as_str()))
-        {
-            Some(name) => Err(refuse(format!(
-                "`{name}` is no projection of a block (there are {})",
-                LORA_TARGETS.join(", ")
-            ))),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// The same with the targets that it names among the projections of a block.
+    pub(crate) fn resolve(&self, projections: &[&str]) -> Result<LoraConfig> {
+        let unknown = |name: &&String| *name != ALL_LINEAR && !projections.contains(&name.as_str());
+        if let Some(name) = self.targets.iter().find(unknown) {
+            return Err(refuse(format!(
+                "`{name}` is no projection of a block (there are {}, and `{ALL_LINEAR}` for all)",
+                projections.join(", ")
+            )));
         }
+        let all = self.targets.iter().any(|name| name == ALL_LINEAR);
+        let chosen = |name: &&&str| all || self.targets.iter().any(|target| target == **name);
+        Ok(LoraConfig {
+            targets: projections
+                .iter()
+                .filter(chosen)
+                .map(|&name| name.to_owned())
+                .collect(),
+            ..self.clone()
+        })
     }
 }
 
@@ -87,7 +90,12 @@ impl LoraConfig {
 ///
 /// # Errors
 /// The network has no adapters; the disk is full or not writable.
-pub fn save_adapters(network: &Llama, out: &Path) -> Result<()> {
+pub fn save_adapters(network: &Network, out: &Path) -> Result<()> {
+    save_adapters_for(network, None, out)
+}
+
+/// The same, naming the base model that they go onto.
+pub(crate) fn save_adapters_for(network: &Network, base: Option<&Path>, out: &Path) -> Result<()> {
     let lora = network
         .lora()
         .ok_or_else(|| refuse("the network has none".to_owned()))?;
@@ -95,7 +103,7 @@ pub fn save_adapters(network: &Llama, out: &Path) -> Result<()> {
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": null,
+        "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
@@ -130,19 +138,19 @@ fn publish(folder: &Path, name: &str, write: impl FnOnce(&Path) -> Result<()>) -
 /// # Errors
 /// A PEFT option that is not implemented (named), adapters of another network or of another
 /// configuration than the attached ones, damaged files.
-pub fn load_adapters(network: &mut Llama, from: &Path) -> Result<()> {
+pub fn load_adapters(network: &mut Network, from: &Path) -> Result<()> {
     let path = from.join(CONFIG);
     let config = read_json(&path)?.ok_or_else(|| Error::Io {
         action: "read",
         path: path.clone(),
         source: std::io::ErrorKind::NotFound.into(),
     })?;
-    let lora = from_peft(&path, &config)?;
+    let lora = from_peft(&path, &config)?.resolve(&network.projections())?;
     let files = SafetensorsFolder::open_files(from, &[WEIGHTS.to_owned()])?;
     let attached = network.lora().is_some();
     if network
         .lora()
-        .is_some_and(|present| present.rank != lora.rank || !same_targets(present, &lora))
+        .is_some_and(|present| present.rank != lora.rank || present.targets != lora.targets)
     {
         return Err(refuse(
             "the network has adapters of another rank or other targets".to_owned(),
@@ -178,13 +186,6 @@ pub fn load_adapters(network: &mut Llama, from: &Path) -> Result<()> {
     Ok(())
 }
 
-fn same_targets(a: &LoraConfig, b: &LoraConfig) -> bool {
-    LORA_TARGETS.iter().all(|target| {
-        let has = |lora: &LoraConfig| lora.targets.iter().any(|name| name == target);
-        has(a) == has(b)
-    })
-}
-
 /// PEFT's `adapter_config.json` → ours; what changes the numbers and is not implemented is refused.
 fn from_peft(path: &Path, config: &Value) -> Result<LoraConfig> {
     #[derive(Deserialize)]
@@ -195,7 +196,15 @@ fn from_peft(path: &Path, config: &Value) -> Result<LoraConfig> {
         lora_alpha: f64,
         #[serde(default)]
         lora_dropout: f64,
-        target_modules: Vec<String>,
+        target_modules: Targets,
+    }
+
+    /// A list of names, or one word for all; other words are patterns, which are not read.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Targets {
+        Names(Vec<String>),
+        Word(String),
     }
 
     let peft: Peft = serde_json::from_value(config.clone()).map_err(Error::json(path))?;
@@ -231,11 +240,16 @@ fn from_peft(path: &Path, config: &Value) -> Result<LoraConfig> {
             return Err(Error::unsupported(path, key, value));
         }
     }
+    let targets = match peft.target_modules {
+        Targets::Names(names) => names,
+        Targets::Word(word) if word == ALL_LINEAR => vec![word],
+        Targets::Word(pattern) => return Err(Error::unsupported(path, "target_modules", pattern)),
+    };
     let lora = LoraConfig {
         rank: peft.r,
         alpha: peft.lora_alpha,
         dropout: peft.lora_dropout,
-        targets: peft.target_modules,
+        targets,
     };
     lora.check()?;
     Ok(lora)

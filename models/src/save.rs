@@ -10,6 +10,8 @@ use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
+use crate::lora::save_adapters_for;
+use crate::sparsity::SPARSITY_KEY;
 use crate::{Error, LoadedModel, Result};
 
 /// Writes a Hugging Face folder: `config.json`, `model.safetensors` (in the compute type),
@@ -40,10 +42,22 @@ fn write_model(model: &LoadedModel, folder: &Path) -> Result<()> {
         Kind::Half => "float16",
         _ => "float32",
     };
-    write_json(
-        &folder.join("config.json"),
-        &network.config().to_json(dtype),
-    )?;
+    let mut config = network.config().to_json(dtype);
+    if let Some(sparsity) = network.sparsity() {
+        config[SPARSITY_KEY] = json!(sparsity);
+    }
+    if network.config().is_pruned() {
+        // transformers knows one size for all layers; this is how it learns of each layer's own.
+        let class = match network.architecture() {
+            "bloom" => "CaskdBloomForCausalLM",
+            "mistral" => "CaskdMistralForCausalLM",
+            "qwen2" => "CaskdQwen2ForCausalLM",
+            _ => "CaskdLlamaForCausalLM",
+        };
+        config["auto_map"] = json!({"AutoModelForCausalLM": format!("modeling_caskd.{class}")});
+        write_file(&folder.join("modeling_caskd.py"), MODELING.as_bytes())?;
+    }
+    write_json(&folder.join("config.json"), &config)?;
     write_safetensors(&folder.join("model.safetensors"), network.parameters())?;
     let path = folder.join("tokenizer.json");
     let tokenizer = model
@@ -63,6 +77,39 @@ fn write_model(model: &LoadedModel, folder: &Path) -> Result<()> {
         &special_tokens(&model.tokenizer_config),
     )
 }
+
+/// Loads pruned folders with transformers.
+const MODELING: &str = include_str!("../../python/modeling_caskd.py");
+
+/// Writes a run's adapters in PEFT's form into the new folder `out`, with the base model that they go onto in
+/// `out/base`. Returns the base's path.
+///
+/// # Errors
+/// The network has no adapters; `out` exists already; the disk is full or not writable.
+pub fn save_peft(model: &LoadedModel, out: &Path) -> Result<PathBuf> {
+    if out.exists() {
+        return Err(Error::Exists {
+            path: out.to_owned(),
+        });
+    }
+    let parent = parent_of(out);
+    std::fs::create_dir_all(&parent).map_err(Error::io("create", &parent))?;
+    let staging = StagingFolder::beside(out)?;
+    let base = staging.path.join(BASE);
+    std::fs::create_dir(&base).map_err(Error::io("create", &base))?;
+    write_model(model, &base)?;
+    sync_folder(&base)?;
+    let published = parent.canonicalize().map_err(Error::io("read", &parent))?;
+    let published = published
+        .join(out.file_name().unwrap_or_default())
+        .join(BASE);
+    save_adapters_for(&model.network, Some(&published), &staging.path)?;
+    staging.publish(out)?;
+    sync_folder(&parent)?;
+    Ok(published)
+}
+
+const BASE: &str = "base";
 
 /// The `*_token` entries of `tokenizer_config.json`.
 fn special_tokens(config: &Value) -> Value {

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::gguf::GgufFile;
-use crate::{Error, Result, is_gguf};
+use crate::{Error, Result, hub, is_gguf};
 
 /// A tokenizer without its network.
 #[derive(Debug)]
@@ -23,11 +23,12 @@ pub struct LoadedTokenizer {
     pub tokenizer_config: Value,
 }
 
-/// Reads only the tokenizer of a Hugging Face folder or GGUF file.
+/// Reads only the tokenizer of a Hugging Face folder, GGUF file or model of the hub.
 ///
 /// # Errors
 /// No or a damaged `tokenizer.json`; a kind of GGUF tokenizer that is not supported, named.
 pub fn load_tokenizer(path: &Path) -> Result<LoadedTokenizer> {
+    let path = &*hub::locate(path)?;
     if is_gguf(path)? {
         GgufFile::open(path)?.tokenizer()
     } else {

@@ -1,20 +1,38 @@
 //! Where weights come from: safetensors files, GGUF files, a seed.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
-use crate::mapped::{MappedFile, copy_of_bytes};
+use crate::mapped::MappedFile;
 use crate::rng::SeededRng;
 use crate::{Error, LoadOptions, Result};
 
 /// Gives tensors by their Hugging Face name.
-pub(crate) trait WeightSource {
-    /// The tensor `name`, of exactly this shape, in the options' type on their device; owned, and
-    /// copied at most once on its way from the file.
-    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor>;
+pub(crate) trait WeightSource: Send + Sync {
+    /// These rows of the tensor `name`, which has exactly this shape, in the options' type on
+    /// their device, copied at most once on its way from the file. Nothing may write to it.
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor>;
+
+    /// The whole tensor.
+    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
+        self.rows(name, shape, 0..shape[0] as usize, options)
+    }
+
+    /// From now on tensors may be the mapped bytes of the files themselves.
+    fn keep_mapped(&mut self) {}
+
+    /// blake3 (hex) of the bytes that the weights are read from.
+    fn digest(&self) -> String;
 }
 
 /// Normal weights with standard deviation 0.02, norms near one; each tensor has its own stream, so
@@ -24,7 +42,13 @@ pub(crate) struct RandomWeights {
 }
 
 impl WeightSource for RandomWeights {
-    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
         let mut rng = SeededRng::named(self.seed, name);
         let mean = if name.ends_with("norm.weight") {
             1.0
@@ -37,8 +61,13 @@ impl WeightSource for RandomWeights {
             .collect();
         Ok(Tensor::from_slice(&values)
             .view(shape)
+            .narrow(0, rows.start as i64, rows.len() as i64)
             .to_kind(options.kind)
             .to_device(options.device))
+    }
+
+    fn digest(&self) -> String {
+        String::new()
     }
 }
 
@@ -100,26 +129,29 @@ impl SafetensorsFolder {
         Ok(source)
     }
 
-    /// blake3 (hex) of the files' bytes, one after the other.
-    pub(crate) fn digest(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for file in &self.files {
-            hasher.update(file.bytes());
-        }
-        hasher.finalize().to_hex().to_string()
-    }
-
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 }
 
 impl WeightSource for SafetensorsFolder {
-    fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
-        let location = self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
-            path: self.folder.clone(),
-            name: name.to_owned(),
-        })?;
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
+        // Some files hold the network without its head, whose names lack the first part.
+        let bare = || self.tensors.get(name.split_once('.')?.1);
+        let location =
+            self.tensors
+                .get(name)
+                .or_else(bare)
+                .ok_or_else(|| Error::MissingTensor {
+                    path: self.folder.clone(),
+                    name: name.to_owned(),
+                })?;
         let file = &self.files[location.file];
         if location.shape != shape {
             return Err(Error::Shape {
@@ -141,33 +173,55 @@ impl WeightSource for SafetensorsFolder {
                 ));
             }
         };
-        copy_of_bytes(
-            &file.bytes()[location.start..location.end],
-            shape,
-            kind,
-            options,
-        )
+        let row = (location.end - location.start) / shape[0] as usize;
+        let bytes = location.start + row * rows.start..location.start + row * rows.end;
+        let mut shape = shape.to_vec();
+        shape[0] = rows.len() as i64;
+        file.tensor(bytes, &shape, kind, options)
+    }
+
+    fn keep_mapped(&mut self) {
+        self.files.iter_mut().for_each(MappedFile::keep_mapped);
+    }
+
+    /// Of the files one after the other, in name order.
+    fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for file in &self.files {
+            hasher.update(file.bytes());
+        }
+        hasher.finalize().to_hex().to_string()
     }
 }
 
+/// The file of weights that are not sharded.
+pub(crate) const SINGLE_FILE: &str = "model.safetensors";
+/// Lists the shards of weights that are.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
 /// The weight files of a folder in name order.
 fn weight_files(folder: &Path) -> Result<Vec<String>> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
+    if folder.join(SINGLE_FILE).is_file() {
+        return Ok(vec![SINGLE_FILE.to_owned()]);
     }
-
-    if folder.join("model.safetensors").is_file() {
-        return Ok(vec!["model.safetensors".to_owned()]);
-    }
-    let index = folder.join("model.safetensors.index.json");
+    let index = folder.join(INDEX);
     if !index.is_file() {
         return Err(Error::NoWeights {
             path: folder.to_owned(),
         });
     }
-    let text = std::fs::read(&index).map_err(Error::io("read", &index))?;
-    let parsed: Index = serde_json::from_slice(&text).map_err(Error::json(&index))?;
+    shards_of_index(&index)
+}
+
+/// The files that an index lists, in name order.
+pub(crate) fn shards_of_index(index: &Path) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+
+    let text = std::fs::read(index).map_err(Error::io("read", index))?;
+    let parsed: Index = serde_json::from_slice(&text).map_err(Error::json(index))?;
     let mut files: Vec<String> = parsed.weight_map.into_values().collect();
     files.sort();
     files.dedup();
@@ -176,7 +230,7 @@ fn weight_files(folder: &Path) -> Result<Vec<String>> {
         .iter()
         .find(|name| Path::new(name).file_name() != Some(std::ffi::OsStr::new(name)))
     {
-        return Err(Error::unsupported(&index, "weight_map", bad));
+        return Err(Error::unsupported(index, "weight_map", bad));
     }
     Ok(files)
 }

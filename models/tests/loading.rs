@@ -119,7 +119,7 @@ fn merged_models_are_saved_with_their_adapters() {
             let _ = tensor.g_add_scalar_(0.05);
         }
     });
-    let run = |network: &caskd_models::Llama| {
+    let run = |network: &caskd_models::Network| {
         tch::no_grad(|| network.forward(&ids(2, 7, 41), &[], false)).last_hidden
     };
     let before = run(&model.network);
@@ -172,9 +172,9 @@ fn settings_that_change_the_numbers_are_refused_by_name() {
     let (_guard, path) = copy_of("mha_tied");
     edit_json(&path.join("config.json"), |config| {
         config.as_object_mut().unwrap().remove("rope_parameters");
-        config["rope_scaling"] = serde_json::json!({ "type": "linear", "factor": 2.0 });
+        config["rope_scaling"] = serde_json::json!({ "type": "dynamic", "factor": 2.0 });
     });
-    assert!(refused(&path).to_string().contains("linear"));
+    assert!(refused(&path).to_string().contains("dynamic"));
 }
 
 #[test]

@@ -4,8 +4,8 @@
 mod support;
 
 use caskd_models::{
-    ActivationNorms, LoadedModel, LoraConfig, PruneOptions, activation_norms, load, prune,
-    save_model,
+    ActivationNorms, Criterion, LoadedModel, LoraConfig, PruneOptions, activation_norms, load,
+    prune, save_model,
 };
 use support::{f32_on_cpu, ids, max_difference, random, small_config, tiny};
 use tch::{Kind, Tensor};
@@ -101,7 +101,7 @@ fn check_against_zeroed(heads: usize, kv_heads: usize, ratio: f64) {
         &PruneOptions {
             ratio,
             scope: Some(0..2),
-            activation: None,
+            ..PruneOptions::default()
         },
     )
     .unwrap();
@@ -191,7 +191,7 @@ fn pruned_networks_survive_their_folder_and_train() {
         &PruneOptions {
             ratio: 0.5,
             scope: Some(1..2),
-            activation: None,
+            ..PruneOptions::default()
         },
     )
     .unwrap();
@@ -264,7 +264,8 @@ fn silent_channels_go_first_with_activations() {
         &PruneOptions {
             ratio: 0.25,
             scope: Some(1..2),
-            activation: Some(norms),
+            criterion: Criterion::Wanda(norms),
+            ..PruneOptions::default()
         },
     )
     .unwrap();
@@ -305,6 +306,7 @@ fn impossible_options_are_refused() {
     let wrong_norms = ActivationNorms {
         attention: vec![vec![1.0; 3]; 3],
         ffn: vec![vec![1.0; 3]; 3],
+        ..ActivationNorms::default()
     };
     for (bad, expected) in [
         (options(1.0), "ratio"),
@@ -326,7 +328,7 @@ fn impossible_options_are_refused() {
         ),
         (
             PruneOptions {
-                activation: Some(wrong_norms),
+                criterion: Criterion::Wanda(wrong_norms),
                 ..options(0.5)
             },
             "another network",

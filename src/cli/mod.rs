@@ -3,6 +3,7 @@
 mod build;
 mod cache;
 mod demo;
+mod model;
 mod search;
 mod student;
 
@@ -11,10 +12,11 @@ use clap::{Parser, Subcommand, ValueEnum};
 pub(crate) use build::BuildArgs;
 pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, VerifyArgs};
 pub(crate) use demo::DemoArgs;
+pub(crate) use model::{ExportModelArgs, MethodArg, PartsArg, PruneArgs, PrunedArg};
 pub(crate) use search::{
     AskArgs, LadderArgs, ReportArgs, SaboArgs, SearchArgs, StatusArgs, TellArgs,
 };
-pub(crate) use student::{EvalArgs, LossArgs, PruneArgs, TrainArgs};
+pub(crate) use student::{EvalArgs, LossArgs, TrainArgs};
 
 /// Run the teacher once, train hundreds of students from its cache.
 #[derive(Debug, Parser)]
@@ -41,7 +43,7 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Measure how near a cache's logits are to its teacher's
     Fidelity(FidelityArgs),
-    /// Remove attention groups and FFN channels from a dense model
+    /// Remove attention groups and FFN channels from a dense model, or mask single weights
     Prune(PruneArgs),
     /// Train a student from a cache (LoRA)
     Train(TrainArgs),
@@ -49,6 +51,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Evaluate any loss and its gradient on given logits
     Loss(LossArgs),
+    /// Write a run or a model as a folder that transformers loads, or its adapters for PEFT
+    ExportModel(ExportModelArgs),
     /// Decode a cache to safetensors or JSONL
     Export(ExportArgs),
     /// Search distillation settings with many cheap trials

@@ -1,4 +1,4 @@
-//! The arguments of the commands on students: prune, train, eval, loss.
+//! The arguments of the commands on students: train, eval, loss.
 
 use std::path::PathBuf;
 
@@ -9,35 +9,10 @@ use super::DtypeArg;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  caskd prune --model SmolLM2.gguf --ratio 0.25 --out student
-  caskd prune --model SmolLM2.gguf --ratio 0.25 --calibration train.jsonl --out student")]
-pub(crate) struct PruneArgs {
-    /// The dense model: a Hugging Face folder or a GGUF file
-    #[arg(long, value_name = "DIR|FILE.gguf")]
-    pub(crate) model: PathBuf,
-    /// Share of each layer's attention groups and FFN channels to remove, between 0 and 1
-    #[arg(long, default_value_t = 0.25)]
-    pub(crate) ratio: f64,
-    /// The student's folder; it must not exist
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
-    /// Layers to prune, first to last, counted from 0 [default: 4 to L-3, as LLM-Pruner does]
-    #[arg(long, value_name = "FIRST-LAST")]
-    pub(crate) scope: Option<String>,
-    /// Weigh the weights by their inputs' size on these data (as Wanda does); far better than their magnitude alone
-    #[arg(long, value_name = "FILE")]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Print the report as one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
   caskd train --cache cache --student student --out run --set kd_type=dual-scaling --set scaling_value=4
   caskd train --cache cache --student student --out run --set soft_weight=0      (plain LoRA fine-tuning)
   caskd train --cache cache --student student --out run --config study/best.toml
+  caskd train --cache prose --cache dialogues=0.3 --student student --out run --tensorboard board
 
 The keys of the configuration and their defaults: caskd train --print-config")]
 #[expect(
@@ -45,10 +20,14 @@ The keys of the configuration and their defaults: caskd train --print-config")]
     reason = "each is a flag of the command line"
 )]
 pub(crate) struct TrainArgs {
-    /// The teacher's cache
-    #[arg(long, value_name = "CACHE", required_unless_present = "print_config")]
-    pub(crate) cache: Option<PathBuf>,
-    /// The student: a Hugging Face folder or a GGUF file
+    /// The teacher's cache; may be repeated, with a weight: how many times an epoch goes through it
+    #[arg(
+        long,
+        value_name = "CACHE[=WEIGHT]",
+        required_unless_present = "print_config"
+    )]
+    pub(crate) cache: Vec<PathBuf>,
+    /// The student: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
     pub(crate) student: Option<PathBuf>,
     /// The run's folder: adapters, checkpoints, log
@@ -60,13 +39,22 @@ pub(crate) struct TrainArgs {
     /// One setting; may be repeated, and wins over --config
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) settings: Vec<String>,
+    /// Share of the sequences to train on, by a stable hash of their tokens (the key `fraction`)
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) fraction: Option<f64>,
+    /// How the cache is read: mmap, or read for network file systems (the key `io`)
+    #[arg(long, value_name = "mmap|read")]
+    pub(crate) io: Option<String>,
+    /// Write TensorBoard's event files into this folder (the key `tensorboard`)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tensorboard: Option<PathBuf>,
     /// Go on with an interrupted run
     #[arg(long)]
     pub(crate) resume: bool,
     /// Train even where the cache's gradient of a loss is off by more than 10%
     #[arg(long)]
     pub(crate) allow_low_fidelity: bool,
-    /// Print the default configuration and exit
+    /// Print every key of the configuration with its value and what it does, and exit
     #[arg(long)]
     pub(crate) print_config: bool,
     /// Print the summary as one JSON object
@@ -81,11 +69,11 @@ Examples:
   caskd eval --model run --text heldout.txt --cache heldout-cache --json
   caskd eval --model run --task arc_easy=arc_easy.jsonl --task boolq=boolq.jsonl --per-item items.jsonl
 
-Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, qnli, qqp, sst2, lambada. A line of a \
-task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
-or contexts, continuation, gold; or context, continuation. Scores are the harness's.")]
+Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, qnli, qqp, sst2, lambada, wikitext. A line \
+of a task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
+or contexts, continuation, gold; or context, continuation; a page for wikitext. Scores are the harness's.")]
 pub(crate) struct EvalArgs {
-    /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
+    /// A Hugging Face folder, a GGUF file, org/name on the Hugging Face hub, or a run of `caskd train`
     #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
     pub(crate) model: PathBuf,
     /// Text for perplexity; may be repeated
@@ -128,7 +116,8 @@ Examples:
   caskd loss --kind bild --set k=8 --set tau=3 --set logits_norm=standardize --in logits.safetensors --out bild.safetensors
 
 Input tensors: teacher and student [B,T,V] or [N,V]; labels [B,T] (integers, negative where there is none) for losses on \
-labels; teacher_hidden and student_hidden [B,T,D] for losses on hidden states; mask [B,T] on demand. Output tensors: \
+labels; of_student [B,T] for distillm-2 (1 where the student wrote the response); teacher_hidden and student_hidden \
+[B,T,D] for losses on hidden states, with projection [D_t,D_s] where projection=learned; mask [B,T] on demand. Output tensors: \
 value [B,T] and grad, the derivative of the mean of value with respect to the student, in f64 when an input is f64.")]
 pub(crate) struct LossArgs {
     /// Which loss, by its name in [[loss]] entries

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use caskd_cache_builder::{BuildOptions, LayerChoice};
 use caskd_formats::{Cache, CodeTarget, HiddenCodec, Io, Tier};
-use caskd_models::{LoadOptions, load};
+use caskd_models::{LoadOptions, Method, Parts, load};
 use caskd_search::{Location, SamplerKind, Space, StudyConfig};
 use caskd_trainer::{TrainConfig, load_run, teacher_perplexity};
 use serde::de::DeserializeOwned;
@@ -17,7 +17,7 @@ use tch::{Device, Kind};
 
 use super::build::{BATCH_TOKENS, DEFAULT_RATE, build_with_progress};
 use super::eval::score_cache;
-use super::prune::prune_to;
+use super::prune::{Calibration, Removal, Request, prune_to};
 use super::search::{Plan, SearchPlan, search_with_progress};
 use super::train::train_with_progress;
 use super::{print_json, print_text, write_file};
@@ -179,14 +179,19 @@ fn demo(args: &DemoArgs, places: &Places) -> Result<(), Halt> {
         "prune a 25% sparse student from the dense model",
         |_| {
             let dense = teacher_path(args)?;
-            let report = prune_to(
-                &dense,
-                0.25,
-                None,
-                Some(&places.data("instructions.jsonl")),
-                &student,
-            )?;
-            Ok(report.parameters_after)
+            let pruned = prune_to(&Request {
+                model: dense,
+                out: student.clone(),
+                method: Some(Method::Wanda),
+                scope: None,
+                removal: Removal::Structured {
+                    ratio: 0.25,
+                    parts: Parts::All,
+                },
+                data: Calibration::Files(vec![places.data("instructions.jsonl")]),
+                tokens: 8192,
+            })?;
+            Ok(pruned.parameters_after())
         },
     )?;
     let lora = train_stage(
@@ -441,7 +446,7 @@ fn train_stage(
         let summary = train_with_progress(
             config,
             &places.join("student"),
-            &places.join("cache"),
+            &[(places.join("cache"), 1.0)],
             &out,
             out.exists(),
             name,

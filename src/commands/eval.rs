@@ -6,8 +6,8 @@ use std::time::Instant;
 use caskd_formats::{Cache, Io};
 use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_trainer::{
-    CacheScore, ItemScore, Task, TaskScore, TextScore, check_fit, evaluate_cache, evaluate_task,
-    evaluate_text, is_run, load_run, run_cache,
+    CacheScore, ItemScore, Rolling, Task, TaskScore, TextScore, check_fit, evaluate_cache,
+    evaluate_task, evaluate_text, evaluate_wikitext, is_run, load_run, run_caches,
 };
 use serde::Serialize;
 
@@ -19,12 +19,39 @@ use crate::terminal::{Progress, duration};
 /// Padded tokens of an evaluation batch.
 pub(crate) const EVAL_TOKENS: usize = 2048;
 
+/// The task that is scored by perplexity.
+const WIKITEXT: &str = "wikitext";
+
 #[derive(Serialize)]
 struct Scores {
     model: PathBuf,
     text: Vec<Scored<TextScore>>,
     cache: Vec<Scored<CacheScore>>,
-    tasks: Vec<Scored<TaskScore>>,
+    tasks: Vec<Scored<AnyTaskScore>>,
+}
+
+/// What a task reports.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum AnyTaskScore {
+    Choices(TaskScore),
+    Pages(WikitextScore),
+}
+
+/// Wikitext: perplexities over its pages.
+#[derive(Serialize)]
+struct WikitextScore {
+    task: &'static str,
+    items: usize,
+    #[serde(flatten)]
+    score: TextScore,
+}
+
+/// A task of `--task`.
+#[derive(Clone, Copy)]
+enum AnyTask {
+    Choices(Task),
+    Wikitext,
 }
 
 #[derive(Serialize)]
@@ -39,14 +66,21 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         device: parse_device(&args.device)?,
         kind: kind_of(args.dtype),
     };
-    let tasks: Vec<(Task, PathBuf)> = args
+    let rolling = Rolling {
+        max_len: args.max_len,
+        stride: args.stride.unwrap_or(args.max_len),
+    };
+    let tasks: Vec<(AnyTask, PathBuf)> = args
         .task
         .iter()
         .map(|text| parse_task(text))
         .collect::<Result<_, Failure>>()?;
-    if args.per_item.is_some() && tasks.is_empty() {
+    let any_choices = tasks
+        .iter()
+        .any(|(task, _)| matches!(task, AnyTask::Choices(_)));
+    if args.per_item.is_some() && !any_choices {
         return Err(Failure::user(
-            "--per-item needs a task",
+            "--per-item needs a task with choices",
             "give --task NAME=FILE.jsonl",
         ));
     }
@@ -59,7 +93,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 "give --task NAME=FILE, --text FILE for perplexity, or --cache CACHE for KL to the teacher",
             ));
         }
-        caches.push(run_cache(&args.model)?);
+        caches.extend(run_caches(&args.model)?);
     }
     let model = load_any(&args.model, &options)?;
     let mut scores = Scores {
@@ -69,12 +103,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         tasks: Vec::new(),
     };
     for path in &args.text {
-        let score = score_text(
-            &model,
-            path,
-            args.max_len,
-            args.stride.unwrap_or(args.max_len),
-        )?;
+        let score = score_text(&model, path, rolling)?;
         if !args.json {
             print_text(format!(
                 "{}: perplexity {:.3} a token, {:.2} a word, {:.4} bits a byte; {} tokens in {} ({:.0} tokens/s)",
@@ -99,12 +128,14 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 format!("{kl:.4} nats")
             });
             print_text(format!(
-                "{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets",
+                "{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets, calibration error {:.4} (teacher {:.4})",
                 path.display(),
                 score.perplexity,
                 score.teacher_perplexity,
                 100.0 * score.top1_agreement,
                 score.targets,
+                score.ece,
+                score.teacher_ece,
             ));
         }
         scores.cache.push(Scored {
@@ -114,11 +145,20 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
     }
     let mut per_item = Vec::new();
     for (task, path) in tasks {
-        let (score, items) = score_task(&model, task, &path, args.limit)?;
+        let (line, score) = match task {
+            AnyTask::Choices(task) => {
+                let (score, items) = score_task(&model, task, &path, args.limit)?;
+                per_item.extend(items);
+                (task_line(&score), AnyTaskScore::Choices(score))
+            }
+            AnyTask::Wikitext => {
+                let score = score_wikitext(&model, &path, args.limit, rolling)?;
+                (wikitext_line(&score), AnyTaskScore::Pages(score))
+            }
+        };
         if !args.json {
-            print_text(task_line(&score));
+            print_text(line);
         }
-        per_item.extend(items);
         scores.tasks.push(Scored { path, score });
     }
     if let Some(path) = &args.per_item {
@@ -136,16 +176,19 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
 }
 
 /// `NAME=FILE`, or a file that is called after its task.
-fn parse_task(text: &str) -> Result<(Task, PathBuf), Failure> {
+fn parse_task(text: &str) -> Result<(AnyTask, PathBuf), Failure> {
     let path = Path::new(text.split_once('=').map_or(text, |(_, path)| path));
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let name = text.split_once('=').map_or(&*stem, |(name, _)| name);
+    if name.eq_ignore_ascii_case(WIKITEXT) {
+        return Ok((AnyTask::Wikitext, path.to_owned()));
+    }
     match Task::by_name(name) {
-        Some(task) => Ok((task, path.to_owned())),
+        Some(task) => Ok((AnyTask::Choices(task), path.to_owned())),
         None => Err(Failure::user(
             format!("unknown task `{name}`"),
             format!(
-                "--task NAME=FILE.jsonl, with one of {}",
+                "--task NAME=FILE.jsonl, with one of {}, {WIKITEXT}",
                 Task::ALL.map(Task::name).join(", ")
             ),
         )),
@@ -166,6 +209,38 @@ fn score_task(
     })?;
     bar.finish();
     Ok(scored)
+}
+
+fn score_wikitext(
+    model: &LoadedModel,
+    path: &Path,
+    limit: Option<usize>,
+    rolling: Rolling,
+) -> Result<WikitextScore, Failure> {
+    let mut bar = Progress::new(WIKITEXT);
+    let started = Instant::now();
+    let (score, items) = evaluate_wikitext(model, path, limit, rolling, &mut |done, total| {
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.update(done, total, &format!("{rate:.2} pages/s"));
+    })?;
+    bar.finish();
+    Ok(WikitextScore {
+        task: WIKITEXT,
+        items,
+        score,
+    })
+}
+
+fn wikitext_line(WikitextScore { items, score, .. }: &WikitextScore) -> String {
+    format!(
+        "wikitext: word_perplexity {:.4}, byte_perplexity {:.4}, bits_per_byte {:.4}, perplexity {:.3} a token; {items} pages in {} ({:.0} tokens/s)",
+        score.word_perplexity,
+        score.byte_perplexity,
+        score.bits_per_byte,
+        score.perplexity,
+        duration(score.seconds),
+        score.tokens_per_second
+    )
 }
 
 fn task_line(score: &TaskScore) -> String {
@@ -204,13 +279,12 @@ pub(crate) fn load_any(path: &Path, options: &LoadOptions) -> Result<LoadedModel
 pub(crate) fn score_text(
     model: &LoadedModel,
     path: &Path,
-    max_len: usize,
-    stride: usize,
+    rolling: Rolling,
 ) -> Result<TextScore, Failure> {
     let text =
         std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))?;
     let mut bar = Progress::new("evaluating on text");
-    let score = evaluate_text(model, &text, max_len, stride, &mut with_rate(&mut bar))?;
+    let score = evaluate_text(model, &text, rolling, &mut with_rate(&mut bar))?;
     bar.finish();
     Ok(score)
 }

@@ -14,7 +14,15 @@ use crate::cli::LossArgs;
 use crate::exit::{Exit, Failure, Outcome};
 
 /// Keys of a term that play no part here.
-const NOT_HERE: [&str; 4] = ["weight", "reduction", "layers", "positions"];
+const NOT_HERE: [&str; 7] = [
+    "weight",
+    "schedule",
+    "final_weight",
+    "warmup_share",
+    "reduction",
+    "layers",
+    "positions",
+];
 
 /// What `--json` prints.
 #[derive(Serialize)]

@@ -5,6 +5,7 @@ pub(crate) mod build;
 pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod export;
+pub(crate) mod export_model;
 pub(crate) mod fidelity;
 pub(crate) mod inspect;
 pub(crate) mod loss;

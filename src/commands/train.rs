@@ -1,31 +1,43 @@
 //! `caskd train`
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use caskd_formats::Cache;
 use caskd_models::{LoadOptions, load};
-use caskd_trainer::{Control, TrainConfig, TrainSummary, check_fidelity, train};
+use caskd_trainer::{
+    CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, train,
+};
 
 use super::{parse_device, print_json, print_text};
 use crate::cli::TrainArgs;
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{self, Progress, duration, say};
+use crate::terminal::{self, Progress, bytes, duration, say};
 
 pub(crate) fn run(args: &TrainArgs) -> Outcome {
     let mut config = read_config(args.config.as_deref(), &args.settings)?;
     config.allow_low_fidelity |= args.allow_low_fidelity;
+    if let Some(fraction) = args.fraction {
+        config.fraction = fraction;
+    }
+    if let Some(io) = &args.io {
+        config.set("io", io)?;
+    }
+    if let Some(folder) = &args.tensorboard {
+        config.tensorboard = Some(folder.clone());
+    }
     if args.print_config {
-        print_text(config.to_toml()?);
+        print_text(config.to_commented_toml()?);
         return Ok(Exit::Done);
     }
-    let (Some(cache), Some(student), Some(out)) = (&args.cache, &args.student, &args.out) else {
+    let (Some(student), Some(out)) = (&args.student, &args.out) else {
         return Err(Failure::user(
             "--cache, --student and --out are needed",
             "see: caskd train --help",
         ));
     };
-    let summary = train_with_progress(&config, student, cache, out, args.resume, "training")?;
+    let caches: Vec<(PathBuf, f64)> = args.cache.iter().map(|cache| weighted(cache)).collect();
+    let summary = train_with_progress(&config, student, &caches, out, args.resume, "training")?;
     if args.json {
         print_json(&summary)?;
     }
@@ -34,6 +46,15 @@ pub(crate) fn run(args: &TrainArgs) -> Outcome {
     } else {
         Exit::Stopped
     })
+}
+
+/// `CACHE=WEIGHT`, unless a folder has that very name.
+fn weighted(argument: &Path) -> (PathBuf, f64) {
+    let split = argument.to_str().and_then(|text| text.rsplit_once('='));
+    match split.map(|(path, weight)| (path, weight.parse::<f64>())) {
+        Some((path, Ok(weight))) if !argument.exists() => (path.into(), weight),
+        _ => (argument.to_owned(), 1.0),
+    }
 }
 
 /// The defaults, then the file, then the single settings.
@@ -61,40 +82,40 @@ pub(crate) fn read_config(
     Ok(config)
 }
 
-/// Loads student and cache, trains, shows how far it is, and says what came out.
+/// Loads student and caches, trains, shows how far it is, and says what came out.
 pub(crate) fn train_with_progress(
     config: &TrainConfig,
     student: &Path,
-    cache: &Path,
+    caches: &[(PathBuf, f64)],
     out: &Path,
     resume: bool,
     label: &str,
 ) -> Result<TrainSummary, Failure> {
-    let cache = Arc::new(Cache::open(cache, config.io())?);
+    config.validate()?;
+    let open = |(path, weight): &(PathBuf, f64)| -> Result<(Arc<Cache>, f64), Failure> {
+        Ok((Arc::new(Cache::open(path, config.io())?), *weight))
+    };
+    let caches: Vec<(Arc<Cache>, f64)> = caches.iter().map(open).collect::<Result<_, _>>()?;
     let options = LoadOptions {
         device: parse_device(&config.device)?,
         kind: config.kind(),
     };
-    for warning in check_fidelity(config, &cache)? {
-        say(format!("warning: {warning}"));
+    for (cache, _) in &caches {
+        for warning in check_fidelity(config, cache)? {
+            say(format!("warning: {warning}"));
+        }
     }
+    let caches = CacheMix::new(caches)?;
     let student_model = load(student, &options)?;
     let mut bar = Progress::new(label);
     let mut control = Control {
         resume,
         stop: &terminal::STOP,
         progress: &mut |report| {
-            bar.update(
-                report.step,
-                report.total_steps,
-                &format!(
-                    "loss {:.4}  {:.0} tokens/s",
-                    report.loss, report.tokens_per_second
-                ),
-            );
+            bar.update(report.step, report.total_steps, &live(report));
         },
     };
-    let summary = train(config, student_model, student, cache, out, &mut control)?;
+    let summary = train(config, student_model, student, caches, out, &mut control)?;
     bar.finish();
     for note in &summary.notes {
         say(format!("note: {note}"));
@@ -117,4 +138,27 @@ pub(crate) fn train_with_progress(
         ));
     }
     Ok(summary)
+}
+
+/// What the progress line says of a step.
+fn live(report: &StepReport) -> String {
+    let mut line = format!("step {}  loss {:.4}", report.step, report.loss);
+    if report.terms.len() > 1 {
+        let terms: Vec<String> = report
+            .terms
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.4}"))
+            .collect();
+        line += &format!(" ({})", terms.join(", "));
+    }
+    line += &format!(
+        "  |g| {:.3}  {:.0} tokens/s  wait {:.1}%",
+        report.grad_norm,
+        report.tokens_per_second,
+        100.0 * report.data_wait_seconds / report.seconds.max(1e-9)
+    );
+    if let Some(memory) = report.memory_bytes {
+        line += &format!("  {}", bytes(memory));
+    }
+    line
 }

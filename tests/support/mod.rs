@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use caskd_models::{LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, save_model};
+use caskd_models::{LayerShape, LlamaConfig, LoadOptions, LoadedModel, Network, save_model};
 use serde_json::{Value, json};
 
 /// A temporary folder with a tiny random teacher in `teacher/`.
@@ -160,16 +160,12 @@ pub(crate) fn tiny_model(vocabulary: usize, seed: u64) -> LoadedModel {
         max_position_embeddings: 2048,
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
-        rope_scaling: None,
         tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: vec![],
-        attention_bias: false,
-        mlp_bias: false,
         dense: shape,
         layers: vec![shape; 4],
+        ..LlamaConfig::default()
     };
-    let network = Llama::random(&config, seed, &LoadOptions::default()).unwrap();
+    let network = Network::random(&config, seed, &LoadOptions::default()).unwrap();
     LoadedModel::new(network, byte_tokenizer(vocabulary), "tiny")
 }
 

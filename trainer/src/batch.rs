@@ -25,6 +25,10 @@ pub(crate) struct Batch {
     pub(crate) labels: Tensor,
     /// Sequence of each target position \[N\] i64.
     pub(crate) sequence_of_target: Tensor,
+    /// Whether the student wrote the response that a target position is in \[N\] bool.
+    pub(crate) of_student: Tensor,
+    /// Where the student has another tokenizer: 1 at target positions with a row of the teacher's, else 0 \[N\] f32.
+    pub(crate) paired: Option<Tensor>,
     /// What tells target positions apart in whatever batch they come: a hash of the sequence's tokens
     /// and the position \[N\] i64.
     pub(crate) keys: Tensor,
@@ -39,6 +43,9 @@ pub(crate) struct Batch {
     /// The teacher's largest logits at the target positions.
     pub(crate) top_k: Option<TopKRows>,
 }
+
+/// What a cache adds to the `source` of a sequence whose response the student wrote (a record's `response_by`).
+pub(crate) const BY_STUDENT: &str = "#student";
 
 impl Batch {
     /// Collates decoded sequences. Tokens at or above `vocabulary` are an error: no embedding has them.
@@ -56,7 +63,7 @@ impl Batch {
         let mut positions = Vec::new();
         let (mut targets, mut targets_in_positions) = (Vec::new(), Vec::new());
         let (mut labels, mut sequence_of_target) = (Vec::new(), Vec::new());
-        let mut keys = Vec::new();
+        let (mut keys, mut of_student) = (Vec::new(), Vec::new());
         for (b, sequence) in sequences.iter().enumerate() {
             let tokens = &sequence.token_ids;
             if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
@@ -68,6 +75,7 @@ impl Batch {
                 });
             }
             let of_sequence = hash_of_tokens(tokens);
+            let by_student = sequence.source.ends_with(BY_STUDENT);
             for (t, &token) in tokens.iter().enumerate() {
                 let flat = (b * longest + t) as i64;
                 input_ids[flat as usize] = i64::from(token);
@@ -76,6 +84,7 @@ impl Batch {
                     targets_in_positions.push(positions.len() as i64);
                     labels.push(i64::from(tokens[t + 1]));
                     sequence_of_target.push(b as i64);
+                    of_student.push(by_student);
                     keys.push(of_sequence.wrapping_add(t as i64));
                 }
                 positions.push(flat);
@@ -112,12 +121,29 @@ impl Batch {
             labels: Tensor::from_slice(&labels),
             sequence_of_target: Tensor::from_slice(&sequence_of_target),
             keys: Tensor::from_slice(&keys),
+            of_student: Tensor::from_slice(&of_student),
+            paired: None,
             hidden: columns
                 .layers
                 .iter()
                 .filter_map(|&layer| hidden_rows(sequences, layer))
                 .collect(),
         })
+    }
+
+    /// Says of every position of the collated sequences whether it has a row of the teacher's.
+    pub(crate) fn with_pairs(self, sequences: &[Sequence], paired: &[Vec<bool>]) -> Batch {
+        let flags: Vec<f32> = sequences
+            .iter()
+            .zip(paired)
+            .flat_map(|(sequence, paired)| {
+                target_positions(sequence).map(|t| f32::from(u8::from(paired[t])))
+            })
+            .collect();
+        Batch {
+            paired: Some(Tensor::from_slice(&flags)),
+            ..self
+        }
     }
 
     /// The same on another device.
@@ -132,6 +158,8 @@ impl Batch {
             labels: to(&self.labels),
             sequence_of_target: to(&self.sequence_of_target),
             keys: to(&self.keys),
+            of_student: to(&self.of_student),
+            paired: self.paired.as_ref().map(to),
             hidden: self
                 .hidden
                 .iter()

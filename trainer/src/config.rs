@@ -1,5 +1,7 @@
 //! The configuration of a run: flat TOML keys, overridden one by one from the command line.
 
+use std::path::PathBuf;
+
 use caskd_models::LoraConfig;
 use serde::{Deserialize, Serialize};
 
@@ -37,10 +39,21 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Share of the sequences to train on, chosen by a stable hash of their tokens.
     pub fraction: f64,
+    /// Shards of a cache whose sequences are shuffled together, in a seeded order of the shards; 0 takes all of them.
+    pub shuffle_shards: usize,
+    /// Batches among which sequences of like length come together, to save padding; 1 turns it off.
+    pub bucket_batches: usize,
     /// Train even where the cache's fidelity report says that the gradient of a loss is off by more than 10%.
     pub allow_low_fidelity: bool,
     /// Steps between checkpoints; 0 writes one only when stopped.
     pub checkpoint_every: u64,
+    /// What trains: adapters, or all weights.
+    pub mode: Mode,
+    /// Put the frozen projections into 8 bits, with a scale for each output.
+    pub quantize: Quantize,
+    /// The teacher's folder or GGUF file, for a student with another tokenizer (losses `uld` and `cross-entropy`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_tokenizer: Option<String>,
     /// Kind of the frozen weights. Adapters, losses and the optimizer are f32 in any case.
     pub dtype: Dtype,
     /// "cpu" or "cuda:N".
@@ -49,6 +62,9 @@ pub struct TrainConfig {
     pub prefetch: usize,
     /// How the cache is read.
     pub io: CacheIo,
+    /// Folder for TensorBoard's event files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensorboard: Option<PathBuf>,
 
     /// Weight of the hard-label cross-entropy (Table 2: hard label weight).
     pub hard_weight: f64,
@@ -91,6 +107,28 @@ pub struct TrainConfig {
     pub loss: Vec<LossTerm>,
 }
 
+/// What trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Adapters on a frozen base.
+    #[default]
+    Lora,
+    /// All weights, kept in f32 whatever the passes compute in.
+    Full,
+}
+
+/// How the frozen projections are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantize {
+    /// In the type that passes compute in.
+    #[default]
+    None,
+    /// In 8 bits; the passes go back block by block, running each again.
+    Int8,
+}
+
 /// Kind of the frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -129,11 +167,17 @@ impl Default for TrainConfig {
             eps: 1e-8,
             max_grad_norm: 1.0,
             fraction: 1.0,
+            shuffle_shards: 32,
+            bucket_batches: 16,
             checkpoint_every: 50,
+            mode: Mode::Lora,
+            quantize: Quantize::None,
+            teacher_tokenizer: None,
             dtype: Dtype::F32,
             device: "cpu".to_owned(),
             prefetch: 4,
             io: CacheIo::Mmap,
+            tensorboard: None,
             hard_weight: 1.0,
             soft_weight: 1.0,
             scaling_value: 1.0,
@@ -177,7 +221,7 @@ pub(crate) const RECIPE_KEYS: [&str; 16] = [
 ];
 
 /// Keys that change how a run is carried out but not what it computes: a resumed run may differ.
-const KEYS_WITHOUT_EFFECT: [&str; 3] = ["checkpoint_every", "prefetch", "io"];
+const KEYS_WITHOUT_EFFECT: [&str; 4] = ["checkpoint_every", "prefetch", "io", "tensorboard"];
 
 impl TrainConfig {
     /// Reads and validates TOML.
@@ -241,6 +285,7 @@ impl TrainConfig {
         count("batch_size", self.batch_size as u64)?;
         count("gradient_accumulation", self.gradient_accumulation as u64)?;
         count("prefetch", self.prefetch as u64)?;
+        count("bucket_batches", self.bucket_batches as u64)?;
         positive("learning_rate", self.learning_rate)?;
         share("warmup_ratio", self.warmup_ratio)?;
         not_negative("weight_decay", self.weight_decay)?;
@@ -263,6 +308,13 @@ impl TrainConfig {
         )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
+        if self.mode == Mode::Full && self.quantize != Quantize::None {
+            return Err(Error::BadValue {
+                key: "quantize".to_owned(),
+                value: "\"int8\"".to_owned(),
+                message: "with mode = \"full\" there is no frozen base".to_owned(),
+            });
+        }
         self.refuse_recipe_beside_losses()?;
         let terms = self.terms();
         if terms.is_empty() {
@@ -385,7 +437,7 @@ impl TrainConfig {
         Ok(())
     }
 
-    fn to_table(&self) -> toml::Table {
+    pub(crate) fn to_table(&self) -> toml::Table {
         // Plain numbers, strings and lists: nothing here that TOML could not express.
         toml::Table::try_from(self).unwrap_or_default()
     }
@@ -419,10 +471,12 @@ fn in_range(key: &str, value: f64, fits: bool, message: &str) -> Result<()> {
 }
 
 /// Every key, dotted where nested (`lora.rank`); `loss` counts as one.
-fn known_keys() -> Vec<String> {
+pub(crate) fn known_keys() -> Vec<String> {
     let every_option_set = TrainConfig {
         max_steps: Some(1),
         temperature_squared: Some(true),
+        teacher_tokenizer: Some(String::new()),
+        tensorboard: Some(PathBuf::new()),
         ..TrainConfig::default()
     };
     let mut keys: Vec<String> = flattened(&every_option_set.to_table())
@@ -434,7 +488,7 @@ fn known_keys() -> Vec<String> {
 }
 
 /// Keys and values with one level of nesting dotted.
-fn flattened(table: &toml::Table) -> Vec<(String, toml::Value)> {
+pub(crate) fn flattened(table: &toml::Table) -> Vec<(String, toml::Value)> {
     let mut flat = Vec::new();
     for (key, value) in table {
         match value {
@@ -555,6 +609,8 @@ mod tests {
         check("learning_rate = nan", "above 0");
         check("fraction = 1.5", "at most 1");
         check("kd_type = \"mse\"", "dual-scaling");
+        check("mode = \"full\"\nquantize = \"int8\"", "no frozen base");
+        check("mode = \"half\"", "lora");
         check("layers = \"first\"", "last-middle");
         check("hard_weight = 0\nsoft_weight = 0", "no loss to train on");
         check("hard_weight = -1", "not be below 0");

@@ -158,6 +158,28 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
+    /// A loss that matches tokens, with a student of another tokenizer.
+    #[error("loss `{term}` matches the tokens of teacher and student, whose tokenizers differ")]
+    AcrossTokenizers {
+        /// The loss.
+        term: String,
+    },
+    /// A tokenizer that is not the one of the cache's teacher.
+    #[error("`{path}` does not have the tokenizer of the cache's teacher")]
+    OtherTeacherTokenizer {
+        /// As it was given.
+        path: PathBuf,
+    },
+    /// A loss that compares responses of both models, and a cache without those of one.
+    #[error(
+        "loss `{term}` compares the responses of teacher and student, and the cache holds none by the {missing}"
+    )]
+    MissingResponses {
+        /// The loss.
+        term: String,
+        /// "teacher" or "student".
+        missing: &'static str,
+    },
     /// What the cache gives back is too far from its teacher for a loss.
     #[error("the cache's gradient of {term} is off by {percent:.1}%, more than {limit:.0}%")]
     LowFidelity {
@@ -181,6 +203,16 @@ pub enum Error {
     NoSequences {
         /// Why none is left.
         reason: String,
+    },
+    /// A weight of a cache that makes no sense, or a cache that was given twice.
+    #[error("cache `{cache}` with weight {weight}: {message}")]
+    BadWeight {
+        /// The cache's folder.
+        cache: PathBuf,
+        /// As it was given.
+        weight: f64,
+        /// What is wrong.
+        message: String,
     },
     /// A cached token that the student has no embedding for.
     #[error("{sequence}: token {token} is outside the vocabulary of {vocabulary}")]
@@ -326,13 +358,27 @@ impl Error {
                 Some("remove the recipe keys, or the [[loss]] entries: one of the two decides the loss".to_owned())
             }
             Error::TokenizerMismatch { .. } => {
-                Some("train a student of the teacher's tokenizer, or build a cache from a teacher of this one".to_owned())
+                Some(
+                    "train a student of the teacher's tokenizer, or build a cache from a teacher of this one; or set \
+                     `teacher_tokenizer` to the teacher and train with [[loss]] kind = \"uld\""
+                        .to_owned(),
+                )
             }
             Error::VocabularyMismatch { .. } => Some(
                 "heads may differ only by padding rows: both need at least as many rows as the tokenizer has tokens"
                     .to_owned(),
             ),
             Error::TierCannotAnswer { remedy, .. } | Error::LossTensor { remedy, .. } => Some(remedy.clone()),
+            Error::AcrossTokenizers { .. } => Some(
+                "with `teacher_tokenizer` set, train with [[loss]] entries of kind uld and cross-entropy only".to_owned(),
+            ),
+            Error::OtherTeacherTokenizer { .. } => Some(
+                "`teacher_tokenizer` is the folder or GGUF file that the cache was built from".to_owned(),
+            ),
+            Error::MissingResponses { .. } => Some(
+                "build the cache from records with `response_by` set to \"student\" and others to \"teacher\""
+                    .to_owned(),
+            ),
             Error::LowFidelity { .. } => Some(
                 "build the cache with a higher --rate or `--tier exact`, choose another loss or temperature, or pass \
                  --allow-low-fidelity"
@@ -342,6 +388,7 @@ impl Error {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
             Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::BadWeight { .. } => Some("for instance: --cache first --cache second=0.3".to_owned()),
             Error::BadItem { .. } => Some(
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
                     .to_owned(),

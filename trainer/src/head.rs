@@ -1,18 +1,21 @@
 //! The fused head: LM head, logit losses and their backward pass over chunks of target positions.
 //!
 //! [N, V] tensors never exist for a whole batch. For each chunk the student's logits are made
-//! without a graph, the losses and their gradient are taken on them by autograd inside the chunk, and
-//! only dL/dh [N, D] is kept; the trunk's backward pass starts from that. Prompt positions never
+//! without a graph, the losses and their gradient are taken on them (by hand where every loss has a
+//! form for that, see `row_kernel`, else by autograd inside the chunk), and only dL/dh [N, D] is kept; the trunk's backward pass starts from that. Prompt positions never
 //! reach the head.
 
 use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::losses::{
-    LogitLoss, LogitRows, Lookups, MissingLogits, Normalization, SampleSigma, Scaling, TopKRows,
+    LogitLoss, LogitRows, Lookups, MissingLogits, Normalization, SampleSigma, Scaling, SoftTarget,
+    TopKRows,
 };
 use crate::matmul::{times, times_transposed};
+use crate::row_kernel::{HandLoss, Known, TeacherParts, TopEntries, values_and_gradient};
 use crate::teacher_logits::{LinearCode, TeacherRows};
+use crate::unchecked::{read, values_of};
 
 /// Logits that one chunk holds. In f32 they stay below the 32 MiB above which glibc's allocator gives
 /// every tensor fresh pages: there an element-wise pass costs four times as much (28 against 112 µs
@@ -45,12 +48,24 @@ pub(crate) struct Heads<'a> {
     pub(crate) student: &'a Tensor,
     /// The teacher's; `None` where no loss asks for full logits.
     pub(crate) teacher: Option<&'a LinearCode>,
+    /// The student's trains too: its gradient is wanted.
+    pub(crate) trains: bool,
+}
+
+impl Heads<'_> {
+    /// Zeros to add the gradient of the student's head to, where it trains.
+    fn weight_gradient(&self) -> Option<Tensor> {
+        let of = (Kind::Float, self.student.device());
+        self.trains.then(|| Tensor::zeros(self.student.size(), of))
+    }
 }
 
 /// What the head gives back.
 pub(crate) struct HeadGradient {
     /// dL/dh at the target positions [N, D], in the kind of the student's matrix products.
     pub(crate) hidden: Tensor,
+    /// dL/dW of the student's head [V, D] f32, where it trains.
+    pub(crate) weight: Option<Tensor>,
     /// Σ of the values of each loss over the target positions, unscaled.
     pub(crate) sums: Vec<f64>,
     /// Teacher logits that were looked up, and not found.
@@ -81,6 +96,12 @@ pub(crate) fn fused_head(
     chunk: i64,
 ) -> Result<HeadGradient, NotFiniteRow> {
     let of_teacher = heads.teacher.map(|code| code.rows(batch));
+    if let Some(by_hand) = by_hand(losses, batch, heads.teacher) {
+        let done = head_by_hand(hidden, batch, heads, of_teacher.as_ref(), &by_hand, chunk);
+        if let Some(done) = done {
+            return done;
+        }
+    }
     let sigmas = sample_sigmas(hidden, of_teacher.as_ref(), batch, heads, losses, chunk);
     let norms = norms_of(losses.iter());
     let lookups = Lookups::default();
@@ -89,6 +110,7 @@ pub(crate) fn fused_head(
         && losses.iter().any(ScaledLoss::is_at_temperature_one);
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
+    let mut weight = heads.weight_gradient();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
         let teacher = teacher_chunk(heads.teacher, of_teacher.as_ref(), first, rows);
@@ -102,6 +124,9 @@ pub(crate) fn fused_head(
         });
         let labels = batch.labels.narrow(0, first, rows);
         let keys = batch.keys.narrow(0, first, rows);
+        let of_student = batch.of_student.narrow(0, first, rows);
+        let paired = batch.paired.as_ref();
+        let paired = paired.map(|paired| paired.narrow(0, first, rows));
         let mut total: Option<Tensor> = None;
         // Each normalisation is made once, for all the losses that it stands ahead of.
         for &norm in &norms {
@@ -119,6 +144,7 @@ pub(crate) fn fused_head(
                 labels: &labels,
                 keys: &keys,
                 sample_sigma: sigma.as_ref(),
+                of_student: Some(&of_student),
                 lookups: &lookups,
             };
             let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
@@ -131,6 +157,11 @@ pub(crate) fn fused_head(
                         })
                     }
                     _ => scaled.loss.value(&rows),
+                };
+                // Where tokenizers differ, a comparison has its value where both predict the same place of the text.
+                let values = match &paired {
+                    Some(paired) if scaled.loss.across_vocabularies() => values * paired,
+                    _ => values,
                 };
                 let sum = values.sum(Kind::Double).double_value(&[]);
                 if !sum.is_finite() {
@@ -147,13 +178,132 @@ pub(crate) fn fused_head(
         if let Some(total) = total {
             let gradient = Tensor::run_backward(&[total], &[&student], false, false).swap_remove(0);
             gradients.push(times(&gradient, heads.student));
+            if let Some(weight) = &mut weight {
+                add_head_gradient(weight, &gradient, &hidden.narrow(0, first, rows));
+            }
         }
     }
     Ok(HeadGradient {
         hidden: Tensor::cat(&gradients, 0),
+        weight,
         sums,
         missing: lookups.count(),
     })
+}
+
+/// dL/dW += dL/dzᵀ · h, in f32: [V, D], [N, V], [N, D].
+fn add_head_gradient(weight: &mut Tensor, gradient: &Tensor, hidden: &Tensor) {
+    tch::no_grad(|| {
+        let (gradient, hidden) = (gradient.to_kind(Kind::Float), hidden.to_kind(Kind::Float));
+        let _ = weight.addmm_(&gradient.tr(), &hidden);
+    });
+}
+
+/// The losses as the row kernel takes them; `None` where one of them needs autograd.
+fn by_hand(
+    losses: &[ScaledLoss<'_>],
+    batch: &Batch,
+    teacher: Option<&LinearCode>,
+) -> Option<Vec<HandLoss>> {
+    let cached = batch
+        .top_k
+        .as_ref()
+        .map(|top_k| top_k.ids.size()[1] as usize);
+    let hand = |scaled: &ScaledLoss<'_>| {
+        let mut form = scaled.loss.by_hand()?;
+        if let SoftTarget::Ghost(k) | SoftTarget::EvenTail(k) = form.target {
+            match (k, cached) {
+                // Where the whole vocabulary is at hand there is no tail to make up.
+                (None, None) => form.target = SoftTarget::Teacher,
+                (None, Some(_)) => {}
+                (Some(k), cached) => {
+                    cached.filter(|&cached| cached >= k)?;
+                }
+            }
+        }
+        let at_hand = form.target != SoftTarget::Teacher || teacher.is_some();
+        (scaled.norm == Normalization::None && at_hand).then_some(HandLoss {
+            form,
+            scale: scaled.scale,
+        })
+    };
+    losses.iter().map(hand).collect()
+}
+
+/// [`fused_head`] by the row kernel; `None` where a tensor does not lie in the CPU's memory.
+fn head_by_hand(
+    hidden: &Tensor,
+    batch: &Batch,
+    heads: &Heads<'_>,
+    of_teacher: Option<&TeacherRows>,
+    losses: &[HandLoss],
+    chunk: i64,
+) -> Option<Result<HeadGradient, NotFiniteRow>> {
+    let threads = tch::get_num_threads().max(1) as usize;
+    let mut sums = vec![0.0; losses.len()];
+    let mut gradients = Vec::new();
+    let mut weight = heads.weight_gradient();
+    for (first, rows) in chunks(hidden.size()[0], chunk) {
+        let mut student = times_transposed(&hidden.narrow(0, first, rows), heads.student);
+        let of_teacher = of_teacher.map(|all| all.narrow(first, rows));
+        let of_teacher = heads.teacher.zip(of_teacher.as_ref());
+        let mut teacher = of_teacher.map(|(code, rows)| code.products(rows));
+        let labels = batch.labels.narrow(0, first, rows);
+        let top_k = batch.top_k.as_ref().map(|top_k| {
+            let narrow = |tensor: &Tensor| tensor.narrow(0, first, rows);
+            (
+                narrow(&top_k.ids),
+                narrow(&top_k.logits),
+                narrow(&top_k.log_sum_exp),
+            )
+        });
+        let known = Known {
+            labels: read(&labels)?,
+            top_k: match &top_k {
+                None => None,
+                Some((ids, logits, log_sum_exp)) => Some(TopEntries {
+                    k: ids.size()[1] as usize,
+                    ids: read(ids)?,
+                    logits: read(logits)?,
+                    log_sum_exp: read(log_sum_exp)?,
+                }),
+            },
+            teacher: match of_teacher {
+                Some((code, rows)) => code.parts(rows)?,
+                None => TeacherParts::default(),
+            },
+        };
+        let of_teacher = match &mut teacher {
+            Some(teacher) => Some(values_of(teacher)?),
+            None => None,
+        };
+        let values = values_and_gradient(
+            losses,
+            values_of(&mut student)?,
+            of_teacher,
+            &known,
+            threads,
+        );
+        for (row, values) in values.chunks_exact(losses.len()).enumerate() {
+            for (index, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
+                if !value.is_finite() {
+                    let row = first + row as i64;
+                    return Some(Err(NotFiniteRow { loss: index, row }));
+                }
+                *sum += value;
+            }
+        }
+        gradients.push(times(&student, heads.student));
+        if let Some(weight) = &mut weight {
+            add_head_gradient(weight, &student, &hidden.narrow(0, first, rows));
+        }
+    }
+    Some(Ok(HeadGradient {
+        hidden: Tensor::cat(&gradients, 0),
+        weight,
+        sums,
+        missing: MissingLogits::default(),
+    }))
 }
 
 /// The normalisations ahead of some losses, each once, in a fixed order.
@@ -271,7 +421,9 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::losses::{BildTeacherLed, CrossEntropy, DualScaling, Kl, Sigma, UniformTailKl};
+    use crate::losses::{
+        BildTeacherLed, CrossEntropy, DualScaling, GhostKl, Kl, Sigma, Tail, UniformTailKl,
+    };
 
     const WIDTH: usize = 6;
     const VOCABULARY: usize = 23;
@@ -366,10 +518,12 @@ mod tests {
         let heads = Heads {
             student: &student_head,
             teacher: Some(&code),
+            trains: true,
         };
 
         let leaf = hidden.copy().set_requires_grad(true);
-        let student = leaf.matmul(&student_head.tr());
+        let head_leaf = student_head.copy().set_requires_grad(true);
+        let student = leaf.matmul(&head_leaf.tr());
         let coefficients = batch
             .teacher_hidden(2)
             .index_select(0, &batch.targets_in_positions);
@@ -401,6 +555,7 @@ mod tests {
                     labels: &batch.labels,
                     keys: &batch.keys,
                     sample_sigma: Some(&sigma),
+                    of_student: None,
                     lookups: &lookups,
                 })
                 .sum(None::<Kind>)
@@ -411,7 +566,9 @@ mod tests {
             .zip(&scaled)
             .map(|(sum, scaled)| sum * scaled.scale)
             .sum();
-        let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
+        let mut expected = Tensor::run_backward(&[total], &[&leaf, &head_leaf], false, false);
+        let of_head = expected.swap_remove(1);
+        let expected = expected.swap_remove(0);
 
         for chunk in [1, 4, 100] {
             let fused = fused_head(&hidden, &batch, &heads, &scaled, chunk).unwrap();
@@ -427,6 +584,205 @@ mod tests {
                 error < 1e-5 * expected.abs().max().double_value(&[]),
                 "chunk {chunk}: {error}"
             );
+            let weight = fused.weight.unwrap();
+            let error = (&weight - &of_head).abs().max().double_value(&[]);
+            assert!(
+                error < 1e-5 * of_head.abs().max().double_value(&[]),
+                "chunk {chunk}, head: {error}"
+            );
+        }
+    }
+
+    /// By hand as by autograd, whatever the chunk: every form, alone and all together, in both kinds.
+    #[test]
+    fn the_row_kernel_agrees_with_autograd() {
+        let mut rng = SeededRng::new(7);
+        let sequences: Vec<Sequence> = [5, 9, 3]
+            .map(|positions| sequence(&mut rng, positions))
+            .into();
+        let columns = Columns {
+            statistics: true,
+            top_k: true,
+            layers: vec![2],
+            coefficients: false,
+        };
+        let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
+        let rows = batch.num_targets() as i64;
+        let hidden = random(&mut rng, &[rows, WIDTH as i64]) * 2.0;
+        let student_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
+        let teacher_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
+        let kl = |temperature: f64, tail: Tail| Kl {
+            temperature,
+            temperature_squared: temperature > 2.0,
+            tail,
+        };
+        let dual = DualScaling {
+            scaling_value: 0.7,
+            gamma: 1.5,
+            temperature_squared: true,
+            ..DualScaling::default()
+        };
+        let losses: [&dyn LogitLoss; 8] = [
+            &CrossEntropy {},
+            &kl(1.0, Tail::Refuse),
+            &kl(3.0, Tail::Refuse),
+            &dual,
+            &GhostKl { k: 2 },
+            &UniformTailKl { k: 1 },
+            &kl(1.0, Tail::Ghost),
+            &kl(1.0, Tail::Uniform),
+        ];
+        for kind in [Kind::Float, Kind::BFloat16] {
+            // In bfloat16 both begin with the same rounded products; the gradient is rounded once more.
+            let allowed = if kind == Kind::Float { 1e-5 } else { 2e-2 };
+            let (hidden, student_head) = (hidden.to_kind(kind), student_head.to_kind(kind));
+            let teacher_head = teacher_head.to_kind(kind);
+            let code = LinearCode::for_test(&teacher_head, 2);
+            let heads = Heads {
+                student: &student_head,
+                teacher: Some(&code),
+                trains: false,
+            };
+            let of_teacher = code.rows(&batch);
+            let alone = (0..losses.len()).map(|one| vec![one]);
+            for chosen in alone.chain([(0..losses.len()).collect()]) {
+                let scaled: Vec<ScaledLoss<'_>> = chosen
+                    .iter()
+                    .map(|&index| ScaledLoss {
+                        loss: losses[index],
+                        norm: Normalization::None,
+                        scale: 0.3 + index as f64,
+                    })
+                    .collect();
+                let leaf = logits(&hidden, &student_head).set_requires_grad(true);
+                let teacher = code.logits(&of_teacher);
+                let lookups = Lookups::default();
+                let rows = LogitRows {
+                    student: &leaf,
+                    teacher: Some(&teacher),
+                    top_k: batch.top_k.as_ref(),
+                    labels: &batch.labels,
+                    keys: &batch.keys,
+                    sample_sigma: None,
+                    of_student: None,
+                    lookups: &lookups,
+                };
+                let sums: Vec<Tensor> = scaled
+                    .iter()
+                    .map(|scaled| scaled.loss.value(&rows).sum(None::<Kind>))
+                    .collect();
+                let total: Tensor = sums
+                    .iter()
+                    .zip(&scaled)
+                    .map(|(sum, scaled)| sum * scaled.scale)
+                    .sum();
+                let gradient = Tensor::run_backward(&[total], &[&leaf], false, false);
+                let expected = times(&gradient[0], &student_head).to_kind(Kind::Float);
+                for chunk in [1, 4, 100] {
+                    let hand = by_hand(&scaled, &batch, heads.teacher).unwrap();
+                    let of_teacher = Some(&of_teacher);
+                    let done = head_by_hand(&hidden, &batch, &heads, of_teacher, &hand, chunk);
+                    let done = done.unwrap().unwrap();
+                    for (got, expected) in done.sums.iter().zip(&sums) {
+                        let expected = expected.double_value(&[]);
+                        assert!(
+                            (got - expected).abs() < 1e-5 * expected.abs().max(1.0),
+                            "{kind:?} {chosen:?}: {got} and {expected}"
+                        );
+                    }
+                    let error = (done.hidden.to_kind(Kind::Float) - &expected).abs().max();
+                    let largest = expected.abs().max().double_value(&[]);
+                    assert!(
+                        error.double_value(&[]) < allowed * largest,
+                        "{kind:?} {chosen:?} in chunks of {chunk}: {error} of {largest}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// What the compact tier lays over its products, with the logits of temperature 1 beside the others.
+    #[test]
+    fn the_row_kernel_lays_exact_logits_over_products() {
+        let (rows, vocabulary, k) = (3usize, 29usize, 2usize);
+        let mut rng = SeededRng::new(8);
+        let mut draw = |shape: &[i64]| random(&mut rng, shape);
+        let shape = [rows as i64, vocabulary as i64];
+        let (student, product) = (draw(&shape), draw(&shape) * 2.0);
+        let (bias, mean) = (draw(&[vocabulary as i64]), draw(&[rows as i64, 1]));
+        let ids = Tensor::from_slice(&[3i64, 7, 0, 28, 11, 12]).view([rows as i64, k as i64]);
+        let exact = draw(&[rows as i64, k as i64]) + 4.0;
+        let log_sum_exp = exact.logsumexp([-1].as_slice(), true) + 0.4;
+        let labels = [1i64, 28, 7];
+
+        let laid = (&product + &bias + &mean).scatter(-1, &ids, &exact);
+        let kept =
+            (&exact - &log_sum_exp)
+                .exp()
+                .sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+        let rest = (1.0f64 - kept).log() + &log_sum_exp;
+        let others = laid.scatter_value(-1, &ids, f64::NEG_INFINITY);
+        let shift = rest - others.logsumexp([-1].as_slice(), true);
+        let at_one = (&laid + shift).scatter(-1, &ids, &exact);
+        let leaf = student.copy().set_requires_grad(true);
+        let (one, two) = (
+            Kl::default(),
+            Kl {
+                temperature: 2.0,
+                ..Kl::default()
+            },
+        );
+        let values = [
+            (crate::losses::divergence(&at_one, &leaf), 1.5),
+            (
+                crate::losses::divergence(&(&laid / 2.0), &(&leaf / 2.0)),
+                0.5,
+            ),
+        ];
+        let total: Tensor = values
+            .iter()
+            .map(|(value, scale)| value.sum(None::<Kind>) * *scale)
+            .sum();
+        let expected = Tensor::run_backward(&[total], &[&leaf], false, false).swap_remove(0);
+
+        let losses = [(&one, 1.5), (&two, 0.5)].map(|(loss, scale)| HandLoss {
+            form: loss.by_hand().unwrap(),
+            scale,
+        });
+        let entries = TopEntries {
+            k,
+            ids: read(&ids).unwrap(),
+            logits: read(&exact).unwrap(),
+            log_sum_exp: read(&log_sum_exp).unwrap(),
+        };
+        let known = Known {
+            labels: &labels,
+            top_k: None,
+            teacher: TeacherParts {
+                bias: read(&bias),
+                mean: read(&mean),
+                exact: Some(entries),
+                smallest_mass: 1e-6,
+            },
+        };
+        for threads in [1, 2, 5] {
+            let (mut gradient, mut product) = (student.copy(), product.copy());
+            let got = values_and_gradient(
+                &losses,
+                values_of(&mut gradient).unwrap(),
+                values_of(&mut product),
+                &known,
+                threads,
+            );
+            for (index, (value, _)) in values.iter().enumerate() {
+                for row in 0..rows {
+                    let expected = value.double_value(&[row as i64]);
+                    let got = got[row * 2 + index];
+                    assert!((got - expected).abs() < 1e-5, "{got} and {expected}");
+                }
+            }
+            let error = (&gradient - &expected).abs().max().double_value(&[]);
+            assert!(error < 1e-6, "{error}");
         }
     }
 
@@ -444,6 +800,7 @@ mod tests {
         let heads = Heads {
             student: &head,
             teacher: None,
+            trains: false,
         };
         let losses = [ScaledLoss {
             loss: &CrossEntropy {},

@@ -61,7 +61,7 @@ pub fn loglikelihoods(
     max_len: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<Loglikelihood>> {
-    let vocabulary = model.network.config().vocab_size;
+    let vocabulary = model.network.vocab_size();
     for (index, request) in requests.iter().enumerate() {
         check(index, request, max_len, vocabulary)?;
     }

@@ -5,9 +5,11 @@ use toml::{Table, Value};
 
 use crate::config::nearest_of;
 use crate::losses::{
-    BadKey, HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement,
+    BadKey, HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Projection,
+    Requirement,
 };
 use crate::recipe::Layers;
+use crate::schedule::Schedule;
 use crate::{Error, Result};
 
 /// One weighted term of the loss. In TOML: `[[loss]]` with `kind = "kl"`, `weight = …`, the keys that
@@ -16,6 +18,8 @@ use crate::{Error, Result};
 pub struct LossTerm {
     /// Factor in the total.
     pub weight: f64,
+    /// How that factor changes over the run.
+    pub schedule: Schedule,
     /// What is weighted.
     pub loss: TermLoss,
 }
@@ -40,6 +44,8 @@ pub enum TermLoss {
         layers: Layers,
         /// At which positions.
         positions: HiddenPositions,
+        /// From the student's width to the teacher's.
+        projection: Projection,
     },
 }
 
@@ -51,6 +57,7 @@ impl LossTerm {
     pub fn logits(loss: LogitKind) -> LossTerm {
         LossTerm {
             weight: 1.0,
+            schedule: Schedule::default(),
             loss: TermLoss::Logits {
                 loss,
                 reduction: LogitReduction::Mean,
@@ -63,10 +70,12 @@ impl LossTerm {
     pub fn hidden(loss: HiddenKind) -> LossTerm {
         LossTerm {
             weight: 1.0,
+            schedule: Schedule::default(),
             loss: TermLoss::Hidden {
                 loss,
                 layers: Layers::Last,
                 positions: HiddenPositions::All,
+                projection: Projection::Pool,
             },
         }
     }
@@ -128,6 +137,11 @@ impl LossTerm {
             keys.insert(key.to_owned(), value.clone());
         }
         let weight = taken(&mut keys, kind, "weight")?;
+        let schedule = Schedule {
+            schedule: taken(&mut keys, kind, "schedule")?,
+            final_weight: taken(&mut keys, kind, "final_weight")?,
+            warmup_share: taken(&mut keys, kind, "warmup_share")?,
+        };
         let loss = if LogitKind::NAMES.contains(&kind) {
             TermLoss::Logits {
                 reduction: taken(&mut keys, kind, "reduction")?,
@@ -138,10 +152,15 @@ impl LossTerm {
             TermLoss::Hidden {
                 layers: taken(&mut keys, kind, "layers")?,
                 positions: taken(&mut keys, kind, "positions")?,
+                projection: taken(&mut keys, kind, "projection")?,
                 loss: of_kind(keys, kind)?,
             }
         };
-        Ok(LossTerm { weight, loss })
+        Ok(LossTerm {
+            weight,
+            schedule,
+            loss,
+        })
     }
 
     /// All its keys, those at their defaults too.
@@ -153,20 +172,25 @@ impl LossTerm {
         }
         .unwrap_or_default();
         table.insert("weight".to_owned(), Value::Float(self.weight));
-        let common: [(&str, Option<Value>); 2] = match &self.loss {
+        table.extend(Table::try_from(self.schedule).unwrap_or_default());
+        let common: Vec<(&str, Option<Value>)> = match &self.loss {
             TermLoss::Logits {
                 reduction,
                 logits_norm,
                 ..
-            } => [
+            } => vec![
                 ("reduction", Value::try_from(reduction).ok()),
                 ("logits_norm", Value::try_from(logits_norm).ok()),
             ],
             TermLoss::Hidden {
-                layers, positions, ..
-            } => [
+                layers,
+                positions,
+                projection,
+                ..
+            } => vec![
                 ("layers", Value::try_from(layers).ok()),
                 ("positions", Value::try_from(positions).ok()),
+                ("projection", Value::try_from(projection).ok()),
             ],
         };
         for (key, value) in common {
@@ -223,6 +247,7 @@ impl LossTerm {
                 message: "it must not be below 0",
             }));
         }
+        self.schedule.validate().map_err(refused)?;
         match &self.loss {
             TermLoss::Logits {
                 loss, logits_norm, ..
@@ -374,7 +399,7 @@ mod tests {
             "kind = \"kl\"\ntemprature = 2",
             "did you mean `temperature`?",
         );
-        check("kind = \"uld\"\nk = 2", "it has logits_norm");
+        check("kind = \"uld\"\nk = 2", "it has final_weight, logits_norm");
         check(
             "kind = \"kl\"\ntemperature = \"hot\"",
             "`temperature` = \"hot\"",

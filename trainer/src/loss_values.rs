@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::head::{chunks, moments, rows_per_chunk, sigma_of_samples};
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, Labels, LogitKind, LogitRows, Lookups, Normalization, SampleSigma,
+    HiddenKind, Labels, LogitKind, LogitRows, Lookups, Normalization, Projection, SampleSigma,
 };
 use crate::{Error, Result};
 
@@ -27,8 +27,8 @@ pub struct LossValues {
 
 /// Evaluates a term (its weight, reduction, layers and positions apart) on named tensors: `teacher` and
 /// `student` [B, T, V] or [N, V]; `labels` [B, T] of integers for losses on labels, negative where
-/// there is none; `mask` [B, T], 0 where a position is to be left out. Losses on hidden states take
-/// `teacher_hidden` and `student_hidden` [B, T, D]. In f64 where student or teacher are f64, else in
+/// there is none; `of_student` [B, T] for `distillm-2`; `mask` [B, T], 0 where a position is to be left out. Losses on hidden states take
+/// `teacher_hidden` and `student_hidden` [B, T, D], and `projection` [D_t, D_s] where that is learned. In f64 where student or teacher are f64, else in
 /// f32. Positions are taken as many at a time as the fused head does; σ per sample spans a sequence
 /// (all rows of [N, V]).
 ///
@@ -41,7 +41,9 @@ pub fn loss_values(term: &LossTerm, tensors: &[(String, Tensor)]) -> Result<Loss
         TermLoss::Logits {
             loss, logits_norm, ..
         } => on_logits(loss, *logits_norm, &Inputs { tensors }),
-        TermLoss::Hidden { loss, .. } => on_hidden(loss, &Inputs { tensors }),
+        TermLoss::Hidden {
+            loss, projection, ..
+        } => on_hidden(loss, *projection, &Inputs { tensors }),
     }
 }
 
@@ -77,6 +79,10 @@ fn on_logits(loss: &LogitKind, norm: Normalization, inputs: &Inputs<'_>) -> Resu
     if of.labels() == Labels::Needed {
         rows.kept = rows.kept.logical_and(&labels.ge(0));
     }
+    let of_student = of
+        .needs_responses()
+        .then(|| inputs.of_student(loss.name(), &rows.shape))
+        .transpose()?;
     let kept = rows.kept.nonzero().view(-1);
     let sigma = of
         .needs_sample_sigma()
@@ -95,17 +101,28 @@ fn on_logits(loss: &LogitKind, norm: Normalization, inputs: &Inputs<'_>) -> Resu
             labels: &labels.index_select(0, index),
             keys: index,
             sample_sigma: sigma.as_ref(),
+            of_student: of_student
+                .as_ref()
+                .map(|all| all.index_select(0, index))
+                .as_ref(),
             lookups: &Lookups::default(),
         })
     })
 }
 
-fn on_hidden(loss: &HiddenKind, inputs: &Inputs<'_>) -> Result<LossValues> {
+fn on_hidden(loss: &HiddenKind, projection: Projection, inputs: &Inputs<'_>) -> Result<LossValues> {
     let rows = inputs.rows("student_hidden", "teacher_hidden")?;
+    let projection = match projection {
+        Projection::Pool => None,
+        Projection::Learned => Some(inputs.projection(&rows)?),
+    };
     let kept = rows.kept.nonzero().view(-1);
     let per_chunk = rows_per_chunk(rows.student.size()[1].max(rows.teacher.size()[1]));
-    rows.differentiate(&kept, per_chunk, &|_, student, teacher| {
-        loss.loss().value(student, teacher)
+    rows.differentiate(&kept, per_chunk, &|_, student, teacher| match &projection {
+        Some(projection) => loss
+            .loss()
+            .value(&student.matmul(&projection.tr()), teacher),
+        None => loss.loss().value(student, teacher),
     })
 }
 
@@ -263,6 +280,34 @@ impl Inputs<'_> {
             shape,
             kept,
         })
+    }
+
+    /// The learned projection [D_t, D_s], in the kind of the rows.
+    fn projection(&self, rows: &Rows) -> Result<Tensor> {
+        let remedy = "a learned projection goes from the student's width to the teacher's";
+        let projection = self.need("projection", remedy)?;
+        let shape = [rows.teacher.size()[1], rows.student.size()[1]];
+        if projection.size() != shape || !projection.is_floating_point() {
+            return Err(bad(
+                "projection",
+                &format!(
+                    "has the shape {:?}, and the widths ask for {shape:?}",
+                    projection.size()
+                ),
+                remedy,
+            ));
+        }
+        Ok(projection.to_kind(rows.student.kind()))
+    }
+
+    /// Which positions belong to responses of the student's \[B·T\] bool.
+    fn of_student(&self, loss: &str, shape: &[i64]) -> Result<Tensor> {
+        let flags = self.need(
+            "of_student",
+            &format!("loss `{loss}` needs 1 where the student wrote the response and 0 elsewhere"),
+        )?;
+        same_shape("of_student", flags, shape)?;
+        Ok(flags.ne(0).contiguous().view(-1))
     }
 
     /// Labels \[B·T\] i64.

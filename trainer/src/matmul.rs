@@ -3,7 +3,7 @@
 use caskd_models::{linear, through_onednn};
 use tch::{Kind, Tensor};
 
-/// x · wᵀ: [N, R], [V, R] → [N, V], in the kind of w. No graph.
+/// x · wᵀ: [N, R], [V, R] → [N, V], in the kind of w, in memory of its own. No graph.
 pub(crate) fn times_transposed(x: &Tensor, w: &Tensor) -> Tensor {
     tch::no_grad(|| linear(&x.to_kind(w.kind()), w, None))
 }

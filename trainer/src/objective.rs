@@ -2,14 +2,16 @@
 //! it is reduced.
 
 use caskd_formats::{Cache, Columns, Manifest, Tier};
-use caskd_models::LoadedModel;
+use caskd_models::{LoadedModel, SeededRng};
+use tch::{Device, Tensor};
 
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Requirement, Scaling,
-    Tail,
+    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Projection, Requirement,
+    Scaling, Tail,
 };
 use crate::recipe::LayerPair;
+use crate::schedule::Schedule;
 use crate::{Error, Result, TrainConfig};
 
 /// A sum of loss terms that the cache can answer.
@@ -20,16 +22,21 @@ pub(crate) struct Objective {
     pub(crate) columns: Columns,
     /// Full logits of the teacher are rebuilt.
     pub(crate) full_logits: bool,
-    /// Rows that both heads have.
+    /// Rows of the student's head that losses see: those that the teacher's has too, or all with another tokenizer.
     pub(crate) vocabulary: usize,
+    /// Rows of the teacher's head.
+    pub(crate) teacher_vocabulary: usize,
 }
 
 /// One resolved term.
 pub(crate) struct Term {
     /// Name in reports: its kind, numbered where a kind comes twice.
     pub(crate) name: String,
-    /// Factor in the total.
+    /// Factor in the total at the step under way.
     pub(crate) weight: f64,
+    /// Factor in the total that the schedule begins with or rises to.
+    full_weight: f64,
+    schedule: Schedule,
     /// What it computes.
     pub(crate) work: Work,
 }
@@ -53,6 +60,10 @@ pub(crate) enum Work {
         pairs: Vec<LayerPair>,
         /// At which positions.
         positions: HiddenPositions,
+        /// Of each pair, from the student's width to the teacher's [D_t, D_s] f32; none where widths are pooled.
+        projections: Vec<Tensor>,
+        /// Whether there are to be some.
+        projection: Projection,
     },
 }
 
@@ -83,7 +94,7 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
             cache_fingerprint: short(&manifest.tokenizer.fingerprint),
         });
     }
-    let (student_rows, cache_rows) = (student.network.config().vocab_size, manifest.vocab_size);
+    let (student_rows, cache_rows) = (student.network.vocab_size(), manifest.vocab_size);
     let tokens = manifest.tokenizer.vocab_size;
     if student_rows != cache_rows && student_rows.min(cache_rows) < tokens {
         let student = student.name.clone();
@@ -95,6 +106,26 @@ fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Every term must be one that compares two tokenizations, or none with the teacher at all.
+fn fit_across(terms: &[LossTerm]) -> Result<()> {
+    let misfit = terms.iter().find(|term| match &term.loss {
+        TermLoss::Logits {
+            loss, logits_norm, ..
+        } => {
+            let of = loss.loss();
+            !(of.across_vocabularies() || of.requirement() == Requirement::Nothing)
+                || *logits_norm != Normalization::None
+        }
+        TermLoss::Hidden { .. } => true,
+    });
+    match misfit {
+        Some(term) => Err(Error::AcrossTokenizers {
+            term: term.kind().to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Gradient error above which a run warns.
@@ -167,18 +198,28 @@ pub fn check_fidelity(config: &TrainConfig, cache: &Cache) -> Result<Vec<String>
 
 impl Objective {
     /// Resolves terms for a student and a cache that fit each other.
+    ///
+    /// `across` tokenizers a student fits every cache, and only losses that match no tokens fit it.
     pub(crate) fn resolve(
         terms: &[LossTerm],
         student: &LoadedModel,
         manifest: &Manifest,
+        across: bool,
     ) -> Result<Objective> {
-        fits(student, manifest)?;
+        if across {
+            fit_across(terms)?;
+        } else {
+            fits(student, manifest)?;
+        }
+        let rows = student.network.vocab_size();
+        let shared = rows.min(manifest.vocab_size);
         let student_layers = student.network.num_layers() as u32;
         let mut objective = Objective {
             terms: Vec::new(),
             columns: Columns::default(),
             full_logits: false,
-            vocabulary: student.network.config().vocab_size.min(manifest.vocab_size),
+            vocabulary: if across { rows } else { shared },
+            teacher_vocabulary: if across { manifest.vocab_size } else { shared },
         };
         for term in terms {
             if let Some(requirement) = term.requirement() {
@@ -198,6 +239,7 @@ impl Objective {
                     loss,
                     layers,
                     positions,
+                    projection,
                 } => {
                     let pairs = layers.pairs(manifest.teacher.num_layers, student_layers);
                     require_layers(&pairs, manifest)?;
@@ -209,6 +251,8 @@ impl Objective {
                         loss: loss.clone(),
                         pairs,
                         positions: *positions,
+                        projections: Vec::new(),
+                        projection: *projection,
                     }
                 }
             };
@@ -216,12 +260,95 @@ impl Objective {
             objective.terms.push(Term {
                 name,
                 weight: term.weight,
+                full_weight: term.weight,
+                schedule: term.schedule,
                 work,
             });
         }
         objective.columns.layers.sort_unstable();
         objective.columns.layers.dedup();
         Ok(objective)
+    }
+
+    /// Gives every term the weight of a step, counted from 0, of a run of `total_steps`.
+    pub(crate) fn set_step(&mut self, step: u64, total_steps: u64) {
+        for term in &mut self.terms {
+            term.weight = term.schedule.weight(term.full_weight, step, total_steps);
+        }
+    }
+
+    /// Makes the projections that terms ask for: the identity where the widths are equal, else uniform in ±1/√D_s
+    /// from the named stream of `seed`.
+    pub(crate) fn make_projections(
+        &mut self,
+        student_width: usize,
+        manifest: &Manifest,
+        seed: u64,
+        device: Device,
+    ) {
+        for term in &mut self.terms {
+            let Work::Hidden {
+                pairs,
+                projections,
+                projection: Projection::Learned,
+                ..
+            } = &mut term.work
+            else {
+                continue;
+            };
+            *projections = pairs
+                .iter()
+                .map(|pair| {
+                    let cached = manifest.layers.iter().find(|of| of.layer == pair.teacher);
+                    let width = cached.map_or(student_width, |layer| layer.width);
+                    let name = format!("{}.{}", term.name, pair.teacher);
+                    projection(student_width, width, &name, seed)
+                        .to_device(device)
+                        .set_requires_grad(true)
+                })
+                .collect();
+        }
+    }
+
+    /// Takes the projections of another cache's terms, the same tensors.
+    pub(crate) fn share_projections(&mut self, other: &Objective) {
+        for (term, of) in self.terms.iter_mut().zip(&other.terms) {
+            if let (
+                Work::Hidden { projections, .. },
+                Work::Hidden {
+                    projections: others,
+                    ..
+                },
+            ) = (&mut term.work, &of.work)
+            {
+                *projections = others.iter().map(Tensor::shallow_clone).collect();
+            }
+        }
+    }
+
+    /// What the terms themselves train, by name: `projection.{term}.{teacher layer}`.
+    pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = Vec::new();
+        for term in &self.terms {
+            if let Work::Hidden {
+                pairs, projections, ..
+            } = &term.work
+            {
+                for (pair, projection) in pairs.iter().zip(projections) {
+                    let name = format!("projection.{}.{}", term.name, pair.teacher);
+                    tensors.push((name, projection.shallow_clone()));
+                }
+            }
+        }
+        tensors
+    }
+
+    /// The first term that tells the student's own responses from the others.
+    pub(crate) fn needs_responses(&self) -> Option<&str> {
+        self.terms.iter().find_map(|term| match &term.work {
+            Work::Logits { loss, .. } if loss.loss().needs_responses() => Some(term.name.as_str()),
+            _ => None,
+        })
     }
 
     /// Layers of the student that a forward pass must keep.
@@ -335,6 +462,18 @@ impl Term {
             } => step.positions as f64,
         }
     }
+}
+
+fn projection(from: usize, to: usize, name: &str, seed: u64) -> Tensor {
+    if from == to {
+        return Tensor::eye(from as i64, (tch::Kind::Float, Device::Cpu));
+    }
+    let mut rng = SeededRng::named(seed, &format!("projection {name}"));
+    let bound = 1.0 / (from as f64).sqrt();
+    let values: Vec<f32> = (0..from * to)
+        .map(|_| ((2.0 * rng.uniform() - 1.0) * bound) as f32)
+        .collect();
+    Tensor::from_slice(&values).view([to as i64, from as i64])
 }
 
 fn require_layers(pairs: &[LayerPair], manifest: &Manifest) -> Result<()> {

@@ -75,7 +75,7 @@ pub fn probe(student: &LoadedModel, cache: &Cache, sequences: usize) -> Result<P
         layers: cached,
         coefficients: false,
     };
-    let vocabulary = network.config().vocab_size.min(manifest.vocab_size);
+    let vocabulary = network.vocab_size().min(manifest.vocab_size);
     let head = network.head().narrow(0, 0, vocabulary as i64);
     let keep: Vec<u32> = pairs.iter().map(|pair| pair.student).collect();
 

@@ -1,110 +1,170 @@
-//! Reading ahead: threads decode and collate batches while the network computes. Every batch
+//! Reading ahead: threads plan, decode and collate batches while the network computes. Every batch
 //! carries its number, so the order is that of the schedule whatever thread is faster.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use caskd_formats::{Cache, Columns, RowInfo, Sequence};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::batch::Batch;
+use crate::order::Planned;
+use crate::retokenize::Retokenizer;
 use crate::{Error, Result};
 
 /// Decoding one batch costs far less than a step; two threads hide it.
 const MAX_THREADS: usize = 2;
 
+/// What is read of one cache of a run.
+#[derive(Clone)]
+pub(crate) struct Source {
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) columns: Columns,
+    /// Rows of the student's head that the cache's teacher has too.
+    pub(crate) vocabulary: usize,
+    /// Longest sequence that the cache was asked for.
+    pub(crate) max_len: usize,
+    /// For a student with another tokenizer.
+    pub(crate) retokenizer: Option<Arc<Retokenizer>>,
+}
+
+/// A batch, and which cache of the run it is from.
+pub(crate) struct Read {
+    pub(crate) part: usize,
+    pub(crate) batch: Batch,
+}
+
 /// A stream of collated batches in schedule order.
 pub(crate) struct BatchReader {
-    schedule: Box<dyn Iterator<Item = Vec<RowInfo>> + Send>,
-    requests: Option<Sender<(u64, Vec<RowInfo>)>>,
-    results: Receiver<(u64, Result<Batch>)>,
+    /// One for every batch that may be read; dropped to end the threads.
+    permits: Option<Sender<()>>,
+    results: Receiver<(u64, Result<Read>)>,
     /// Results that overtook the one that is due.
-    early: BTreeMap<u64, Result<Batch>>,
-    requested: u64,
+    early: BTreeMap<u64, Result<Read>>,
     delivered: u64,
-    prefetch: u64,
     threads: Vec<JoinHandle<()>>,
 }
 
+/// What is to be read next; the threads take turns.
+struct Schedule {
+    planned: Box<dyn Iterator<Item = Result<Planned>> + Send>,
+    number: u64,
+}
+
 impl BatchReader {
-    /// Starts reading `schedule` from `cache`, `prefetch` batches ahead.
+    /// Starts reading `schedule` from the run's caches, `prefetch` batches ahead.
     pub(crate) fn start(
-        cache: &Arc<Cache>,
-        schedule: impl Iterator<Item = Vec<RowInfo>> + Send + 'static,
-        columns: &Columns,
-        vocabulary: usize,
+        sources: Vec<Source>,
+        schedule: impl Iterator<Item = Result<Planned>> + Send + 'static,
         prefetch: usize,
     ) -> BatchReader {
-        let (requests, incoming) = unbounded::<(u64, Vec<RowInfo>)>();
+        let (permits, granted) = unbounded();
         let (outgoing, results) = unbounded();
-        let threads = (0..prefetch.clamp(1, MAX_THREADS))
+        let schedule = Arc::new(Mutex::new(Schedule {
+            planned: Box::new(schedule),
+            number: 0,
+        }));
+        let sources = Arc::new(sources);
+        let prefetch = prefetch.max(1);
+        let threads = (0..prefetch.min(MAX_THREADS))
             .map(|_| {
-                let (cache, columns) = (Arc::clone(cache), columns.clone());
-                let (incoming, outgoing) = (incoming.clone(), outgoing.clone());
-                std::thread::spawn(move || {
-                    for (number, rows) in incoming {
-                        let batch = read_batch(&cache, &rows, &columns, vocabulary);
-                        if outgoing.send((number, batch)).is_err() {
-                            break; // The run ended early.
-                        }
-                    }
-                })
+                let (schedule, sources) = (Arc::clone(&schedule), Arc::clone(&sources));
+                let (granted, outgoing) = (granted.clone(), outgoing.clone());
+                std::thread::spawn(move || read_on(&granted, &schedule, &sources, &outgoing))
             })
             .collect();
-        BatchReader {
-            schedule: Box::new(schedule),
-            requests: Some(requests),
+        let reader = BatchReader {
+            permits: Some(permits),
             results,
             early: BTreeMap::new(),
-            requested: 0,
             delivered: 0,
-            prefetch: prefetch.max(1) as u64,
             threads,
-        }
+        };
+        (0..prefetch).for_each(|_| reader.permit());
+        reader
     }
 
     /// The next batch; `None` when the schedule has ended.
-    pub(crate) fn next(&mut self) -> Option<Result<Batch>> {
-        self.request_ahead();
-        if self.delivered == self.requested {
-            return None;
-        }
+    pub(crate) fn next(&mut self) -> Option<Result<Read>> {
         let due = loop {
             if let Some(batch) = self.early.remove(&self.delivered) {
                 break batch;
             }
-            match self.results.recv() {
-                Ok((number, batch)) => drop(self.early.insert(number, batch)),
-                Err(_) => break Err(Error::ReaderLost),
-            }
+            let (number, batch) = self.results.recv().ok()?;
+            self.early.insert(number, batch);
         };
         self.delivered += 1;
-        self.request_ahead();
+        self.permit();
         Some(due)
     }
 
-    fn request_ahead(&mut self) {
-        while self.requested < self.delivered + self.prefetch {
-            let (Some(requests), Some(rows)) = (&self.requests, self.schedule.next()) else {
-                return;
-            };
-            if requests.send((self.requested, rows)).is_err() {
-                return;
-            }
-            self.requested += 1;
+    /// Allows one batch more to be read.
+    fn permit(&self) {
+        if let Some(permits) = &self.permits {
+            // Nobody listens any more once the schedule has ended.
+            drop(permits.send(()));
         }
     }
 }
 
 impl Drop for BatchReader {
     fn drop(&mut self) {
-        self.requests = None;
-        // What was asked for and not yet begun is read by nobody: take it away from the threads.
+        self.permits = None;
+        // What was allowed and not yet begun is read by nobody: the threads end at their next result.
         self.results = crossbeam_channel::never();
         for thread in self.threads.drain(..) {
             drop(thread.join());
         }
+    }
+}
+
+/// Reads one batch for every permit until the schedule or the run ends.
+fn read_on(
+    granted: &Receiver<()>,
+    schedule: &Mutex<Schedule>,
+    sources: &[Source],
+    outgoing: &Sender<(u64, Result<Read>)>,
+) {
+    for () in granted {
+        let (number, planned) = {
+            let mut schedule = schedule.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(planned) = schedule.planned.next() else {
+                return;
+            };
+            schedule.number += 1;
+            (schedule.number - 1, planned)
+        };
+        let read = || -> Result<Read> {
+            let Planned { part, rows } = planned?;
+            let source = &sources[part];
+            let places: Vec<(u32, u32)> = rows.iter().map(|row| (row.shard, row.row)).collect();
+            let batch = source.read(&places)?;
+            Ok(Read { part, batch })
+        };
+        // A number that never came would be waited for without end.
+        let read = catch_unwind(AssertUnwindSafe(read)).unwrap_or(Err(Error::ReaderLost));
+        if outgoing.send((number, read)).is_err() {
+            return; // The run ended early.
+        }
+    }
+}
+
+impl Source {
+    fn read(&self, places: &[(u32, u32)]) -> Result<Batch> {
+        let Some(retokenizer) = &self.retokenizer else {
+            return read_places(&self.cache, places, &self.columns, self.vocabulary);
+        };
+        let mut sequences = Vec::new();
+        let mut paired = Vec::new();
+        for sequence in read_sequences(&self.cache, places, &self.columns)? {
+            let retokenized = retokenizer.retokenize(&sequence, self.max_len)?;
+            sequences.push(retokenized.sequence);
+            paired.push(retokenized.paired);
+        }
+        let batch = Batch::collate(&sequences, &self.columns, self.vocabulary)?;
+        Ok(batch.with_pairs(&sequences, &paired))
     }
 }
 
@@ -115,17 +175,32 @@ pub(crate) fn read_batch(
     columns: &Columns,
     vocabulary: usize,
 ) -> Result<Batch> {
+    let places: Vec<(u32, u32)> = rows.iter().map(|row| (row.shard, row.row)).collect();
+    read_places(cache, &places, columns, vocabulary)
+}
+
+/// The same by shard and row.
+fn read_places(
+    cache: &Cache,
+    rows: &[(u32, u32)],
+    columns: &Columns,
+    vocabulary: usize,
+) -> Result<Batch> {
+    Batch::collate(&read_sequences(cache, rows, columns)?, columns, vocabulary)
+}
+
+fn read_sequences(cache: &Cache, rows: &[(u32, u32)], columns: &Columns) -> Result<Vec<Sequence>> {
     let mut by_shard: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-    for (place, row) in rows.iter().enumerate() {
-        by_shard.entry(row.shard).or_default().push(place);
+    for (place, (shard, _)) in rows.iter().enumerate() {
+        by_shard.entry(*shard).or_default().push(place);
     }
     let mut sequences: Vec<Sequence> = vec![Sequence::default(); rows.len()];
     for (shard, mut places) in by_shard {
-        places.sort_by_key(|&place| rows[place].row);
-        let wanted: Vec<u32> = places.iter().map(|&place| rows[place].row).collect();
+        places.sort_by_key(|&place| rows[place].1);
+        let wanted: Vec<u32> = places.iter().map(|&place| rows[place].1).collect();
         for (place, sequence) in places.into_iter().zip(cache.read(shard, &wanted, columns)?) {
             sequences[place] = sequence;
         }
     }
-    Batch::collate(&sequences, columns, vocabulary)
+    Ok(sequences)
 }

@@ -6,8 +6,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::TrainConfig;
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    CrossEntropy, DualScaling, HiddenKind, Kl, KnowledgeAlignment, LogitKind, matched_layer,
+    CrossEntropy, DualScaling, HiddenKind, Kl, KnowledgeAlignment, LogitKind, Projection,
+    matched_layer,
 };
+use crate::schedule::Schedule;
 
 /// "KD Type" of Table 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -131,7 +133,7 @@ impl TrainConfig {
         };
         terms
             .into_iter()
-            .filter(|term| term.weight != 0.0)
+            .filter(|term| !term.schedule.is_nothing(term.weight))
             .collect()
     }
 
@@ -157,6 +159,7 @@ impl TrainConfig {
             },
             LossTerm {
                 weight: self.soft_weight,
+                schedule: Schedule::default(),
                 loss: TermLoss::Logits {
                     loss: soft,
                     reduction: self.logit_reduction,
@@ -167,6 +170,7 @@ impl TrainConfig {
         if self.layers != Layers::None {
             terms.push(LossTerm {
                 weight: self.soft_weight,
+                schedule: Schedule::default(),
                 loss: TermLoss::Hidden {
                     loss: HiddenKind::KnowledgeAlignment(KnowledgeAlignment {
                         beta: self.beta,
@@ -175,6 +179,7 @@ impl TrainConfig {
                     }),
                     layers: self.layers.clone(),
                     positions: self.hidden_positions,
+                    projection: Projection::Pool,
                 },
             });
         }

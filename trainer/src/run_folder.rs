@@ -1,14 +1,18 @@
-//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/`.
+//! The run folder: `config.toml`, `run.json`, `log.jsonl`, `checkpoints/`, `adapter/` or `model/`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use caskd_formats::Cache;
-use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
+use caskd_models::{LoadOptions, LoadedModel, load, load_adapters, save_model};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::checkpoint;
+use crate::config::Quantize;
+use crate::mix::CacheMix;
+use crate::optimizer::write_tensors;
+use crate::train::prepare;
 use crate::train::{StepReport, TrainSummary};
 use crate::{Error, Result, TrainConfig};
 
@@ -16,6 +20,8 @@ const CONFIG: &str = "config.toml";
 const RECORD: &str = "run.json";
 const LOG: &str = "log.jsonl";
 const ADAPTER: &str = "adapter";
+const MODEL: &str = "model";
+const PROJECTIONS: &str = "projections.safetensors";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
@@ -28,13 +34,22 @@ pub(crate) struct RunRecord {
     pub(crate) student: PathBuf,
     /// Digest of its weights.
     pub(crate) student_digest: String,
-    /// The cache's folder.
-    pub(crate) cache: PathBuf,
-    /// Checksum of its manifest.
-    pub(crate) cache_digest: String,
+    /// What it trains on.
+    pub(crate) caches: Vec<RunCache>,
     /// Once the run is complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) summary: Option<TrainSummary>,
+}
+
+/// One cache of a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RunCache {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    /// Checksum of its manifest.
+    pub(crate) digest: String,
+    /// Times that an epoch goes through it.
+    pub(crate) weight: f64,
 }
 
 /// An open run folder.
@@ -51,9 +66,10 @@ pub fn is_run(path: &Path) -> bool {
     path.join(RECORD).is_file()
 }
 
-/// The cache that a run was trained on.
-pub fn run_cache(run: &Path) -> Result<PathBuf> {
-    Ok(read_record(run)?.cache)
+/// The caches that a run was trained on.
+pub fn run_caches(run: &Path) -> Result<Vec<PathBuf>> {
+    let caches = read_record(run)?.caches;
+    Ok(caches.into_iter().map(|cache| cache.path).collect())
 }
 
 /// A finished run's student with the trained adapters attached.
@@ -69,6 +85,10 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             reason,
         });
     }
+    let trained = run.join(MODEL);
+    if trained.is_dir() {
+        return Ok(load(&trained, options)?);
+    }
     let mut model = load(&record.student, options)?;
     if model.digest != record.student_digest {
         return Err(Error::StudentChanged {
@@ -76,8 +96,22 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
-    load_adapters(&mut model.network, &run.join(ADAPTER))?;
+    attach_trained(&mut model, run)?;
     Ok(model)
+}
+
+/// Puts a finished run's adapters on the base that they were trained on: in 8 bits, where it was.
+fn attach_trained(model: &mut LoadedModel, run: &Path) -> Result<()> {
+    if read_config(run)?.quantize == Quantize::Int8 {
+        model.network.quantize()?;
+    }
+    Ok(load_adapters(&mut model.network, &run.join(ADAPTER))?)
+}
+
+fn read_config(run: &Path) -> Result<TrainConfig> {
+    let path = run.join(CONFIG);
+    let text = fs::read_to_string(&path).map_err(io("read", &path))?;
+    TrainConfig::from_toml(&text)
 }
 
 /// A run's student on base weights that are loaded already: with the trained adapters of a finished run, or those
@@ -93,20 +127,29 @@ pub fn load_run_onto(base: &LoadedModel, run: &Path) -> Result<LoadedModel> {
             run: run.to_owned(),
         });
     }
+    let trained = run.join(MODEL);
+    if record.summary.is_some() && trained.is_dir() {
+        let options = LoadOptions {
+            device: base.network.device(),
+            kind: base.network.kind(),
+        };
+        return Ok(load(&trained, &options)?);
+    }
     let mut model = base.share();
     if record.summary.is_some() {
-        load_adapters(&mut model.network, &run.join(ADAPTER))?;
+        attach_trained(&mut model, run)?;
         return Ok(model);
     }
     let checkpoint = checkpoint::newest(&run.join(CHECKPOINTS)).ok_or_else(|| Error::NotARun {
         path: run.to_owned(),
         reason: "it has no checkpoint yet".to_owned(),
     })?;
-    let config_path = run.join(CONFIG);
-    let text = fs::read_to_string(&config_path).map_err(io("read", &config_path))?;
-    let config = TrainConfig::from_toml(&text)?;
-    model.network.attach_lora(&config.lora, config.seed)?;
+    let config = read_config(run)?;
+    prepare(&mut model.network, &config)?;
     checkpoint::restore_adapters(&checkpoint, &model.network.trainable())?;
+    if model.network.trains_all() {
+        model.network.freeze();
+    }
     Ok(model)
 }
 
@@ -118,14 +161,18 @@ pub fn paused_at(run: &Path) -> Option<u64> {
 
 impl RunRecord {
     /// The record of a run that begins.
-    pub(crate) fn new(student: &LoadedModel, student_path: &Path, cache: &Cache) -> RunRecord {
+    pub(crate) fn new(student: &LoadedModel, student_path: &Path, caches: &CacheMix) -> RunRecord {
         let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let caches = caches.iter().map(|(cache, weight)| RunCache {
+            path: absolute(cache.dir()),
+            digest: cache.manifest().checksum.clone(),
+            weight: *weight,
+        });
         RunRecord {
             caskd_version: env!("CARGO_PKG_VERSION").to_owned(),
             student: absolute(student_path),
             student_digest: student.digest.clone(),
-            cache: absolute(cache.dir()),
-            cache_digest: cache.manifest().checksum.clone(),
+            caches: caches.collect(),
             summary: None,
         }
     }
@@ -179,6 +226,23 @@ impl RunFolder {
     /// Folder of the final adapters.
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path.join(ADAPTER)
+    }
+
+    /// Writes the student whose weights all trained, in place of one that a run cut off here has left.
+    pub(crate) fn save_model(&self, model: &LoadedModel) -> Result<()> {
+        let path = self.path.join(MODEL);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+        }
+        Ok(save_model(model, &path)?)
+    }
+
+    /// Keeps the projections between widths that trained with the student; nothing loads them again.
+    pub(crate) fn save_projections(&self, projections: &[(String, Tensor)]) -> Result<()> {
+        let path = self.path.join(PROJECTIONS);
+        let unfinished = path.with_extension("unfinished");
+        write_tensors(projections, &unfinished)?;
+        fs::rename(&unfinished, &path).map_err(io("write", &path))
     }
 
     /// Opens the log, without the lines of steps that a resumed run makes again.
@@ -263,29 +327,39 @@ fn resumable(path: &Path, config: &TrainConfig, now: RunRecord) -> Result<RunRec
     if let Some((key, then, now)) = TrainConfig::from_toml(&text)?.first_difference(config) {
         return Err(differs(&format!("`{key}`"), then, now));
     }
-    let identities = [
-        (
-            "the student",
-            (&then.student_digest, &then.student),
-            (&now.student_digest, &now.student),
-        ),
-        (
-            "the cache",
-            (&then.cache_digest, &then.cache),
-            (&now.cache_digest, &now.cache),
-        ),
-    ];
-    for (what, then, now) in identities {
-        if then.0 != now.0 {
-            let shown = |(digest, path): (&String, &PathBuf)| {
-                format!(
-                    "`{}` ({})",
-                    path.display(),
-                    digest.chars().take(12).collect::<String>()
+    let short = |digest: &str| digest.chars().take(12).collect::<String>();
+    if then.student_digest != now.student_digest {
+        let shown = |record: &RunRecord| {
+            let digest = short(&record.student_digest);
+            format!("`{}` ({digest})", record.student.display())
+        };
+        return Err(differs("the student", shown(&then), shown(&now)));
+    }
+    // Where a cache lies does not matter, only what is in it.
+    let identity = |record: &RunRecord| -> Vec<(String, u64)> {
+        let caches = record.caches.iter();
+        caches
+            .map(|cache| (cache.digest.clone(), cache.weight.to_bits()))
+            .collect()
+    };
+    if identity(&then) != identity(&now) {
+        let shown = |record: &RunRecord| {
+            let caches: Vec<String> = record
+                .caches
+                .iter()
+                .map(
+                    |RunCache {
+                         path,
+                         digest,
+                         weight,
+                     }| {
+                        format!("`{}`={weight} ({})", path.display(), short(digest))
+                    },
                 )
-            };
-            return Err(differs(what, shown(then), shown(now)));
-        }
+                .collect();
+            caches.join(", ")
+        };
+        return Err(differs("the cache", shown(&then), shown(&now)));
     }
     Ok(RunRecord {
         summary: then.summary,

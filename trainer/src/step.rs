@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use caskd_models::Llama;
+use caskd_models::Network;
 
 use crate::batch::Batch;
 use crate::head::{Heads, ScaledLoss, fused_head, rows_per_chunk};
@@ -30,19 +30,27 @@ pub(crate) struct Shares {
 
 /// Adds the gradient of one batch's share of the step to the student's trainable tensors.
 pub(crate) fn forward_backward(
-    student: &Llama,
+    student: &Network,
     objective: &Objective,
     teacher: Option<&LinearCode>,
     batch: &Batch,
     step: &StepSize,
 ) -> Result<Shares, NotFiniteTerm> {
-    let forward = student.forward(&batch.input_ids, &objective.student_layers(), true);
+    let keep = objective.student_layers();
+    // A base in 8 bits would be unpacked whole into a graph: its pass goes back block by block.
+    let (forward, tape) = if student.is_quantized() {
+        let (forward, tape) = student.forward_taped(&batch.input_ids, &keep);
+        (forward, Some(tape))
+    } else {
+        (student.forward(&batch.input_ids, &keep, true), None)
+    };
     let width = *forward.last_hidden.size().last().unwrap_or(&0);
     let vocabulary = objective.vocabulary as i64;
     let mut shares = vec![0.0; objective.terms.len()];
     let mut missing = MissingLogits::default();
-    // What the backward pass of the trunk starts from.
+    // What the backward pass of the trunk starts from: values with a graph, or gradients of hidden layers.
     let mut roots: Vec<Tensor> = Vec::new();
+    let mut seeds: Vec<(u32, Tensor)> = Vec::new();
 
     let (of_logits, losses): (Vec<usize>, Vec<ScaledLoss<'_>>) = objective
         .terms
@@ -68,27 +76,35 @@ pub(crate) fn forward_backward(
             .detach()
             .view([-1, width])
             .index_select(0, &batch.targets);
+        let head = student.head().narrow(0, 0, vocabulary);
         let heads = Heads {
-            student: &student.head().narrow(0, 0, vocabulary),
+            student: &head.detach().to_kind(student.kind()),
             teacher,
+            trains: student.trains_all(),
         };
-        let head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(
-            |bad| {
+        let of_head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary))
+            .map_err(|bad| {
                 let term = objective.terms[of_logits[bad.loss]].name.clone();
                 NotFiniteTerm {
                     term,
                     sources: batch.source_of_target(bad.row).to_owned(),
                 }
-            },
-        )?;
-        missing += head.missing;
-        for (&index, sum) in of_logits.iter().zip(&head.sums) {
+            })?;
+        missing += of_head.missing;
+        for (&index, sum) in of_logits.iter().zip(&of_head.sums) {
             shares[index] = sum / objective.terms[index].denominator(step);
         }
         // Its gradient with respect to the last hidden state is the one the head computed.
         let gradient = forward.last_hidden.detach().zeros_like().view([-1, width]);
-        let gradient = gradient.index_copy(0, &batch.targets, &head.hidden);
-        roots.push((forward.last_hidden.view([-1, width]) * gradient).sum(Kind::Float));
+        let gradient = gradient.index_copy(0, &batch.targets, &of_head.hidden);
+        if tape.is_some() {
+            seeds.push((student.num_layers() as u32, gradient));
+        } else {
+            roots.push((forward.last_hidden.view([-1, width]) * gradient).sum(Kind::Float));
+        }
+        if let Some(weight) = of_head.weight {
+            roots.push((head * weight).sum(Kind::Float));
+        }
     }
 
     for (index, term) in objective.terms.iter().enumerate() {
@@ -96,11 +112,13 @@ pub(crate) fn forward_backward(
             loss,
             pairs,
             positions,
+            projections,
+            ..
         } = &term.work
         else {
             continue;
         };
-        for pair in pairs {
+        for (index_of_pair, pair) in pairs.iter().enumerate() {
             let (in_batch, in_positions) = match positions {
                 HiddenPositions::All => (&batch.positions, None),
                 HiddenPositions::Targets => (&batch.targets, Some(&batch.targets_in_positions)),
@@ -117,16 +135,32 @@ pub(crate) fn forward_backward(
             else {
                 continue; // The forward pass returns every layer it was asked for.
             };
-            let student = student
+            let leaf = tape
+                .is_some()
+                .then(|| student.detach().set_requires_grad(true));
+            let student = leaf
+                .as_ref()
+                .unwrap_or(student)
                 .view([-1, student.size()[2]])
                 .index_select(0, in_batch)
                 .to_kind(Kind::Float);
+            let student = match projections.get(index_of_pair) {
+                Some(projection) => student.matmul(&projection.tr()),
+                None => student,
+            };
             let values = loss.loss().value(&student, &teacher);
             let mean = values.sum(Kind::Float) / term.denominator(step);
             shares[index] += mean.double_value(&[]);
             // The embeddings (layer 0) are frozen: nothing to train there.
             if mean.requires_grad() {
-                roots.push(mean * term.weight);
+                let value = mean * term.weight;
+                match leaf {
+                    Some(leaf) => {
+                        value.backward();
+                        seeds.push((pair.student, leaf.grad()));
+                    }
+                    None => roots.push(value),
+                }
             }
         }
         if !shares[index].is_finite() {
@@ -139,6 +173,9 @@ pub(crate) fn forward_backward(
 
     if let Some(root) = roots.into_iter().reduce(|sum, root| sum + root) {
         root.backward();
+    }
+    if let Some(tape) = &tape {
+        student.backward(tape, &seeds);
     }
     Ok(Shares {
         values: shares,

@@ -1,24 +1,26 @@
 //! Training a student's adapters from a teacher cache.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use caskd_formats::Cache;
-use caskd_models::{LoadedModel, SeededRng, save_adapters};
+use caskd_formats::Columns;
+use caskd_models::{LoadedModel, Network, SeededRng, save_adapters};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
-use crate::batch::Batch;
+use crate::batch::BY_STUDENT;
 use crate::checkpoint::{self, Cursor};
+use crate::config::{Mode, Quantize};
 use crate::losses::MissingLogits;
-use crate::objective::{Objective, StepSize, check_fidelity};
+use crate::memory;
+use crate::mix::{CacheMix, MixPart};
+use crate::objective::{StepSize, check_fidelity};
 use crate::optimizer::{AdamW, learning_rate};
-use crate::order::Order;
-use crate::reader::BatchReader;
+use crate::reader::{BatchReader, Read};
 use crate::run_folder::{RunFolder, RunRecord};
 use crate::step::{NotFiniteTerm, forward_backward};
-use crate::teacher_logits::LinearCode;
+use crate::tensorboard::EventFile;
 use crate::{Error, Result, TrainConfig};
 
 /// How the caller steers a run and hears of it.
@@ -58,6 +60,8 @@ pub struct StepReport {
     pub tokens_per_second: f64,
     /// Of the seconds, those spent waiting for the cache.
     pub data_wait_seconds: f64,
+    /// Resident memory of the process after the step; `None` where the system does not tell.
+    pub memory_bytes: Option<u64>,
     /// Teacher logits that student-led losses looked up, and did not find among the cached top K.
     pub missing_teacher_logits: MissingLogits,
 }
@@ -81,6 +85,9 @@ pub struct TrainSummary {
     pub terms: Vec<(String, f64)>,
     /// Seconds spent waiting for the cache.
     pub data_wait_seconds: f64,
+    /// Largest resident memory of the process that ended the run; `None` where the system does not tell.
+    #[serde(default)]
+    pub peak_memory_bytes: Option<u64>,
     /// Teacher logits that student-led losses looked up over the whole run, and did not find among the
     /// cached top K.
     #[serde(default)]
@@ -91,70 +98,73 @@ pub struct TrainSummary {
     pub completed: bool,
 }
 
-/// Trains adapters of `student` (read from `student_path`) on `cache` into the run folder `out`.
+/// Trains adapters of `student` (read from `student_path`) on a cache, or several mixed, into the run
+/// folder `out`.
 ///
-/// The same configuration, student, cache and number of threads give the same bytes, however often
+/// The same configuration, student, caches and number of threads give the same bytes, however often
 /// the run is stopped and resumed.
 ///
 /// # Errors
 /// A configuration that makes no sense, a student that does not fit the cache, a loss that the cache
 /// cannot answer, an existing folder without `resume` or a different run in it, unreadable or
 /// unwritable files, and losses or gradients that are not finite.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "a run keeps the cache for its threads"
-)]
 pub fn train(
     config: &TrainConfig,
     student: LoadedModel,
     student_path: &Path,
-    cache: Arc<Cache>,
+    caches: impl Into<CacheMix>,
     out: &Path,
     control: &mut Control<'_>,
 ) -> Result<TrainSummary> {
     config.validate()?;
-    let objective = Objective::resolve(&config.terms(), &student, cache.manifest())?;
-    check_fidelity(config, &cache)?;
-    let order = Order::new(cache.rows()?, config)?;
+    let caches = caches.into();
+    let mut parts = caches.resolve(config, &student)?;
+    for (cache, _) in caches.iter() {
+        check_fidelity(config, cache)?;
+    }
+    check_responses(&caches, &parts)?;
+    let order = caches.order(config)?;
     let device = student.network.device();
-    let kind = student.network.kind();
-    let teacher = objective
-        .full_logits
-        .then(|| LinearCode::of(&cache, objective.vocabulary, kind, device))
-        .transpose()?
-        .flatten();
-    let record = RunRecord::new(&student, student_path, &cache);
-    let mut student = student.network;
-    student.attach_lora(&config.lora, config.seed)?;
+    let record = RunRecord::new(&student, student_path, &caches);
+    let mut model = student;
+    let student = &mut model.network;
+    prepare(student, config)?;
+    make_projections(&mut parts, student, config);
+    let mut trainable = student.trainable();
+    trainable.extend(parts[0].objective.trainable());
 
     // Whatever can be refused has been: from here on something is written.
     let mut run = RunFolder::open(out, config, record, control.resume)?;
     if let Some(summary) = run.record.summary.take() {
         return Ok(summary);
     }
-    let mut optimizer = AdamW::new(student.trainable(), config);
-    let restored = checkpoint::restore(&run.checkpoints(), &student.trainable(), &mut optimizer)?;
+    let mut optimizer = AdamW::new(shallow(&trainable), config);
+    let restored = checkpoint::restore(&run.checkpoints(), &trainable, &mut optimizer)?;
     let (mut cursor, notes) = restored.map_or_else(Default::default, |restored| {
         (restored.cursor, restored.passed_over)
     });
     for note in &notes {
-        tracing::warn!("{note}; went back to step {}", cursor.step);
+        tracing::warn!("{note}; going on from step {}", cursor.step);
     }
     run.open_log(cursor.step)?;
+    let mut events = match &config.tensorboard {
+        Some(folder) => Some(EventFile::create(folder, cursor.step)?),
+        None => None,
+    };
 
     let steps_per_epoch = order.steps_per_epoch();
     let all_steps = steps_per_epoch * u64::from(config.epochs);
     let total_steps = config
         .max_steps
         .map_or(all_steps, |most| most.min(all_steps));
-    let sequences = order.num_sequences() as u64;
-    let steps: Vec<usize> = order.batches_per_step(cursor.step, total_steps);
-    let schedule = order.steps_from(cursor.step).take(steps.len()).flatten();
+    let sequences = order.num_sequences();
+    let steps: Vec<u64> = (cursor.step..total_steps)
+        .map(|step| order.batches_of_step(step))
+        .collect();
+    let num_batches = steps.iter().sum::<u64>() as usize;
     let mut batches = BatchReader::start(
-        &cache,
-        schedule,
-        &objective.columns,
-        objective.vocabulary,
+        parts.iter().map(MixPart::source).collect(),
+        order.batches_from(cursor.step).take(num_batches),
         config.prefetch,
     );
 
@@ -162,27 +172,20 @@ pub fn train(
     for batches_of_step in steps {
         if control.stop.load(Ordering::Relaxed) {
             if saved < cursor.step {
-                checkpoint::save(
-                    &run.checkpoints(),
-                    &cursor,
-                    &student.trainable(),
-                    &optimizer,
-                )?;
+                checkpoint::save(&run.checkpoints(), &cursor, &trainable, &optimizer)?;
             }
             return Ok(summary_of(&cursor, sequences, notes, Completed::No));
         }
         let started = Instant::now();
-        let micro_batches: Vec<Batch> = (0..batches_of_step)
-            .map(|_| {
-                Ok(batches
-                    .next()
-                    .unwrap_or(Err(Error::ReaderLost))?
-                    .to_device(device))
-            })
+        let micro_batches: Vec<Read> = (0..batches_of_step)
+            .map(|_| batches.next().unwrap_or(Err(Error::ReaderLost)))
             .collect::<Result<_>>()?;
         let data_wait_seconds = started.elapsed().as_secs_f64();
         let size = step_size(&micro_batches);
         let step = cursor.step + 1;
+        for part in &mut parts {
+            part.objective.set_step(cursor.step, total_steps);
+        }
         let not_finite = |what: String, sources: String| {
             let checkpoint = checkpoint::newest(&run.checkpoints());
             Error::NotFinite {
@@ -194,11 +197,17 @@ pub fn train(
         };
 
         optimizer.zero_grad();
-        let mut values = vec![0.0; objective.terms.len()];
+        // The terms have the same names for every cache.
+        let terms = &parts[0].objective.terms;
+        let mut values = vec![0.0; terms.len()];
         let mut missing = MissingLogits::default();
-        for (index, batch) in micro_batches.iter().enumerate() {
+        for (index, Read { part, batch }) in micro_batches.iter().enumerate() {
             student.set_dropout_seed(dropout_seed(config.seed, step, index));
-            let shares = forward_backward(&student, &objective, teacher.as_ref(), batch, &size)
+            let MixPart {
+                objective, teacher, ..
+            } = &parts[*part];
+            let batch = batch.to_device(device);
+            let shares = forward_backward(student, objective, teacher.as_ref(), &batch, &size)
                 .map_err(|NotFiniteTerm { term, sources }| {
                     not_finite(format!("loss `{term}`"), sources)
                 })?;
@@ -212,7 +221,7 @@ pub fn train(
         let grad_norm = optimizer.step(learning_rate).map_err(|bad| {
             let sources: Vec<String> = micro_batches
                 .iter()
-                .flat_map(|batch| batch.sources.clone())
+                .flat_map(|read| read.batch.sources.clone())
                 .collect();
             not_finite(
                 format!("the gradient of `{}`", bad.parameter),
@@ -225,14 +234,12 @@ pub fn train(
             step,
             total_steps,
             epoch: cursor.epoch,
-            loss: objective
-                .terms
+            loss: terms
                 .iter()
                 .zip(&values)
                 .map(|(term, value)| term.weight * value)
                 .sum(),
-            terms: objective
-                .terms
+            terms: terms
                 .iter()
                 .map(|term| term.name.clone())
                 .zip(values)
@@ -244,6 +251,7 @@ pub fn train(
             seconds,
             tokens_per_second: size.positions as f64 / seconds,
             data_wait_seconds,
+            memory_bytes: memory::resident(),
             missing_teacher_logits: missing,
         };
         cursor.advance(
@@ -252,20 +260,28 @@ pub fn train(
             config.gradient_accumulation as u64,
         );
         run.log(&report)?;
+        if let Some(events) = &mut events {
+            events.add(&report)?;
+        }
         (control.progress)(&report);
         if config.checkpoint_every > 0 && step % config.checkpoint_every == 0 && step < total_steps
         {
-            checkpoint::save(
-                &run.checkpoints(),
-                &cursor,
-                &student.trainable(),
-                &optimizer,
-            )?;
+            checkpoint::save(&run.checkpoints(), &cursor, &trainable, &optimizer)?;
             saved = step;
         }
     }
 
-    save_adapters(&student, &run.adapter())?;
+    match config.mode {
+        Mode::Lora => save_adapters(student, &run.adapter())?,
+        Mode::Full => {
+            student.freeze();
+            run.save_model(&model)?;
+        }
+    }
+    let projections = parts[0].objective.trainable();
+    if !projections.is_empty() {
+        run.save_projections(&projections)?;
+    }
     let summary = summary_of(&cursor, sequences, notes, Completed::Yes);
     run.finish(&summary)?;
     Ok(summary)
@@ -300,6 +316,7 @@ fn summary_of(
         final_loss: cursor.loss,
         terms: cursor.terms.clone(),
         data_wait_seconds: cursor.data_wait_seconds,
+        peak_memory_bytes: memory::peak(),
         missing_teacher_logits: cursor.missing,
         notes,
         completed: matches!(completed, Completed::Yes),
@@ -320,9 +337,71 @@ impl Cursor {
     }
 }
 
-fn step_size(batches: &[Batch]) -> StepSize {
+/// Makes what the configuration trains trainable.
+pub(crate) fn prepare(student: &mut Network, config: &TrainConfig) -> Result<()> {
+    match config.mode {
+        Mode::Full => student.train_all()?,
+        Mode::Lora => {
+            if config.quantize == Quantize::Int8 {
+                student.quantize()?;
+            }
+            student.attach_lora(&config.lora, config.seed)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same tensors under the same names.
+fn shallow(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+        .collect()
+}
+
+/// The projections of the first cache's terms train for all: layers and widths are the same, or the caches do not fit
+/// each other.
+fn make_projections(parts: &mut [MixPart], student: &Network, config: &TrainConfig) {
+    let Some((first, rest)) = parts.split_first_mut() else {
+        return;
+    };
+    first.make_projections(student.hidden_size(), config.seed, student.device());
+    for part in rest {
+        part.objective.share_projections(&first.objective);
+    }
+}
+
+/// A loss that tells the student's own responses from the teacher's needs both in the caches.
+fn check_responses(caches: &CacheMix, parts: &[MixPart]) -> Result<()> {
+    let Some(term) = parts[0].objective.needs_responses() else {
+        return Ok(());
+    };
+    let (mut by_student, mut by_others) = (false, false);
+    for (cache, _) in caches.iter() {
+        let rows = cache.rows()?;
+        for rows in rows.chunk_by(|a, b| a.shard == b.shard) {
+            let numbers: Vec<u32> = rows.iter().map(|row| row.row).collect();
+            for sequence in cache.read(rows[0].shard, &numbers, &Columns::default())? {
+                let student = sequence.source.ends_with(BY_STUDENT);
+                by_student |= student;
+                by_others |= !student;
+            }
+            if by_student && by_others {
+                return Ok(());
+            }
+        }
+    }
+    let missing = if by_student { "teacher" } else { "student" };
+    Err(Error::MissingResponses {
+        term: term.to_owned(),
+        missing,
+    })
+}
+
+fn step_size(batches: &[Read]) -> StepSize {
     batches
         .iter()
+        .map(|read| &read.batch)
         .fold(StepSize::default(), |size, batch| StepSize {
             sequences: size.sequences + batch.num_sequences(),
             positions: size.positions + batch.num_positions(),

@@ -8,7 +8,7 @@ use caskd_formats::{Cache, Tier};
 use caskd_models::LoadedModel;
 use caskd_trainer::losses::Normalization;
 use caskd_trainer::{
-    Layers, Request, Task, TrainConfig, evaluate_cache, evaluate_task, evaluate_text,
+    Layers, Request, Rolling, Task, TrainConfig, evaluate_cache, evaluate_task, evaluate_text,
     loglikelihoods, probe, teacher_perplexity,
 };
 use tch::{Kind, Tensor};
@@ -62,9 +62,14 @@ fn text_is_scored_by_rolling_windows() {
             }
             let scored = row.len() as u64 - 1;
             let mut heard = Vec::new();
-            let score = evaluate_text(&model, &text, max_len, stride, &mut |done, all| {
-                heard.push((done, all));
-            })
+            let score = evaluate_text(
+                &model,
+                &text,
+                Rolling { max_len, stride },
+                &mut |done, all| {
+                    heard.push((done, all));
+                },
+            )
             .unwrap();
             close(score.nats, nats, 1e-5);
             assert_eq!(
@@ -82,7 +87,8 @@ fn text_is_scored_by_rolling_windows() {
         }
     }
     for (text, stride) in [(" ", 8), (text.as_str(), 0), (text.as_str(), 9)] {
-        let error = evaluate_text(&model, text, 8, stride, &mut |_, _| {}).unwrap_err();
+        let error = evaluate_text(&model, text, Rolling { max_len: 8, stride }, &mut |_, _| {})
+            .unwrap_err();
         assert!(error.is_user(), "{error}");
     }
 }

@@ -14,7 +14,7 @@ use caskd_formats::Tier;
 use caskd_models::LoadOptions;
 use caskd_trainer::losses::{LogitReduction, Normalization, Sigma};
 use caskd_trainer::{
-    Control, KdType, Layers, StepReport, TrainConfig, evaluate_cache, is_run, load_run, run_cache,
+    Control, KdType, Layers, StepReport, TrainConfig, evaluate_cache, is_run, load_run, run_caches,
     train,
 };
 use proptest::prelude::*;
@@ -47,6 +47,7 @@ fn essence(reports: &[StepReport]) -> Vec<StepReport> {
         seconds: 0.0,
         tokens_per_second: 0.0,
         data_wait_seconds: 0.0,
+        memory_bytes: None,
         ..report.clone()
     };
     reports.iter().map(without_times).collect()
@@ -152,8 +153,8 @@ fn distillation_brings_the_student_nearer_to_its_teacher() {
     train_quietly(&recipe, &tiny.student(), &cache, &run, false).unwrap();
     assert!(is_run(&run) && !is_run(&tiny.student()));
     assert_eq!(
-        run_cache(&run).unwrap(),
-        cache.dir().canonicalize().unwrap()
+        run_caches(&run).unwrap(),
+        [cache.dir().canonicalize().unwrap()]
     );
     let kl = |model| {
         evaluate_cache(&model, &cache, None, 64, &mut |_, _| {})

@@ -1,9 +1,10 @@
 """Makes the golden numbers beside it with Hugging Face transformers.
 
-    python make_golden.py tiny                 tiny random Llama networks, saved with their outputs
+    python make_golden.py tiny [NAME ...]      tiny random networks, saved with their outputs
     python make_golden.py teacher FILE.gguf    numbers of the real teacher, and its tokenizer's ids
 
-Needs torch, transformers, tokenizers, gguf, safetensors. Written with torch 2.13, transformers 5.23.
+Needs torch, transformers, tokenizers, gguf, safetensors. The seven networks of `LLAMA` were written with torch 2.13 and
+transformers 5.23, the others and the teacher's numbers with transformers 4.57: both forms of `config.json` are read.
 """
 
 import json
@@ -14,11 +15,11 @@ import sys
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = pathlib.Path(__file__).parent
 
-TINY = {
+LLAMA = {
     "mha_tied": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True),
     "gqa_untied": dict(hidden_size=18, num_attention_heads=6, num_key_value_heads=2, head_dim=6, rope_theta=500000.0),
     "mqa_tied": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-3, tie_word_embeddings=True, rope_theta=100.0),
@@ -32,35 +33,61 @@ TINY = {
 }
 
 
-def tiny():
-    for seed, (name, changes) in enumerate(TINY.items()):
+OTHERS = {
+    "llama_linear_rope": dict(num_attention_heads=2, num_key_value_heads=2, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "qwen2_tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1000.0),
+    "qwen2_untied": dict(hidden_size=18, num_attention_heads=3, num_key_value_heads=1),
+    "qwen2_window": dict(
+        num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3,
+        use_sliding_window=True, sliding_window=5, max_window_layers=1,
+    ),
+    "mistral_full": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=None),
+    "mistral_window": dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=4),
+    "bloom_4": dict(n_head=4),
+    "bloom_3_untied": dict(n_head=3, hidden_size=18, tie_word_embeddings=False),
+    "bloom_5_post_norm": dict(n_head=5, hidden_size=20, apply_residual_connection_post_layernorm=True),
+    "bloom_7_bare": dict(n_head=7, hidden_size=14, n_layer=1),
+}
+
+
+def tiny(names):
+    for seed, (name, changes) in enumerate((LLAMA | OTHERS).items()):
+        if names and name not in names:
+            continue
         torch.manual_seed(seed)
-        settings = dict(
-            vocab_size=41, hidden_size=16, intermediate_size=18, num_hidden_layers=2, max_position_embeddings=64,
-            initializer_range=0.4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        )
-        config = LlamaConfig(**(settings | changes))
-        model = LlamaForCausalLM(config).eval()
+        kind = name.split("_")[0] if name.split("_")[0] in ("qwen2", "mistral", "bloom") else "llama"
+        if kind == "bloom":
+            settings = dict(vocab_size=41, hidden_size=16, n_layer=2, initializer_range=0.4, bos_token_id=1, eos_token_id=2)
+        else:
+            settings = dict(
+                vocab_size=41, hidden_size=16, intermediate_size=18, num_hidden_layers=2, max_position_embeddings=64,
+                initializer_range=0.4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+            )
+        config = AutoConfig.for_model(kind, **(settings | changes))
+        model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():
                 if key.endswith("bias"):
                     value.normal_(0, 0.3)
-                elif "norm" in key:
+                elif "norm" in key or "ln_f" in key:
                     value.normal_(1, 0.2)
         dtype = {"bf16_sharded": torch.bfloat16, "f16": torch.float16}.get(name, torch.float32)
         model = model.to(dtype)
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder, max_shard_size="8KB" if "sharded" in name else "1GB")
+        # Without its head a network is saved without the first part of every name, as the BLOOM models are published.
+        saved = model.transformer if name.endswith("_bare") else model
+        saved.save_pretrained(folder, max_shard_size="8KB" if "sharded" in name else "1GB")
         (folder / "generation_config.json").unlink(missing_ok=True)
 
         # Stored in half precision, computed in f32: what the loader has to give. Loaded anew, because
         # `.to(bfloat16)` rounds the rotary frequencies too.
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         ids = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            out = model(ids, output_hidden_states=True)
-        numbers = {"input_ids": ids, "logits": out.logits} | {f"hidden.{i}": h for i, h in enumerate(out.hidden_states)}
+            out = model(ids, labels=ids, output_hidden_states=True)
+        numbers = {"input_ids": ids, "logits": out.logits, "loss": out.loss}
+        numbers |= {f"hidden.{i}": h for i, h in enumerate(out.hidden_states)}
         save_file({k: v.contiguous().clone() for k, v in numbers.items()}, folder / "golden.safetensors")
         tiny_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"), pretty=False)
         (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}\n')
@@ -129,7 +156,7 @@ def teacher(path):
     rows = [(text * 3)[:160], text[::-1][:64] + (text * 3)[:96]]
     ids = torch.tensor(rows)
     with torch.no_grad():
-        out = model(ids, output_hidden_states=True)
+        out = model(ids, labels=ids, output_hidden_states=True)
     columns = torch.tensor([0, 1, 2, 28, 198, 216, 260, 1000, 5000, 20000, 40000, 49151])
     numbers = {
         "input_ids": ids,
@@ -137,6 +164,7 @@ def teacher(path):
         "logits": out.logits[:, :, columns],
         "log_sum_exp": out.logits.logsumexp(-1),
         "argmax": out.logits.argmax(-1),
+        "loss": out.loss,
     }
     for layer in [0, 1, 15, 29, 30]:
         numbers[f"hidden.{layer}"] = out.hidden_states[layer][:, ::16, ::48]
@@ -144,4 +172,4 @@ def teacher(path):
 
 
 if __name__ == "__main__":
-    tiny() if sys.argv[1] == "tiny" else teacher(sys.argv[2])
+    tiny(sys.argv[2:]) if sys.argv[1] == "tiny" else teacher(sys.argv[2])

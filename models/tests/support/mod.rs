@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use caskd_models::{LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, load};
+use caskd_models::{LayerShape, LlamaConfig, LoadOptions, LoadedModel, Network, load};
 use tch::{Device, Kind, Tensor};
 
 pub(crate) fn golden(name: &str) -> PathBuf {
@@ -81,19 +81,15 @@ pub(crate) fn small_config(layers: usize, heads: usize, kv_heads: usize) -> Llam
         max_position_embeddings: 64,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
-        rope_scaling: None,
         tie_word_embeddings: false,
-        attention_bias: false,
-        mlp_bias: false,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
         dense,
         layers: vec![dense; layers],
+        ..LlamaConfig::default()
     }
 }
 
-pub(crate) fn random(config: &LlamaConfig, seed: u64) -> Llama {
-    Llama::random(config, seed, &f32_on_cpu()).unwrap()
+pub(crate) fn random(config: &LlamaConfig, seed: u64) -> Network {
+    Network::random(config, seed, &f32_on_cpu()).unwrap()
 }
 
 /// Ids [rows, columns] below `vocabulary`, the same at every call.

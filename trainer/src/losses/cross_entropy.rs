@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Labels, LogitLoss, LogitRows, Requirement, Scaling};
+use super::{ByHand, Labels, LogitLoss, LogitRows, Requirement, Scaling, SoftTarget};
 
 /// −log softmax(s)\[y\], y the token that follows. Asks nothing of the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -21,6 +21,14 @@ impl LogitLoss for CrossEntropy {
 
     fn scaling(&self) -> Option<Scaling> {
         None
+    }
+
+    fn by_hand(&self) -> Option<ByHand> {
+        Some(ByHand {
+            target: SoftTarget::Label,
+            scaling: Scaling::Temperature(1.0),
+            factor: 1.0,
+        })
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {

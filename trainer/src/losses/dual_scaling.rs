@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::kl::{divergence, scaled_back};
 use super::normalization::population_sigma;
-use super::{BadKey, LogitLoss, LogitRows, Requirement, Scaling, check};
+use super::{BadKey, ByHand, LogitLoss, LogitRows, Requirement, Scaling, SoftTarget, check};
 
 /// Over which logits the σ of Eq. 2 are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -70,6 +70,21 @@ impl LogitLoss for DualScaling {
             self.detach_sigma,
             "gradients through σ need sigma = \"position\"",
         )
+    }
+
+    fn by_hand(&self) -> Option<ByHand> {
+        let squared = self.temperature_squared;
+        let constant = self.sigma == Sigma::Position && self.detach_sigma;
+        constant.then(|| ByHand {
+            target: SoftTarget::Teacher,
+            scaling: Scaling::Sigma(self.scaling_value),
+            factor: self.gamma
+                * if squared {
+                    self.scaling_value.powi(2)
+                } else {
+                    1.0
+                },
+        })
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {

@@ -55,6 +55,18 @@ fn unit(x: &Tensor) -> Tensor {
     x / square.clamp_min(SMALLEST).sqrt() * square.gt(SMALLEST)
 }
 
+/// How widths that differ are brought together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Projection {
+    /// Without parameters: see [`match_width`].
+    #[default]
+    Pool,
+    /// By a matrix of each layer from the student's width to the teacher's, without bias, that trains with the
+    /// student (FitNets, Romero et al. 2015, arXiv 1412.6550, section 2.2) and is no part of it afterwards.
+    Learned,
+}
+
 /// The paper's "fixed-dimension method" (BayesKD) without parameters: the wider of the two is brought
 /// to the width of the narrower by adaptive average pooling over neighbouring channels. Equal widths
 /// are left alone. [P, D_s], [P, D_t] → both [P, min(D_s, D_t)].

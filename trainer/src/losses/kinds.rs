@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Atkd, Bild, BildStudentLed, BildTeacherLed, CrossEntropy, Dkd, DualScaling, GhostKl,
+    Atkd, Bild, BildStudentLed, BildTeacherLed, CrossEntropy, Distillm2, Dkd, DualScaling, GhostKl,
     HiddenCosine, HiddenLoss, JensenShannon, Kl, KnowledgeAlignment, LogitLoss,
     LogitStandardization, MultiLevel, Nkd, NormKd, PatientKd, RandomSamplingKd, ReverseKl, SkewKl,
     SkewReverseKl, TopKKl, TotalVariation, Uld, UniformTailKl,
@@ -62,6 +62,7 @@ kinds! {
         "total-variation" = TotalVariation,
         "skew-kl" = SkewKl,
         "skew-reverse-kl" = SkewReverseKl,
+        "distillm-2" = Distillm2,
         "top-k-kl" = TopKKl,
         "ghost-kl" = GhostKl,
         "uniform-tail-kl" = UniformTailKl,

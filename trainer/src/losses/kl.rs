@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::tail_kl::{ghost, uniform};
-use super::{BadKey, LogitLoss, LogitRows, Requirement, Scaling, check, over_last};
+use super::{
+    BadKey, ByHand, LogitLoss, LogitRows, Requirement, Scaling, SoftTarget, check, over_last,
+};
 
 /// What a KL term on a sparse cache takes the uncached logits to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -65,6 +67,23 @@ impl LogitLoss for Kl {
             serde_json::json!(self.tail),
             "the mass of the tail is known at temperature 1 only",
         )
+    }
+
+    fn by_hand(&self) -> Option<ByHand> {
+        let squared = self.temperature_squared;
+        Some(ByHand {
+            target: match self.tail {
+                Tail::Refuse => SoftTarget::Teacher,
+                Tail::Ghost => SoftTarget::Ghost(None),
+                Tail::Uniform => SoftTarget::EvenTail(None),
+            },
+            scaling: Scaling::Temperature(self.temperature),
+            factor: if squared {
+                self.temperature.powi(2)
+            } else {
+                1.0
+            },
+        })
     }
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {

@@ -12,6 +12,7 @@ mod bild;
 mod check;
 mod cross_entropy;
 mod decoupled;
+mod distillm_2;
 mod dkd;
 mod dual_scaling;
 mod hidden;
@@ -40,9 +41,10 @@ pub use atkd::Atkd;
 pub use bild::{Bild, BildStudentLed, BildTeacherLed};
 pub use check::BadKey;
 pub use cross_entropy::CrossEntropy;
+pub use distillm_2::Distillm2;
 pub use dkd::Dkd;
 pub use dual_scaling::{DualScaling, Sigma};
-pub use hidden::{HiddenCosine, HiddenLoss, PatientKd, match_width, matched_layer};
+pub use hidden::{HiddenCosine, HiddenLoss, PatientKd, Projection, match_width, matched_layer};
 pub use jensen_shannon::JensenShannon;
 pub use kinds::{HiddenKind, LogitKind};
 pub(crate) use kl::divergence;
@@ -51,10 +53,12 @@ pub use knowledge_alignment::KnowledgeAlignment;
 pub use multi_level::MultiLevel;
 pub use nkd::Nkd;
 pub use norm_kd::{LogitStandardization, NormKd};
+pub(crate) use normalization::EPSILON;
 pub use normalization::Normalization;
 pub use random_sampling_kd::RandomSamplingKd;
 pub use reverse_kl::ReverseKl;
 pub use skew_kl::{SkewKl, SkewReverseKl};
+pub(crate) use tail_kl::SMALLEST_MASS;
 pub use tail_kl::{GhostKl, UniformTailKl};
 pub use top_k_kl::TopKKl;
 pub use total_variation::TotalVariation;
@@ -94,6 +98,31 @@ pub enum Scaling {
     Sigma(f64),
 }
 
+/// What the student's softmax is drawn to by a loss that the head computes by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SoftTarget {
+    /// The token that follows.
+    Label,
+    /// The teacher's softmax over the whole vocabulary.
+    Teacher,
+    /// The teacher's first K tokens, and one token for all the others; every cached one without a K.
+    Ghost(Option<usize>),
+    /// The teacher's first K tokens, and the rest of the mass spread evenly over the others.
+    EvenTail(Option<usize>),
+}
+
+/// A loss as factor · KL(target ‖ softmax(s/scale)), with a constant scale: its gradient needs no
+/// graph.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ByHand {
+    /// The target.
+    pub target: SoftTarget,
+    /// Of the student's logits, and of the teacher's where the target is its softmax.
+    pub scaling: Scaling,
+    /// Factor.
+    pub factor: f64,
+}
+
 /// What a logit loss sees of N target positions.
 #[derive(Debug)]
 pub struct LogitRows<'a> {
@@ -109,6 +138,8 @@ pub struct LogitRows<'a> {
     pub keys: &'a Tensor,
     /// Standard deviations per sample, when a loss asked for them.
     pub sample_sigma: Option<&'a SampleSigma>,
+    /// Whether the student wrote the row's response, not the teacher or the data \[N\] bool.
+    pub of_student: Option<&'a Tensor>,
     /// Counts the teacher's logits that a loss looked up and did not find.
     pub lookups: &'a Lookups,
 }
@@ -225,6 +256,15 @@ impl LogitRows<'_> {
         logits.where_self(&found, &top.logits.amin([-1], true))
     }
 
+    /// Which rows belong to responses of the student's.
+    ///
+    /// # Panics
+    /// When that was not provided: [`LogitLoss::needs_responses`] promises it.
+    pub(crate) fn written_by_student(&self) -> &Tensor {
+        self.of_student
+            .expect("a loss that tells responses apart is only run where they are told apart")
+    }
+
     /// σ of each row's sample.
     ///
     /// # Panics
@@ -256,9 +296,19 @@ pub trait LogitLoss: Send {
         Labels::Unused
     }
 
+    /// The loss in the form that the head computes by hand, gradient included; `None`: by autograd.
+    fn by_hand(&self) -> Option<ByHand> {
+        None
+    }
+
     /// Does it need the standard deviation of all logits of a row's sample? That takes a pass of its
     /// own over the head.
     fn needs_sample_sigma(&self) -> bool {
+        false
+    }
+
+    /// Does it tell the student's own responses from the others?
+    fn needs_responses(&self) -> bool {
         false
     }
 

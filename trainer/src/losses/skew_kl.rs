@@ -98,12 +98,12 @@ impl LogitLoss for SkewReverseKl {
 }
 
 /// Log-probabilities of teacher and student [N, V] each.
-fn distributions(rows: &LogitRows<'_>, temperature: f64) -> (Tensor, Tensor) {
+pub(super) fn distributions(rows: &LogitRows<'_>, temperature: f64) -> (Tensor, Tensor) {
     let log_softmax = |logits| divided(logits, temperature).log_softmax(-1, None::<Kind>);
     (log_softmax(rows.full_teacher()), log_softmax(rows.student))
 }
 
 /// KL(a ‖ share·a + (1 − share)·b) of log-probabilities: [N, V], [N, V] → \[N\].
-fn to_mixture(log_a: &Tensor, log_b: &Tensor, share: f64) -> Tensor {
+pub(super) fn to_mixture(log_a: &Tensor, log_b: &Tensor, share: f64) -> Tensor {
     over_last(&(log_a.exp() * (log_a - mixture(log_a, log_b, share))))
 }

@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{BadKey, LogitLoss, LogitRows, Requirement, Scaling, TopKRows, check, over_last};
+use super::{
+    BadKey, ByHand, LogitLoss, LogitRows, Requirement, Scaling, SoftTarget, TopKRows, check,
+    over_last,
+};
 
 /// Σ_k p_k log(p_k/q_k) + r log(r / (1 − Σ_k q_k)): the K tokens and one "ghost" token for all the
 /// others, with the teacher's exact p_k = exp(t_k − log Σ exp t) and r = 1 − Σ_k p_k.
@@ -51,6 +54,14 @@ impl LogitLoss for GhostKl {
         check::at_least("k", self.k, 1)
     }
 
+    fn by_hand(&self) -> Option<ByHand> {
+        Some(ByHand {
+            target: SoftTarget::Ghost(Some(self.k)),
+            scaling: Scaling::Temperature(1.0),
+            factor: 1.0,
+        })
+    }
+
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         ghost(&rows.teacher_top(self.k), rows.student)
     }
@@ -69,13 +80,21 @@ impl LogitLoss for UniformTailKl {
         check::at_least("k", self.k, 1)
     }
 
+    fn by_hand(&self) -> Option<ByHand> {
+        Some(ByHand {
+            target: SoftTarget::EvenTail(Some(self.k)),
+            scaling: Scaling::Temperature(1.0),
+            factor: 1.0,
+        })
+    }
+
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         uniform(&rows.teacher_top(self.k), rows.student)
     }
 }
 
 /// Keeps the logarithm of a vanishing tail finite; r log r is 0 there.
-const SMALLEST_MASS: f64 = 1e-12;
+pub(crate) const SMALLEST_MASS: f64 = 1e-12;
 
 /// The K tokens and a ghost: → \[N\].
 pub(super) fn ghost(top: &TopKRows, student: &Tensor) -> Tensor {

@@ -71,6 +71,7 @@ impl Inputs {
             labels: &Tensor::from_slice(&labels),
             keys: &Tensor::arange(ROWS as i64, (Kind::Int64, tch::Device::Cpu)),
             sample_sigma: Some(&sigma),
+            of_student: Some(&of_student(ROWS as i64)),
             lookups: &Lookups::default(),
         })
     }
@@ -99,6 +100,13 @@ fn on(loss: &dyn LogitLoss, sparse: bool) -> Case<'_> {
 
 fn tensor(rows: &[Vec<f64>]) -> Tensor {
     Tensor::from_slice(&rows.concat()).view([rows.len() as i64, -1])
+}
+
+/// Every second row's response is the student's.
+fn of_student(rows: i64) -> Tensor {
+    Tensor::arange(rows, (Kind::Int64, tch::Device::Cpu))
+        .remainder(2)
+        .eq(1)
 }
 
 fn values(tensor: &Tensor) -> Vec<f64> {
@@ -284,6 +292,20 @@ fn divergences_of_two_distributions() {
     check("skew-reverse-kl", &plain(&skew_reverse), &|inputs, row| {
         let (p, q) = both(inputs, row);
         kl(&q, &mixed(&q, &p, 0.1))
+    });
+    let pair = Distillm2 {
+        alpha: 0.2,
+        beta: 0.3,
+        temperature,
+        temperature_squared: true,
+    };
+    check("distillm-2", &plain(&pair), &|inputs, row| {
+        let (p, q) = both(inputs, row);
+        if row % 2 == 1 {
+            4.0 * 0.6 * kl(&q, &mixed(&q, &p, 0.2))
+        } else {
+            4.0 * 1.4 * kl(&p, &mixed(&p, &q, 0.2))
+        }
     });
     let distance =
         |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| (p - q).abs()).sum() };
@@ -488,6 +510,7 @@ fn a_row_without_a_label_takes_the_teachers_first_token_in_dkd() {
         labels: &Tensor::full([ROWS as i64], -100, (Kind::Int64, tch::Device::Cpu)),
         keys: &Tensor::zeros([ROWS as i64], (Kind::Int64, tch::Device::Cpu)),
         sample_sigma: None,
+        of_student: Some(&of_student(ROWS as i64)),
         lookups: &Lookups::default(),
     });
     assert_eq!(values(&got), expected);
@@ -658,6 +681,7 @@ fn missing_teacher_logits_are_counted() {
         labels: &Tensor::from_slice(&[0i64, 0]),
         keys: &Tensor::from_slice(&[0i64, 1]),
         sample_sigma: None,
+        of_student: Some(&of_student(2)),
         lookups: &lookups,
     };
     let at = rows.teacher_at(&student.topk(2, -1, true, true).1);
@@ -683,6 +707,7 @@ fn random_sampling_is_a_function_of_seed_and_row_and_unbiased() {
             labels: &Tensor::from_slice(keys),
             keys: &Tensor::from_slice(keys),
             sample_sigma: None,
+            of_student: Some(&of_student(keys.len() as i64)),
             lookups: &Lookups::default(),
         });
         let of = Tensor::run_backward(&[value.sum(Kind::Double)], &[&student], false, false);
@@ -747,6 +772,7 @@ fn constant_logits_are_no_trouble() {
                     student: sigma.shallow_clone(),
                     teacher: sigma,
                 }),
+                of_student: Some(&of_student(2)),
                 lookups: &Lookups::default(),
             });
             let gradient =

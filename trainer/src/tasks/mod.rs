@@ -184,7 +184,7 @@ pub fn evaluate_task(
             requests.push(request(model, context, continuation)?);
         }
     }
-    let max_len = model.network.config().max_position_embeddings;
+    let max_len = model.network.config().max_position_embeddings();
     let mut scores = loglikelihoods(model, &requests, max_len, progress)?.into_iter();
     let per_item: Vec<ItemScore> = items
         .iter()

@@ -11,7 +11,7 @@ use caskd_formats::{
     LayerSpec, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
 };
 use caskd_models::{
-    LayerShape, Llama, LlamaConfig, LoadOptions, LoadedModel, SeededRng, load, save_model,
+    LayerShape, LlamaConfig, LoadOptions, LoadedModel, Network, SeededRng, load, save_model,
 };
 use caskd_trainer::{Control, StepReport, TrainConfig, TrainSummary, train};
 use tch::{Kind, Tensor};
@@ -34,6 +34,8 @@ pub(crate) struct CacheForm {
     pub(crate) top_k: usize,
     pub(crate) fingerprint: Option<String>,
     pub(crate) vocabulary: usize,
+    /// Every second response is the student's.
+    pub(crate) student_responses: bool,
 }
 
 impl Default for CacheForm {
@@ -44,6 +46,7 @@ impl Default for CacheForm {
             top_k: TOP_K,
             fingerprint: None,
             vocabulary: VOCABULARY,
+            student_responses: false,
         }
     }
 }
@@ -123,16 +126,12 @@ pub(crate) fn model(layers: usize, width: usize, vocabulary: usize, seed: u64) -
         max_position_embeddings: 128,
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
-        rope_scaling: None,
         tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: vec![],
-        attention_bias: false,
-        mlp_bias: false,
         dense: shape,
         layers: vec![shape; layers],
+        ..LlamaConfig::default()
     };
-    let network = Llama::random(&config, seed, &LoadOptions::default()).unwrap();
+    let network = Network::random(&config, seed, &LoadOptions::default()).unwrap();
     LoadedModel::new(network, tokenizer(), "tiny")
 }
 
@@ -167,7 +166,15 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
                     values: floats(hidden),
                 });
                 Sequence {
-                    source: format!("tiny.jsonl:{}", index + 1),
+                    source: format!(
+                        "tiny.jsonl:{}{}",
+                        index + 1,
+                        if form.student_responses && index % 2 == 1 {
+                            "#student"
+                        } else {
+                            ""
+                        }
+                    ),
                     loss_mask: (0..positions).map(|t| t >= 2).collect(),
                     statistics: Some(statistics(&logits)),
                     top_k: (form.top_k > 0).then(|| {
@@ -201,7 +208,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
             .iter()
             .map(|&layer| LayerSpec {
                 layer,
-                width: config.hidden_size,
+                width: config.hidden_size(),
                 codec: HiddenCodec::F16,
             })
             .collect(),
@@ -214,7 +221,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
             digest: "00".into(),
             compute_dtype: "f32".into(),
             num_layers: TEACHER_LAYERS as u32,
-            hidden_size: config.hidden_size,
+            hidden_size: config.hidden_size(),
             num_parameters: teacher.network.num_parameters(),
         },
         tokenizer: TokenizerInfo {
@@ -252,7 +259,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
                 Tensor::zeros(
                     [
                         (form.vocabulary - VOCABULARY) as i64,
-                        config.hidden_size as i64,
+                        config.hidden_size() as i64,
                     ],
                     (Kind::Float, tch::Device::Cpu),
                 ),
@@ -265,7 +272,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
             .collect();
         let head = HeadWeights {
             vocab_size: form.vocabulary,
-            width: config.hidden_size,
+            width: config.hidden_size(),
             dtype: HeadDtype::F32,
             bytes: &bytes,
         };

@@ -1,0 +1,199 @@
+//! Runs and models as folders for transformers and PEFT, through the binary; and with `CASKD_PYTHON`, a Python that has
+//! transformers and peft, loaded there.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use caskd_models::{LoadOptions, load};
+use caskd_trainer::load_run;
+use support::{Bench, stderr};
+use tch::{Device, Kind, Tensor};
+
+/// A pruned student with a run of adapters (`run`) and one of all weights (`full`).
+fn bench() -> Bench {
+    let bench = Bench::new();
+    bench.cache("cache", 24, &[]);
+    bench.ok(&[
+        "prune", "--model", "teacher", "--method", "taylor", "--cache", "cache", "--out", "student",
+    ]);
+    for (out, mode) in [("run", "mode=lora"), ("full", "mode=full")] {
+        bench.ok(&[
+            "train",
+            "--cache",
+            "cache",
+            "--student",
+            "student",
+            "--out",
+            out,
+            "--set",
+            "max_steps=3",
+            "--set",
+            "learning_rate=0.05",
+            "--set",
+            mode,
+        ]);
+    }
+    bench
+}
+
+fn logits(model: &caskd_models::LoadedModel, ids: &Tensor) -> Tensor {
+    tch::no_grad(|| {
+        let hidden = model.network.forward(ids, &[], false).last_hidden;
+        model.network.logits(&hidden)
+    })
+}
+
+fn ids() -> Tensor {
+    (Tensor::arange(26, (Kind::Int64, Device::Cpu)) * 37)
+        .remainder(256)
+        .view([2, 13])
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn exported_models_give_the_runs_numbers() {
+    let bench = bench();
+    let options = LoadOptions::default();
+    let ids = ids();
+    for run in ["run", "full"] {
+        let expected = logits(&load_run(&bench.path(run), &options).unwrap(), &ids);
+        let untrained = load(&bench.path("student"), &options).unwrap();
+        assert!(
+            difference(&logits(&untrained, &ids), &expected) > 1e-2,
+            "{run} did not train"
+        );
+        for (form, padded) in [("padded", true), ("own-config", false)] {
+            let out = format!("{run}-{form}");
+            let told = bench.json(&[
+                "export-model",
+                run,
+                "--pruned",
+                form,
+                "--out",
+                &out,
+                "--json",
+            ]);
+            assert_eq!(told["padded"], padded);
+            let exported = load(&bench.path(&out), &options).unwrap();
+            assert_eq!(exported.network.config().is_pruned(), !padded);
+            assert!(
+                difference(&logits(&exported, &ids), &expected) < 1e-4,
+                "{out}"
+            );
+        }
+    }
+    let config = std::fs::read_to_string(bench.path("run-padded/config.json")).unwrap();
+    assert!(!config.contains("caskd"), "{config}");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let bench = bench();
+    let check = |arguments: &[&str], message: &str| {
+        let output = bench.run(&[&["export-model"], arguments].concat());
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(message) && said.contains("hint:"), "{said}");
+    };
+    check(&["student", "--peft", "--out", "x"], "is no run");
+    check(&["full", "--peft", "--out", "x"], "has no adapters");
+    check(&["run", "--out", "student"], "exists already");
+    check(&["nothing", "--out", "x"], "nothing");
+    bench.ok(&[
+        "prune",
+        "--model",
+        "teacher",
+        "--sparsity",
+        "2:4",
+        "--out",
+        "masked",
+    ]);
+    bench.ok(&[
+        "train",
+        "--cache",
+        "cache",
+        "--student",
+        "masked",
+        "--out",
+        "masked-run",
+        "--set",
+        "max_steps=2",
+    ]);
+    check(&["masked-run", "--peft", "--out", "x"], "is masked");
+    assert!(!bench.path("x").exists());
+
+    // The merged student still has two zeros in every four inputs.
+    bench.ok(&["export-model", "masked-run", "--out", "merged"]);
+    let merged = load(&bench.path("merged"), &LoadOptions::default()).unwrap();
+    assert_eq!(merged.network.sparsity().unwrap().pattern, "2:4");
+    let (_, weight) = merged
+        .network
+        .parameters()
+        .into_iter()
+        .find(|(name, _)| name == "model.layers.1.mlp.up_proj.weight")
+        .unwrap();
+    let zeros = weight
+        .eq(0)
+        .view([-1, 4])
+        .sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
+    assert!(bool::try_from(zeros.eq(2).all()).unwrap());
+}
+
+/// transformers and peft give the same logits to 1e-3.
+#[test]
+fn transformers_and_peft_agree() {
+    let Some(python) = std::env::var_os("CASKD_PYTHON") else {
+        eprintln!("SKIPPED: set CASKD_PYTHON to a Python with transformers and peft");
+        return;
+    };
+    let has = Command::new(&python)
+        .args(["-c", "import transformers, peft"])
+        .output()
+        .unwrap();
+    if !has.status.success() {
+        eprintln!("SKIPPED: CASKD_PYTHON has no transformers or no peft");
+        return;
+    }
+    let bench = bench();
+    bench.ok(&["export-model", "run", "--out", "padded"]);
+    bench.ok(&[
+        "export-model",
+        "run",
+        "--pruned",
+        "own-config",
+        "--out",
+        "own",
+    ]);
+    bench.ok(&["export-model", "run", "--peft", "--out", "peft"]);
+    let model = load_run(&bench.path("run"), &LoadOptions::default()).unwrap();
+    let ids = ids();
+    let expected = [("logits", logits(&model, &ids)), ("ids", ids)];
+    let expected_path = bench.path("expected.safetensors");
+    Tensor::write_safetensors(&expected, &expected_path).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/witness_transformers.py");
+    let output = Command::new(&python)
+        .arg(script)
+        .arg(&expected_path)
+        .args(["model=padded", "own=own", "peft=peft"])
+        .current_dir(bench.folder.path())
+        .env("OMP_NUM_THREADS", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let differences: BTreeMap<String, f64> =
+        serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(differences.len(), 3);
+    for (folder, difference) in differences {
+        assert!(difference < 1e-3, "{folder}: {difference}");
+    }
+}
