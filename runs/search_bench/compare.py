@@ -42,8 +42,9 @@ def load(args):
         timing += ours.get("timing", [])
         for r in ours["results"]:
             key = (r["surface"], r["sampler"])
-            curves[key] = {r["first_run"] + i: c for i, c in enumerate(r["regret"])}
-            recommended[key] = {r["first_run"] + i: c for i, c in enumerate(r["recommended"])}
+            curves.setdefault(key, {}).update({r["first_run"] + i: c for i, c in enumerate(r["regret"])})
+            if "recommended" in r:
+                recommended.setdefault(key, {}).update({r["first_run"] + i: c for i, c in enumerate(r["recommended"])})
             seconds[key] = [r["seconds_per_trial"]]
     for path in args.rivals:
         with open(path) as file:
@@ -135,7 +136,8 @@ def main():
     for mine in OURS:
         if all((surface, mine) in curves for surface in surfaces):
             tests += compare(curves, surfaces, rivals, mine)
-            tests += compare(curves, surfaces, rivals, mine, recommended)
+            if all((surface, mine) in recommended for surface in surfaces):
+                tests += compare(curves, surfaces, rivals, mine, recommended)
     text = markdown(curves, seconds, timing, surfaces, names, tests)
     print(text)
     if args.markdown:
