@@ -66,7 +66,10 @@ fn exported_models_give_the_runs_numbers() {
     for run in ["run", "full"] {
         let expected = logits(&load_run(&bench.path(run), &options).unwrap(), &ids);
         let untrained = load(&bench.path("student"), &options).unwrap();
-        assert!(difference(&logits(&untrained, &ids), &expected) > 1e-2, "{run} did not train");
+        assert!(
+            difference(&logits(&untrained, &ids), &expected) > 1e-2,
+            "{run} did not train"
+        );
         for (form, padded) in [("padded", true), ("own-config", false)] {
             let out = format!("{run}-{form}");
             let told = bench.json(&[
@@ -81,7 +84,10 @@ fn exported_models_give_the_runs_numbers() {
             assert_eq!(told["padded"], padded);
             let exported = load(&bench.path(&out), &options).unwrap();
             assert_eq!(exported.network.config().is_pruned(), !padded);
-            assert!(difference(&logits(&exported, &ids), &expected) < 1e-4, "{out}");
+            assert!(
+                difference(&logits(&exported, &ids), &expected) < 1e-4,
+                "{out}"
+            );
         }
     }
     let config = std::fs::read_to_string(bench.path("run-padded/config.json")).unwrap();
@@ -101,9 +107,24 @@ fn what_makes_no_sense_is_refused() {
     check(&["full", "--peft", "--out", "x"], "has no adapters");
     check(&["run", "--out", "student"], "exists already");
     check(&["nothing", "--out", "x"], "nothing");
-    bench.ok(&["prune", "--model", "teacher", "--sparsity", "2:4", "--out", "masked"]);
     bench.ok(&[
-        "train", "--cache", "cache", "--student", "masked", "--out", "masked-run", "--set",
+        "prune",
+        "--model",
+        "teacher",
+        "--sparsity",
+        "2:4",
+        "--out",
+        "masked",
+    ]);
+    bench.ok(&[
+        "train",
+        "--cache",
+        "cache",
+        "--student",
+        "masked",
+        "--out",
+        "masked-run",
+        "--set",
         "max_steps=2",
     ]);
     check(&["masked-run", "--peft", "--out", "x"], "is masked");
@@ -119,7 +140,10 @@ fn what_makes_no_sense_is_refused() {
         .into_iter()
         .find(|(name, _)| name == "model.layers.1.mlp.up_proj.weight")
         .unwrap();
-    let zeros = weight.eq(0).view([-1, 4]).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
+    let zeros = weight
+        .eq(0)
+        .view([-1, 4])
+        .sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
     assert!(bool::try_from(zeros.eq(2).all()).unwrap());
 }
 
@@ -140,7 +164,14 @@ fn transformers_and_peft_agree() {
     }
     let bench = bench();
     bench.ok(&["export-model", "run", "--out", "padded"]);
-    bench.ok(&["export-model", "run", "--pruned", "own-config", "--out", "own"]);
+    bench.ok(&[
+        "export-model",
+        "run",
+        "--pruned",
+        "own-config",
+        "--out",
+        "own",
+    ]);
     bench.ok(&["export-model", "run", "--peft", "--out", "peft"]);
     let model = load_run(&bench.path("run"), &LoadOptions::default()).unwrap();
     let ids = ids();

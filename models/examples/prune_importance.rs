@@ -11,7 +11,9 @@
 
 use std::path::Path;
 
-use caskd_models::{Criterion, LoadOptions, LoadedModel, PruneOptions, activation_norms, load, prune};
+use caskd_models::{
+    Criterion, LoadOptions, LoadedModel, PruneOptions, activation_norms, load, prune,
+};
 use tch::{Device, Kind, Tensor};
 
 const WINDOW: usize = 256;

@@ -112,8 +112,9 @@ impl Hub {
                 .unwrap_or_else(|| home.join("hub")),
             endpoint: text("HF_ENDPOINT").map(|url| url.trim_end_matches('/').to_owned()),
             token: token.filter(|token| !token.is_empty()),
-            offline: text("HF_HUB_OFFLINE")
-                .is_some_and(|value| !matches!(value.to_lowercase().as_str(), "0" | "false" | "no")),
+            offline: text("HF_HUB_OFFLINE").is_some_and(|value| {
+                !matches!(value.to_lowercase().as_str(), "0" | "false" | "no")
+            }),
         }
     }
 
@@ -128,7 +129,11 @@ impl Hub {
                 Some(file) => format!("its copy in `{}` has no `{file}`", self.cache.display()),
                 None => format!("`{}` has no copy of it", self.cache.display()),
             };
-            return Err(refuse(name, format!("{what}, and HF_HUB_OFFLINE is set"), 0));
+            return Err(refuse(
+                name,
+                format!("{what}, and HF_HUB_OFFLINE is set"),
+                0,
+            ));
         }
         self.fetch(name)
     }
@@ -197,7 +202,11 @@ impl Hub {
                     let _ = std::fs::remove_file(blob);
                 }
                 let _ = std::fs::remove_file(&path);
-                Err(refuse(name, format!("`{file}` arrived damaged: {problem}"), 0))
+                Err(refuse(
+                    name,
+                    format!("`{file}` arrived damaged: {problem}"),
+                    0,
+                ))
             }
         }
     }
@@ -214,7 +223,9 @@ fn missing(folder: &Path) -> Option<String> {
         return None;
     }
     match shards_of_index(&folder.join(INDEX)) {
-        Ok(shards) => shards.into_iter().find(|shard| !folder.join(shard).is_file()),
+        Ok(shards) => shards
+            .into_iter()
+            .find(|shard| !folder.join(shard).is_file()),
         Err(_) => Some(SINGLE_FILE.to_owned()),
     }
 }
@@ -222,7 +233,11 @@ fn missing(folder: &Path) -> Option<String> {
 /// Large files carry their SHA-256 as their name in the cache; others are read as JSON later.
 fn verify(path: &Path) -> std::result::Result<(), String> {
     let blob = path.canonicalize().map_err(|e| e.to_string())?;
-    let name = blob.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = blob
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     if name.len() != 64 || !name.chars().all(|c| c.is_ascii_hexdigit()) {
         return Ok(());
     }
@@ -230,7 +245,11 @@ fn verify(path: &Path) -> std::result::Result<(), String> {
     File::open(&blob)
         .and_then(|mut file| std::io::copy(&mut file, &mut hasher))
         .map_err(|e| e.to_string())?;
-    let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found: String = hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     if found.eq_ignore_ascii_case(&name) {
         Ok(())
     } else {

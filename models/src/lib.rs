@@ -33,8 +33,8 @@ mod gguf;
 mod gguf_config;
 mod gguf_tokenizer;
 mod hf;
-mod importance;
 mod hub;
+mod importance;
 mod linear;
 mod llama;
 mod lora;
@@ -64,6 +64,7 @@ pub use bloom::BloomConfig;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use files::{Embedding, ModelFiles, PartBytes};
+pub use importance::{Criterion, Method};
 pub use linear::{linear, through_onednn};
 pub use llama::{
     AttentionBias, Family, LayerShape, Llama3Scaling, LlamaConfig, RopeScaling, SlidingWindow,
@@ -71,15 +72,14 @@ pub use llama::{
 pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
 pub use network::{Forward, Network};
 pub use norm::Norm;
-pub use importance::{Criterion, Method};
 pub use pad::pad_to_dense;
 pub use prune::{LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune};
 pub use rng::SeededRng;
 pub use saliency::{Saliencies, saliencies};
 pub use save::{save_model, save_peft};
 pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
-pub use training::Tape;
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
+pub use training::Tape;
 
 /// Where the weights go and in which type they compute.
 #[derive(Debug, Clone, Copy)]

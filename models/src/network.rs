@@ -193,7 +193,10 @@ impl Network {
     }
 
     /// The shared part of a pass on every device that holds a block.
-    pub(crate) fn contexts(&self, make: impl Fn(&LoadOptions) -> Context) -> Vec<(Device, Context)> {
+    pub(crate) fn contexts(
+        &self,
+        make: impl Fn(&LoadOptions) -> Context,
+    ) -> Vec<(Device, Context)> {
         let mut contexts: Vec<(Device, Context)> = Vec::new();
         for device in self.blocks.iter().map(Block::device) {
             if contexts.iter().all(|(known, _)| *known != device) {

@@ -67,6 +67,9 @@ fn padded(tensor: &Tensor, dimension: i64, to: i64) -> Tensor {
     }
     size[dimension as usize] = missing;
     let zeros = Tensor::zeros(size, (tensor.kind(), tensor.device()));
-    debug_assert!(tensor.kind() != Kind::Int8, "quantised weights are not padded");
+    debug_assert!(
+        tensor.kind() != Kind::Int8,
+        "quantised weights are not padded"
+    );
     Tensor::cat(&[tensor, zeros], dimension)
 }

@@ -286,12 +286,7 @@ mod tests {
     use crate::config::Config;
     use crate::llama::{AttentionBias, Family, LlamaConfig};
 
-    fn llama(
-        layers: usize,
-        width: usize,
-        dense: LayerShape,
-        vocab_size: usize,
-    ) -> Config {
+    fn llama(layers: usize, width: usize, dense: LayerShape, vocab_size: usize) -> Config {
         Config::Llama(LlamaConfig {
             family: Family::Llama,
             vocab_size,

@@ -46,7 +46,10 @@ pub fn saliencies(
             linear.weight = linear.weight.detach().set_requires_grad(true);
         }
     }
-    let targets: usize = sequences.iter().map(|tokens| tokens.len().saturating_sub(1)).sum();
+    let targets: usize = sequences
+        .iter()
+        .map(|tokens| tokens.len().saturating_sub(1))
+        .sum();
     for (done, sequence) in sequences.iter().enumerate() {
         if sequence.len() < 2 {
             continue;
@@ -59,13 +62,8 @@ pub fn saliencies(
             .forward_observed(&inputs, &[], Pass::Inference, &mut |_, _, _| {})
             .last_hidden;
         let logits = network.logits(&hidden.squeeze_dim(0)).to_kind(Kind::Float);
-        let loss = logits.cross_entropy_loss::<Tensor>(
-            &labels,
-            None,
-            tch::Reduction::Sum,
-            -100,
-            0.0,
-        );
+        let loss =
+            logits.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0);
         (loss / targets as f64).backward();
         progress(done as u64 + 1, sequences.len() as u64);
     }

@@ -55,7 +55,9 @@ impl FromStr for Pattern {
             Some((keep, of)) if 0 < keep && keep < of && of <= 64 => {
                 Ok(Pattern::Blocks { keep, of })
             }
-            _ => Err(format!("`{text}` is neither unstructured nor N:M, like 2:4")),
+            _ => Err(format!(
+                "`{text}` is neither unstructured nor N:M, like 2:4"
+            )),
         }
     }
 }
@@ -125,7 +127,9 @@ pub fn mask(model: &mut LoadedModel, options: &MaskOptions) -> Result<MaskReport
     let network = &mut model.network;
     let scope = check(network.num_layers(), options.ratio, options.scope.as_ref())?;
     if network.lora().is_some() {
-        return Err(refuse("the network has adapters; merge or drop them first".to_owned()));
+        return Err(refuse(
+            "the network has adapters; merge or drop them first".to_owned(),
+        ));
     }
     if network.sparsity().is_some() {
         return Err(refuse("the network is masked already".to_owned()));
@@ -148,8 +152,14 @@ pub fn mask(model: &mut LoadedModel, options: &MaskOptions) -> Result<MaskReport
             };
             weights += kept.numel() as u64;
             zeros += kept.logical_not().sum(Kind::Int64).int64_value(&[]) as u64;
-            let bytes = Vec::<bool>::try_from(kept.view(-1)).map_err(Error::torch("read a mask"))?;
-            digest.update(&bytes.iter().map(|kept| u8::from(*kept)).collect::<Vec<u8>>());
+            let bytes =
+                Vec::<bool>::try_from(kept.view(-1)).map_err(Error::torch("read a mask"))?;
+            digest.update(
+                &bytes
+                    .iter()
+                    .map(|kept| u8::from(*kept))
+                    .collect::<Vec<u8>>(),
+            );
             linear.weight = &linear.weight * kept.to_device(linear.weight.device());
         }
     }

@@ -77,9 +77,12 @@ impl Network {
 
     /// Whether the projections are in 8 bits.
     pub fn is_quantized(&self) -> bool {
-        self.blocks
-            .first()
-            .is_some_and(|block| block.linears().iter().any(|(_, linear)| linear.scale.is_some()))
+        self.blocks.first().is_some_and(|block| {
+            block
+                .linears()
+                .iter()
+                .any(|(_, linear)| linear.scale.is_some())
+        })
     }
 
     /// [`Network::forward`] in training, without a graph: [`Network::backward`] makes the graph of one block at a time.

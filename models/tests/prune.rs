@@ -4,8 +4,8 @@
 mod support;
 
 use caskd_models::{
-    ActivationNorms, Criterion, LoadedModel, LoraConfig, PruneOptions, activation_norms, load, prune,
-    save_model,
+    ActivationNorms, Criterion, LoadedModel, LoraConfig, PruneOptions, activation_norms, load,
+    prune, save_model,
 };
 use support::{f32_on_cpu, ids, max_difference, random, small_config, tiny};
 use tch::{Kind, Tensor};

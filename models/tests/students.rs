@@ -5,8 +5,8 @@
 mod support;
 
 use caskd_models::{
-    Criterion, LoadedModel, LoraConfig, MaskOptions, Parts, Pattern, PruneOptions, activation_norms,
-    load, mask, pad_to_dense, prune, saliencies, save_model,
+    Criterion, LoadedModel, LoraConfig, MaskOptions, Parts, Pattern, PruneOptions,
+    activation_norms, load, mask, pad_to_dense, prune, saliencies, save_model,
 };
 use support::{f32_on_cpu, ids, max_difference, random, small_config, tiny};
 use tch::{Kind, Tensor};
@@ -352,7 +352,10 @@ fn all_weights_can_train() {
         let trainable = whole.network.trainable();
         for (of, tensor) in &trainable {
             assert_eq!(tensor.kind(), Kind::Float);
-            assert!(tensor.grad().defined() || of == "lm_head.weight", "{name}: {of}");
+            assert!(
+                tensor.grad().defined() || of == "lm_head.weight",
+                "{name}: {of}"
+            );
         }
         tch::no_grad(|| {
             for (_, tensor) in trainable {

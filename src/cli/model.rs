@@ -36,7 +36,11 @@ pub(crate) struct PruneArgs {
     #[arg(long, value_enum, default_value = "all")]
     pub(crate) parts: PartsArg,
     /// structured cuts groups and channels out; unstructured, or N:M like 2:4, sets single weights to zero
-    #[arg(long, default_value = "structured", value_name = "structured|unstructured|N:M")]
+    #[arg(
+        long,
+        default_value = "structured",
+        value_name = "structured|unstructured|N:M"
+    )]
     pub(crate) sparsity: String,
     /// Calibrate on this file's records or text; may be repeated
     #[arg(long, value_name = "FILE", conflicts_with = "cache")]

@@ -219,11 +219,10 @@ fn score_wikitext(
 ) -> Result<WikitextScore, Failure> {
     let mut bar = Progress::new(WIKITEXT);
     let started = Instant::now();
-    let (score, items) =
-        evaluate_wikitext(model, path, limit, rolling, &mut |done, total| {
-            let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
-            bar.update(done, total, &format!("{rate:.2} pages/s"));
-        })?;
+    let (score, items) = evaluate_wikitext(model, path, limit, rolling, &mut |done, total| {
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.update(done, total, &format!("{rate:.2} pages/s"));
+    })?;
     bar.finish();
     Ok(WikitextScore {
         task: WIKITEXT,

@@ -35,7 +35,10 @@ pub(crate) fn run(args: &ExportModelArgs) -> Outcome {
     };
     if args.peft && !is_run(&args.model) {
         return Err(Failure::user(
-            format!("`{}` is no run, and only runs have adapters", args.model.display()),
+            format!(
+                "`{}` is no run, and only runs have adapters",
+                args.model.display()
+            ),
             "give the folder of a finished `caskd train`, or leave out --peft",
         ));
     }
@@ -49,7 +52,10 @@ pub(crate) fn run(args: &ExportModelArgs) -> Outcome {
     }
     if args.peft && model.network.lora().is_none() {
         return Err(Failure::user(
-            format!("`{}` trained all weights and has no adapters", args.model.display()),
+            format!(
+                "`{}` trained all weights and has no adapters",
+                args.model.display()
+            ),
             "leave out --peft",
         ));
     }
@@ -63,7 +69,8 @@ pub(crate) fn run(args: &ExportModelArgs) -> Outcome {
         save_model(&model, &args.out)?;
         None
     };
-    let bytes = folder_bytes(&args.out).map_err(|error| Failure::file("read", &args.out, &error))?;
+    let bytes =
+        folder_bytes(&args.out).map_err(|error| Failure::file("read", &args.out, &error))?;
     let exported = Exported {
         out: &args.out,
         written: if args.peft { "adapter" } else { "model" },

@@ -169,7 +169,10 @@ pub(crate) fn prune_to(request: &Request) -> Result<Pruned, Failure> {
     }
     let mut model = load(&request.model, &LoadOptions::default())?;
     let layers = model.network.num_layers();
-    let scope = request.scope.clone().unwrap_or_else(|| default_scope(layers));
+    let scope = request
+        .scope
+        .clone()
+        .unwrap_or_else(|| default_scope(layers));
     if scope.is_empty() || scope.end > layers {
         return Err(Failure::user(
             format!(

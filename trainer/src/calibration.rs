@@ -65,7 +65,11 @@ mod tests {
         };
         // One bin: (.90 + .92 + .91 − 2) / 3; another: |.50 − 1|; 1/15 belongs to the first bin with .01.
         add(&mut calibration, &[0.90, 0.50], &[true, true]);
-        add(&mut calibration, &[0.87, 0.0, 1.0 / 15.0], &[false, false, false]);
+        add(
+            &mut calibration,
+            &[0.87, 0.0, 1.0 / 15.0],
+            &[false, false, false],
+        );
         let expected = ((0.90f64 + 0.87 - 1.0).abs() + 0.5 + 1.0 / 15.0) / 5.0;
         assert!((calibration.error() - expected).abs() < 1e-12);
     }

@@ -26,6 +26,22 @@ const SECTIONS: [(&str, &[(&str, &str)]); 6] = [
                 "steps between checkpoints; 0 writes one only when stopped",
             ),
             (
+                "mode",
+                "what trains: adapters (\"lora\") or all weights (\"full\")",
+            ),
+            (
+                "quantize",
+                "the frozen projections in 8 bits: \"none\" or \"int8\"",
+            ),
+            (
+                "recompute",
+                "run each block again on the way back: far less memory, a third more time",
+            ),
+            (
+                "teacher_tokenizer",
+                "the teacher's folder or GGUF file, for a student with another tokenizer",
+            ),
+            (
                 "dtype",
                 "of the frozen weights: \"f32\" or \"bf16\"; adapters, losses and optimizer are f32 in any case",
             ),

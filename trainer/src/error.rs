@@ -171,7 +171,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// A loss that compares responses of both models, and a cache without those of one.
-    #[error("loss `{term}` compares the responses of teacher and student, and the cache holds none by the {missing}")]
+    #[error(
+        "loss `{term}` compares the responses of teacher and student, and the cache holds none by the {missing}"
+    )]
     MissingResponses {
         /// The loss.
         term: String,

@@ -55,10 +55,7 @@ pub fn evaluate_cache(
 ) -> Result<CacheScore> {
     check_fit(model, cache)?;
     let started = Instant::now();
-    let vocabulary = model
-        .network
-        .vocab_size()
-        .min(cache.manifest().vocab_size);
+    let vocabulary = model.network.vocab_size().min(cache.manifest().vocab_size);
     let device = model.network.device();
     let code = LinearCode::of(cache, vocabulary, model.network.kind(), device)?;
     let columns = columns_of(cache);

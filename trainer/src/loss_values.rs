@@ -101,17 +101,16 @@ fn on_logits(loss: &LogitKind, norm: Normalization, inputs: &Inputs<'_>) -> Resu
             labels: &labels.index_select(0, index),
             keys: index,
             sample_sigma: sigma.as_ref(),
-            of_student: of_student.as_ref().map(|all| all.index_select(0, index)).as_ref(),
+            of_student: of_student
+                .as_ref()
+                .map(|all| all.index_select(0, index))
+                .as_ref(),
             lookups: &Lookups::default(),
         })
     })
 }
 
-fn on_hidden(
-    loss: &HiddenKind,
-    projection: Projection,
-    inputs: &Inputs<'_>,
-) -> Result<LossValues> {
+fn on_hidden(loss: &HiddenKind, projection: Projection, inputs: &Inputs<'_>) -> Result<LossValues> {
     let rows = inputs.rows("student_hidden", "teacher_hidden")?;
     let projection = match projection {
         Projection::Pool => None,
@@ -119,13 +118,11 @@ fn on_hidden(
     };
     let kept = rows.kept.nonzero().view(-1);
     let per_chunk = rows_per_chunk(rows.student.size()[1].max(rows.teacher.size()[1]));
-    rows.differentiate(&kept, per_chunk, &|_, student, teacher| {
-        match &projection {
-            Some(projection) => loss
-                .loss()
-                .value(&student.matmul(&projection.tr()), teacher),
-            None => loss.loss().value(student, teacher),
-        }
+    rows.differentiate(&kept, per_chunk, &|_, student, teacher| match &projection {
+        Some(projection) => loss
+            .loss()
+            .value(&student.matmul(&projection.tr()), teacher),
+        None => loss.loss().value(student, teacher),
     })
 }
 
@@ -293,7 +290,10 @@ impl Inputs<'_> {
         if projection.size() != shape || !projection.is_floating_point() {
             return Err(bad(
                 "projection",
-                &format!("has the shape {:?}, and the widths ask for {shape:?}", projection.size()),
+                &format!(
+                    "has the shape {:?}, and the widths ask for {shape:?}",
+                    projection.size()
+                ),
                 remedy,
             ));
         }

@@ -7,8 +7,8 @@ use tch::{Device, Tensor};
 
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Projection,
-    Requirement, Scaling, Tail,
+    HiddenKind, HiddenPositions, LogitKind, LogitReduction, Normalization, Projection, Requirement,
+    Scaling, Tail,
 };
 use crate::recipe::LayerPair;
 use crate::schedule::Schedule;
@@ -273,9 +273,7 @@ impl Objective {
     /// Gives every term the weight of a step, counted from 0, of a run of `total_steps`.
     pub(crate) fn set_step(&mut self, step: u64, total_steps: u64) {
         for term in &mut self.terms {
-            term.weight = term
-                .schedule
-                .weight(term.full_weight, step, total_steps);
+            term.weight = term.schedule.weight(term.full_weight, step, total_steps);
         }
     }
 

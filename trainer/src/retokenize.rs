@@ -269,10 +269,15 @@ mod tests {
             },
         };
         // w1 w23 w4, all but the first a target.
-        let crossed = retokenizer.retokenize(&sequence(&[1, 2, 3], 1), 99).unwrap();
+        let crossed = retokenizer
+            .retokenize(&sequence(&[1, 2, 3], 1), 99)
+            .unwrap();
         assert_eq!(crossed.sequence.token_ids, [1, 2, 1, 3, 4, 1, 5]);
         let (yes, no) = (true, false);
-        assert_eq!(crossed.sequence.loss_mask, [no, no, yes, yes, yes, yes, yes]);
+        assert_eq!(
+            crossed.sequence.loss_mask,
+            [no, no, yes, yes, yes, yes, yes]
+        );
         // The positions before "w" of w23 and of w4 predict what the teacher's positions 0 and 1 predict.
         assert_eq!(crossed.paired, [no, yes, no, no, yes, no, no]);
         let rows = &crossed.sequence.hidden[0].values;

@@ -79,11 +79,7 @@ impl Schedule {
         };
         let ends = matches!(self.schedule, Course::Linear | Course::Cosine);
         if !(self.final_weight >= 0.0 && self.final_weight.is_finite()) {
-            return refused(
-                "final_weight",
-                self.final_weight,
-                "it must not be below 0",
-            );
+            return refused("final_weight", self.final_weight, "it must not be below 0");
         }
         if !ends && self.final_weight != defaults.final_weight {
             return refused(
@@ -139,7 +135,10 @@ mod tests {
             },
             &[2.0, 1.75, 1.5, 1.25, 1.0],
         );
-        check(of(Course::Cosine), &[2.0, 1.0 + 0.5f64.sqrt(), 1.0, 1.0 - 0.5f64.sqrt(), 0.0]);
+        check(
+            of(Course::Cosine),
+            &[2.0, 1.0 + 0.5f64.sqrt(), 1.0, 1.0 - 0.5f64.sqrt(), 0.0],
+        );
         check(
             Schedule {
                 warmup_share: 0.5,

@@ -35,10 +35,11 @@ pub(crate) fn forward_backward(
     teacher: Option<&LinearCode>,
     batch: &Batch,
     step: &StepSize,
+    recompute: bool,
 ) -> Result<Shares, NotFiniteTerm> {
     let keep = objective.student_layers();
     // A base in 8 bits would be unpacked whole into a graph: its pass goes back block by block.
-    let (forward, tape) = if student.is_quantized() {
+    let (forward, tape) = if recompute || student.is_quantized() {
         let (forward, tape) = student.forward_taped(&batch.input_ids, &keep);
         (forward, Some(tape))
     } else {
@@ -82,15 +83,14 @@ pub(crate) fn forward_backward(
             teacher,
             trains: student.trains_all(),
         };
-        let of_head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary)).map_err(
-            |bad| {
+        let of_head = fused_head(&rows, batch, &heads, &losses, rows_per_chunk(vocabulary))
+            .map_err(|bad| {
                 let term = objective.terms[of_logits[bad.loss]].name.clone();
                 NotFiniteTerm {
                     term,
                     sources: batch.source_of_target(bad.row).to_owned(),
                 }
-            },
-        )?;
+            })?;
         missing += of_head.missing;
         for (&index, sum) in of_logits.iter().zip(&of_head.sums) {
             shares[index] = sum / objective.terms[index].denominator(step);

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::batch::BY_STUDENT;
-use crate::config::{Mode, Quantize};
 use crate::checkpoint::{self, Cursor};
+use crate::config::{Mode, Quantize};
 use crate::losses::MissingLogits;
 use crate::memory;
 use crate::mix::{CacheMix, MixPart};
@@ -172,12 +172,7 @@ pub fn train(
     for batches_of_step in steps {
         if control.stop.load(Ordering::Relaxed) {
             if saved < cursor.step {
-                checkpoint::save(
-                    &run.checkpoints(),
-                    &cursor,
-                    &trainable,
-                    &optimizer,
-                )?;
+                checkpoint::save(&run.checkpoints(), &cursor, &trainable, &optimizer)?;
             }
             return Ok(summary_of(&cursor, sequences, notes, Completed::No));
         }
@@ -212,10 +207,17 @@ pub fn train(
                 objective, teacher, ..
             } = &parts[*part];
             let batch = batch.to_device(device);
-            let shares = forward_backward(student, objective, teacher.as_ref(), &batch, &size)
-                .map_err(|NotFiniteTerm { term, sources }| {
-                    not_finite(format!("loss `{term}`"), sources)
-                })?;
+            let shares = forward_backward(
+                student,
+                objective,
+                teacher.as_ref(),
+                &batch,
+                &size,
+                config.recompute,
+            )
+            .map_err(|NotFiniteTerm { term, sources }| {
+                not_finite(format!("loss `{term}`"), sources)
+            })?;
             missing += shares.missing;
             values
                 .iter_mut()
@@ -271,12 +273,7 @@ pub fn train(
         (control.progress)(&report);
         if config.checkpoint_every > 0 && step % config.checkpoint_every == 0 && step < total_steps
         {
-            checkpoint::save(
-                &run.checkpoints(),
-                &cursor,
-                &trainable,
-                &optimizer,
-            )?;
+            checkpoint::save(&run.checkpoints(), &cursor, &trainable, &optimizer)?;
             saved = step;
         }
     }

@@ -119,7 +119,10 @@ mod tests {
             " = Robert <unk> =\n\nA well-known actor, he had 1,200 fans (in 2.5 years).\n",
         );
         check(" = = Career = = \n", " == Career ==\n");
-        check("he said \" no \" ; it 's the boys ' own", "he said \"no\"; it's the boys' own");
+        check(
+            "he said \" no \" ; it 's the boys ' own",
+            "he said \"no\"; it's the boys' own",
+        );
         check("( open [ x ]", "( open [x]");
     }
 

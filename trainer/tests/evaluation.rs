@@ -62,9 +62,14 @@ fn text_is_scored_by_rolling_windows() {
             }
             let scored = row.len() as u64 - 1;
             let mut heard = Vec::new();
-            let score = evaluate_text(&model, &text, Rolling { max_len, stride }, &mut |done, all| {
-                heard.push((done, all));
-            })
+            let score = evaluate_text(
+                &model,
+                &text,
+                Rolling { max_len, stride },
+                &mut |done, all| {
+                    heard.push((done, all));
+                },
+            )
             .unwrap();
             close(score.nats, nats, 1e-5);
             assert_eq!(
@@ -82,7 +87,8 @@ fn text_is_scored_by_rolling_windows() {
         }
     }
     for (text, stride) in [(" ", 8), (text.as_str(), 0), (text.as_str(), 9)] {
-        let error = evaluate_text(&model, text, Rolling { max_len: 8, stride }, &mut |_, _| {}).unwrap_err();
+        let error = evaluate_text(&model, text, Rolling { max_len: 8, stride }, &mut |_, _| {})
+            .unwrap_err();
         assert!(error.is_user(), "{error}");
     }
 }

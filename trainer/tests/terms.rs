@@ -35,14 +35,8 @@ fn scheduled_weights_are_those_of_the_step() {
          [[loss]]\nkind = \"kl\"\nweight = 2\nschedule = \"linear\"\nfinal_weight = 0.5\n\
          [[loss]]\nkind = \"reverse-kl\"\nweight = 0\nschedule = \"cosine\"\nfinal_weight = 1",
     );
-    let (_, reports) = train_quietly(
-        &config,
-        &tiny.student(),
-        &cache,
-        &tiny.path("run"),
-        false,
-    )
-    .unwrap();
+    let (_, reports) =
+        train_quietly(&config, &tiny.student(), &cache, &tiny.path("run"), false).unwrap();
     assert_eq!(reports.len() as u64, STEPS);
     for (step, report) in reports.iter().enumerate() {
         let step = step as f64;
@@ -101,7 +95,10 @@ fn projections_train_with_the_student_and_resume_exactly() {
     seen.extend(rest.iter().map(|report| report.loss));
     let expected: Vec<f64> = reports.iter().map(|report| report.loss).collect();
     assert_eq!(seen, expected);
-    for file in ["adapter/adapter_model.safetensors", "projections.safetensors"] {
+    for file in [
+        "adapter/adapter_model.safetensors",
+        "projections.safetensors",
+    ] {
         let bytes = |run: &std::path::Path| std::fs::read(run.join(file)).unwrap();
         assert!(bytes(&whole) == bytes(&parts), "{file}");
     }
@@ -115,7 +112,11 @@ fn projections_train_with_the_student_and_resume_exactly() {
             "projection.knowledge-alignment.4"
         ]
     );
-    assert!(projections.iter().all(|(_, tensor)| tensor.size() == [16, 8]));
+    assert!(
+        projections
+            .iter()
+            .all(|(_, tensor)| tensor.size() == [16, 8])
+    );
     let apart = (&projections[1].1 - &projections[2].1).abs().max();
     assert!(apart.double_value(&[]) > 0.0);
 }
@@ -128,7 +129,10 @@ fn the_contrastive_pair_needs_responses_of_both() {
     let one = tiny.cache("one", &CacheForm::default());
     let error = train_quietly(&config, &student, &one, &tiny.path("refused"), false).unwrap_err();
     let said = format!("{error} / {}", error.hint().unwrap());
-    assert!(said.contains("none by the student") && said.contains("response_by"), "{said}");
+    assert!(
+        said.contains("none by the student") && said.contains("response_by"),
+        "{said}"
+    );
     assert!(!tiny.path("refused").exists());
 
     let form = CacheForm {
