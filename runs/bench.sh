@@ -9,6 +9,9 @@ rival() {
     if [ -z "$python" ]; then echo "(no rival: set CASKD_PYTHON to a Python with torch, transformers and optuna)"; else "$python" "$@"; fi
 }
 cargo build --release --locked -p caskd-models --example forward_speed
+cargo build --release --locked -p caskd-cache-builder --example teacher_speed
+echo "== the teacher's pass as a build makes it"
+rival runs/teacher_speed.py target/release/examples/teacher_speed "$teacher"
 cargo build --release --locked -p caskd-trainer --example step_speed
 cargo build --release --locked -p caskd-search --example surfaces
 for kind in f32 bf16; do

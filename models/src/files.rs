@@ -174,7 +174,8 @@ impl ModelFiles {
         Embedding::load(&self.config, self.source.as_ref(), options)
     }
 
-    /// Loads block `index` of 0..L: reads it from the files and converts it.
+    /// Loads block `index` of 0..L: reads it from the files and converts it, in one copy that is
+    /// free again when the block is dropped; no page of the files stays with the process.
     ///
     /// # Errors
     /// A missing or misshapen tensor.
@@ -204,11 +205,12 @@ impl ModelFiles {
         self.config.head_rows(rows, self.source.as_ref(), options)
     }
 
-    /// Loads everything; the blocks are placed in turn on the devices, as many on each.
+    /// Loads everything; the blocks are placed in turn on the devices, as many on each. Weights
+    /// that stay on the CPU in the type of their file are not copied: they are the mapped file.
     ///
     /// # Errors
     /// A compute type that is neither f32 nor bf16, no device, missing or misshapen tensors.
-    pub fn load(self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+    pub fn load(mut self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::unsupported(
                 &self.path,
@@ -223,6 +225,7 @@ impl ModelFiles {
                 devices.len(),
             ));
         }
+        self.source.keep_mapped();
         let mut network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
         if let Some(sparsity) = self.sparsity.clone() {
             network.set_sparsity(sparsity);

@@ -13,7 +13,7 @@ use candle_core::{Device, Storage, cpu_backend::CpuStorage};
 use tch::{Kind, Tensor};
 
 use crate::gguf_config::gguf_name;
-use crate::mapped::{MappedFile, copy_of_bytes};
+use crate::mapped::MappedFile;
 use crate::weights::WeightSource;
 use crate::{Error, LoadOptions, Result};
 
@@ -184,14 +184,15 @@ impl GgufFile {
             _ => None,
         };
         if let Some(kind) = plain {
-            return copy_of_bytes(bytes, &shape, kind, options);
+            return self.file.tensor(bytes, &shape, kind, options);
         }
         let unreadable = |e: candle_core::Error| {
             damaged(path, format!("`{stored}`: {}", first_line(&e.to_string())))
         };
-        let wide = qtensor_from_ggml(dtype, bytes, dims, &Device::Cpu)
+        let wide = qtensor_from_ggml(dtype, &self.file.bytes()[bytes.clone()], dims, &Device::Cpu)
             .and_then(|quantized| quantized.dequantize(&Device::Cpu))
             .map_err(unreadable)?;
+        self.file.release(bytes);
         let (storage, layout) = wide.storage_and_layout();
         let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
             let message = format!("`{stored}` does not dequantise to f32");
@@ -220,6 +221,10 @@ impl WeightSource for GgufFile {
         })?;
         let tensor = self.read(&stored, shape, rows, options)?;
         self.reorder(name, tensor)
+    }
+
+    fn keep_mapped(&mut self) {
+        self.file.keep_mapped();
     }
 
     fn digest(&self) -> String {

@@ -6,11 +6,12 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read};
 use std::path::{Component, Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use crate::weights::{INDEX, SINGLE_FILE, shards_of_index};
@@ -230,31 +231,41 @@ fn missing(folder: &Path) -> Option<String> {
     }
 }
 
-/// Large files carry their SHA-256 as their name in the cache; others are read as JSON later.
+/// A file's name in the cache is its digest: SHA-256 of a large file, git's SHA-1 of a small one.
 fn verify(path: &Path) -> std::result::Result<(), String> {
     let blob = path.canonicalize().map_err(|e| e.to_string())?;
-    let name = blob
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    if name.len() != 64 || !name.chars().all(|c| c.is_ascii_hexdigit()) {
-        return Ok(());
-    }
-    let mut hasher = Sha256::new();
-    File::open(&blob)
-        .and_then(|mut file| std::io::copy(&mut file, &mut hasher))
-        .map_err(|e| e.to_string())?;
-    let found: String = hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let name = blob.file_name().unwrap_or_default().to_string_lossy();
+    let read = |e: std::io::Error| e.to_string();
+    let (what, found) = match name.len() {
+        _ if !name.chars().all(|c| c.is_ascii_hexdigit()) => return Ok(()),
+        64 => ("SHA-256", digest_of(Sha256::new(), &blob).map_err(read)?),
+        40 => {
+            let length = blob.metadata().map_err(read)?.len();
+            let mut hasher = Sha1::new();
+            hasher.update(format!("blob {length}\0"));
+            ("git hash", digest_of(hasher, &blob).map_err(read)?)
+        }
+        _ => return Ok(()),
+    };
     if found.eq_ignore_ascii_case(&name) {
         Ok(())
     } else {
-        Err(format!("its SHA-256 is {found}, not {name}"))
+        Err(format!("its {what} is {found}, not {name}"))
     }
+}
+
+/// The hexadecimal digest, begun in `hasher`, of a file.
+fn digest_of<D: Digest>(mut hasher: D, path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            length => hasher.update(&buffer[..length]),
+        }
+    }
+    let digest = hasher.finalize();
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn explain(name: &HubName, error: &ApiError) -> Error {
@@ -282,5 +293,291 @@ fn refuse(name: &HubName, message: String, status: u16) -> Error {
         name: shown,
         message,
         status,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+    const NAME: &str = "caskd/tiny";
+
+    /// A hub on the loopback device: one model, whose large file carries its SHA-256 as etag.
+    struct FakeHub {
+        files: BTreeMap<String, Vec<u8>>,
+        token: Option<&'static str>,
+        /// A file that does not arrive as it is.
+        corrupt: Option<&'static str>,
+    }
+
+    impl FakeHub {
+        /// The files of a golden model.
+        fn with(model: &str) -> FakeHub {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("tests/golden")
+                .join(model);
+            let files = std::fs::read_dir(folder).unwrap().map(|entry| {
+                let entry = entry.unwrap();
+                let name = entry.file_name().into_string().unwrap();
+                (name, std::fs::read(entry.path()).unwrap())
+            });
+            FakeHub {
+                files: files
+                    .filter(|(name, _)| !name.starts_with("golden"))
+                    .collect(),
+                token: None,
+                corrupt: None,
+            }
+        }
+
+        /// Serves until the process ends; gives its address and what was asked of it.
+        fn serve(self) -> (String, Arc<Mutex<Vec<String>>>) {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let endpoint = format!("http://{}", listener.local_addr().unwrap());
+            let asked = Arc::new(Mutex::new(Vec::new()));
+            let log = Arc::clone(&asked);
+            std::thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let mut stream = stream.unwrap();
+                    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                    let head: Vec<String> = std::iter::from_fn(|| lines.next()?.ok())
+                        .take_while(|line| !line.is_empty())
+                        .collect();
+                    let target = head[0].split(' ').nth(1).unwrap().to_owned();
+                    stream.write_all(&self.answer(&target, &head)).unwrap();
+                    log.lock().unwrap().push(target);
+                }
+            });
+            (endpoint, asked)
+        }
+
+        fn answer(&self, target: &str, head: &[String]) -> Vec<u8> {
+            let header = |key: &str| {
+                head.iter().find_map(|line| {
+                    let (name, value) = line.split_once(": ")?;
+                    name.eq_ignore_ascii_case(key).then(|| value.to_owned())
+                })
+            };
+            let respond = |status: &str, extra: &str, body: &[u8]| {
+                let length = body.len();
+                let mut bytes = format!(
+                    "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n{extra}\r\n"
+                )
+                .into_bytes();
+                bytes.extend_from_slice(body);
+                bytes
+            };
+            if let Some(token) = self.token
+                && header("authorization") != Some(format!("Bearer {token}"))
+            {
+                return respond("401 Unauthorized", "", b"");
+            }
+            if target == format!("/api/models/{NAME}/revision/main") {
+                let siblings: Vec<_> = self
+                    .files
+                    .keys()
+                    .map(|name| serde_json::json!({ "rfilename": name }))
+                    .collect();
+                let info = serde_json::json!({ "siblings": siblings, "sha": COMMIT });
+                return respond("200 OK", "", info.to_string().as_bytes());
+            }
+            let file = target.strip_prefix(&format!("/{NAME}/resolve/{COMMIT}/"));
+            let Some(bytes) = file.and_then(|file| self.files.get(file)) else {
+                return respond("404 Not Found", "", b"");
+            };
+            let range = header("range").unwrap();
+            let (first, last) = range
+                .strip_prefix("bytes=")
+                .unwrap()
+                .split_once('-')
+                .unwrap();
+            let first: usize = first.parse().unwrap();
+            let last = last.parse().map_or(bytes.len(), |last: usize| last + 1);
+            let hex = |digest: &[u8]| -> String {
+                digest.iter().map(|byte| format!("{byte:02x}")).collect()
+            };
+            let etag = if target.ends_with(".safetensors") {
+                hex(&Sha256::digest(bytes))
+            } else {
+                let mut whole = format!("blob {}\0", bytes.len()).into_bytes();
+                whole.extend_from_slice(bytes);
+                hex(&Sha1::digest(&whole))
+            };
+            let extra = format!(
+                "ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {first}-{}/{}\r\n",
+                last - 1,
+                bytes.len()
+            );
+            let mut body = bytes[first..last].to_vec();
+            if file == self.corrupt && body.len() > 1 {
+                let middle = body.len() / 2;
+                body[middle] ^= 1;
+            }
+            respond("206 Partial Content", &extra, &body)
+        }
+    }
+
+    fn hub(cache: &Path, endpoint: &str) -> Hub {
+        Hub {
+            cache: cache.to_owned(),
+            endpoint: Some(endpoint.to_owned()),
+            token: None,
+            offline: false,
+        }
+    }
+
+    fn name() -> HubName {
+        HubName::parse(Path::new(NAME)).unwrap()
+    }
+
+    fn bytes_of(folder: &Path, file: &str) -> Vec<u8> {
+        std::fs::read(folder.join(file)).unwrap()
+    }
+
+    #[test]
+    fn names_are_told_from_paths() {
+        let parse = |text: &str| HubName::parse(Path::new(text));
+        assert_eq!(
+            parse("Qwen/Qwen2.5-0.5B").unwrap().repository,
+            "Qwen/Qwen2.5-0.5B"
+        );
+        let pinned = parse("org/name@v1.0").unwrap();
+        assert_eq!(
+            (&*pinned.repository, &*pinned.revision),
+            ("org/name", "v1.0")
+        );
+        for path in [
+            "folder",
+            "/org/name",
+            "./org/name",
+            "../name",
+            "a/b/c",
+            "models/teacher.gguf",
+            "org/na me",
+            "org/name@",
+            "org/",
+            "C:\\models\\a",
+        ] {
+            assert_eq!(parse(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn fetched_once_and_then_served_from_the_cache() {
+        for model in ["mha_tied", "bf16_sharded"] {
+            let cache = tempfile::tempdir().unwrap();
+            let source = FakeHub::with(model);
+            let files = source.files.clone();
+            let (endpoint, asked) = source.serve();
+            let hub = hub(cache.path(), &endpoint);
+            let folder = hub.folder(&name()).unwrap();
+            for (file, bytes) in &files {
+                assert_eq!(&bytes_of(&folder, file), bytes, "{file}");
+            }
+            let requests = asked.lock().unwrap().len();
+            assert!(requests > 2 * files.len(), "{requests}");
+            assert_eq!(hub.folder(&name()).unwrap(), folder);
+            assert_eq!(asked.lock().unwrap().len(), requests, "the cache was whole");
+
+            // A weight file that is missing is fetched again, and only that.
+            let weights = files
+                .keys()
+                .find(|file| file.ends_with(".safetensors"))
+                .unwrap();
+            std::fs::remove_file(folder.join(weights)).unwrap();
+            assert_eq!(hub.folder(&name()).unwrap(), folder);
+            assert_eq!(&bytes_of(&folder, weights), &files[weights]);
+            let again = asked.lock().unwrap()[requests..].join(" ");
+            assert!(
+                again.contains(weights.as_str()) && !again.contains(TOKENIZER),
+                "{again}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_made_up_cache_needs_no_hub() {
+        let cache = tempfile::tempdir().unwrap();
+        let model = cache.path().join("models--caskd--tiny");
+        let snapshot = model.join("snapshots").join(COMMIT);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        std::fs::create_dir_all(model.join("refs")).unwrap();
+        std::fs::write(model.join("refs/main"), COMMIT).unwrap();
+        for (file, bytes) in FakeHub::with("qwen2_tied").files {
+            std::fs::write(snapshot.join(file), bytes).unwrap();
+        }
+        let offline = Hub {
+            offline: true,
+            ..hub(cache.path(), "http://127.0.0.1:9")
+        };
+        assert_eq!(offline.folder(&name()).unwrap(), snapshot);
+        let pinned = HubName {
+            revision: COMMIT.to_owned(),
+            ..name()
+        };
+        assert_eq!(offline.folder(&pinned).unwrap(), snapshot);
+
+        std::fs::remove_file(snapshot.join(TOKENIZER)).unwrap();
+        let error = offline.folder(&name()).unwrap_err();
+        assert!(error.to_string().contains(TOKENIZER), "{error}");
+        assert!(error.is_user() && error.hint().unwrap().contains("HF_HOME"));
+    }
+
+    #[test]
+    fn what_the_hub_refuses_is_explained() {
+        let cache = tempfile::tempdir().unwrap();
+        let gated = FakeHub {
+            token: Some("hf_secret"),
+            ..FakeHub::with("mha_tied")
+        };
+        let (endpoint, _) = gated.serve();
+        let stranger = hub(cache.path(), &endpoint);
+        let error = stranger.folder(&name()).unwrap_err();
+        assert!(error.to_string().contains("401"), "{error}");
+        assert!(error.hint().unwrap().contains("HF_TOKEN"));
+        let known = Hub {
+            token: Some("hf_secret".to_owned()),
+            ..stranger.clone()
+        };
+        known.folder(&name()).unwrap();
+
+        let unknown = HubName {
+            repository: "caskd/other".to_owned(),
+            ..name()
+        };
+        let error = known.folder(&unknown).unwrap_err();
+        assert!(error.to_string().contains("knows no such model"), "{error}");
+        // Nothing listens there.
+        let error = hub(cache.path(), "http://127.0.0.1:9")
+            .folder(&unknown)
+            .unwrap_err();
+        assert!(error.to_string().contains("could not be asked"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_not_kept() {
+        for (file, hash) in [(SINGLE_FILE, "SHA-256"), (CONFIG, "git hash")] {
+            let cache = tempfile::tempdir().unwrap();
+            let damaging = FakeHub {
+                corrupt: Some(file),
+                ..FakeHub::with("mha_tied")
+            };
+            let (endpoint, _) = damaging.serve();
+            let error = hub(cache.path(), &endpoint).folder(&name()).unwrap_err();
+            assert!(error.to_string().contains(hash), "{error}");
+            let (endpoint, _) = FakeHub::with("mha_tied").serve();
+            let folder = hub(cache.path(), &endpoint).folder(&name()).unwrap();
+            assert_eq!(
+                bytes_of(&folder, file),
+                FakeHub::with("mha_tied").files[file]
+            );
+        }
     }
 }

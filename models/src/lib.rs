@@ -24,6 +24,7 @@
 
 mod activation;
 mod attention;
+mod bf16_product;
 mod block;
 mod bloom;
 mod config;
@@ -52,6 +53,7 @@ mod sparsity;
 mod tokenizer;
 mod training;
 mod weights;
+mod wide_head;
 
 use std::path::Path;
 
@@ -80,6 +82,7 @@ pub use save::{save_model, save_peft};
 pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
 pub use training::Tape;
+pub use wide_head::WideHead;
 
 /// Where the weights go and in which type they compute.
 #[derive(Debug, Clone, Copy)]

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
-use crate::mapped::{MappedFile, copy_of_bytes};
+use crate::mapped::MappedFile;
 use crate::rng::SeededRng;
 use crate::{Error, LoadOptions, Result};
 
 /// Gives tensors by their Hugging Face name.
 pub(crate) trait WeightSource: Send + Sync {
     /// These rows of the tensor `name`, which has exactly this shape, in the options' type on
-    /// their device; owned, and copied at most once on its way from the file.
+    /// their device, copied at most once on its way from the file. Nothing may write to it.
     fn rows(
         &self,
         name: &str,
@@ -27,6 +27,9 @@ pub(crate) trait WeightSource: Send + Sync {
     fn tensor(&self, name: &str, shape: &[i64], options: &LoadOptions) -> Result<Tensor> {
         self.rows(name, shape, 0..shape[0] as usize, options)
     }
+
+    /// From now on tensors may be the mapped bytes of the files themselves.
+    fn keep_mapped(&mut self) {}
 
     /// blake3 (hex) of the bytes that the weights are read from.
     fn digest(&self) -> String;
@@ -174,7 +177,11 @@ impl WeightSource for SafetensorsFolder {
         let bytes = location.start + row * rows.start..location.start + row * rows.end;
         let mut shape = shape.to_vec();
         shape[0] = rows.len() as i64;
-        copy_of_bytes(&file.bytes()[bytes], &shape, kind, options)
+        file.tensor(bytes, &shape, kind, options)
+    }
+
+    fn keep_mapped(&mut self) {
+        self.files.iter_mut().for_each(MappedFile::keep_mapped);
     }
 
     /// Of the files one after the other, in name order.

@@ -130,6 +130,60 @@ fn names_without_their_first_part() {
     check_tiny("bloom_7_bare");
 }
 
+/// A GGUF file against transformers and the gguf package; `make_gguf.py` makes both.
+fn check_gguf(name: &str) -> LoadedModel {
+    let model = load(&golden(&format!("{name}.gguf")), &f32_on_cpu()).unwrap();
+    let expected = numbers(&golden(&format!("{name}.safetensors")));
+    let parameters = model.network.parameters();
+    let weights: Vec<_> = expected
+        .iter()
+        .filter_map(|(key, golden)| Some((key.strip_prefix("weight.")?, golden)))
+        .collect();
+    assert_eq!(weights.len(), parameters.len());
+    for (name, golden) in weights {
+        let values = pick(&parameters, name)
+            .flatten(0, -1)
+            .slice(0, None, None, 23);
+        let sample = values.narrow(0, 0, golden.size()[0]);
+        let difference = max_difference(&sample, golden);
+        assert!(difference < 1e-6, "{name} differs by {difference}");
+    }
+    let ids = pick(&expected, "input_ids");
+    let layers: Vec<u32> = (0..=model.network.num_layers() as u32).collect();
+    let forward = tch::no_grad(|| model.network.forward(&ids, &layers, false));
+    for (layer, hidden) in &forward.hidden {
+        let golden = pick(&expected, &format!("hidden.{layer}"));
+        let difference = max_difference(&hidden.slice(2, None, None, 5), &golden);
+        assert!(
+            difference < TOLERANCE,
+            "{name}: hidden state {layer} differs by {difference}"
+        );
+    }
+    let logits = model.network.logits(&forward.last_hidden);
+    let difference = max_difference(&logits, &pick(&expected, "logits"));
+    assert!(
+        difference < TOLERANCE,
+        "{name}: logits differ by {difference}"
+    );
+    let loss = next_token_loss(&logits, &ids) - pick(&expected, "loss").double_value(&[]);
+    assert!(loss.abs() < TOLERANCE, "{name}: losses differ by {loss}");
+    model
+}
+
+#[test]
+fn every_gguf_type() {
+    let model = check_gguf("gguf_mixed");
+    assert_eq!(model.network.architecture(), "llama");
+    let encoded = model.tokenizer.encode("abcdx", false).unwrap();
+    assert_eq!(encoded.get_tokens(), ["abcd", "x"]);
+}
+
+#[test]
+fn qwen2_and_bloom_from_gguf() {
+    assert_eq!(check_gguf("gguf_qwen2").network.architecture(), "qwen2");
+    assert_eq!(check_gguf("gguf_bloom").network.architecture(), "bloom");
+}
+
 fn load_teacher(kind: Kind) -> Option<LoadedModel> {
     let mut options = f32_on_cpu();
     options.kind = kind;
@@ -173,6 +227,9 @@ fn real_teacher_from_gguf() {
         "log-sum-exp differs by {difference}"
     );
     assert_eq!(logits.argmax(-1, false), pick(&expected, "argmax"));
+    let loss = next_token_loss(&logits, &pick(&expected, "input_ids"));
+    let difference = (loss - pick(&expected, "loss").double_value(&[])).abs();
+    assert!(difference < TOLERANCE, "losses differ by {difference}");
 }
 
 #[test]
@@ -227,6 +284,19 @@ fn tokenizer_from_gguf() {
         let encoded = loaded.tokenizer.encode(text.as_str(), false).unwrap();
         assert_eq!(encoded.get_ids(), ids, "{text:?}");
         assert_eq!(loaded.tokenizer.decode(&ids, false).unwrap(), text);
+    }
+}
+
+#[test]
+fn sentence_piece_tokenizer_from_gguf() {
+    let loaded = load_tokenizer(&golden("gguf_sentence_piece.gguf")).unwrap();
+    assert_eq!((loaded.bos, loaded.eos), (Some(1), Some(2)));
+    let text = std::fs::read_to_string(golden("gguf_sentence_piece.json")).unwrap();
+    let expected: Vec<Encoded> = serde_json::from_str(&text).unwrap();
+    assert!(expected.len() >= 12);
+    for Encoded { text, ids } in expected {
+        let encoded = loaded.tokenizer.encode(text.as_str(), true).unwrap();
+        assert_eq!(encoded.get_ids(), ids, "{text:?}");
     }
 }
 

@@ -15,7 +15,7 @@ Examples:
 
 A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
 pub(crate) struct BuildArgs {
-    /// The teacher: a Hugging Face folder or a GGUF file
+    /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) teacher: PathBuf,
     /// Records (.jsonl) or running text (.txt); may be repeated

@@ -28,7 +28,7 @@ pub(crate) struct SearchArgs {
     /// The teacher's cache
     #[arg(long, value_name = "CACHE", requires = "student")]
     pub(crate) cache: Option<PathBuf>,
-    /// The student: a Hugging Face folder or a GGUF file
+    /// The student: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR", requires = "cache")]
     pub(crate) student: Option<PathBuf>,
     /// Any program as the objective, instead of training from a cache

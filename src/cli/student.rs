@@ -27,7 +27,7 @@ pub(crate) struct TrainArgs {
         required_unless_present = "print_config"
     )]
     pub(crate) cache: Vec<PathBuf>,
-    /// The student: a Hugging Face folder or a GGUF file
+    /// The student: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
     pub(crate) student: Option<PathBuf>,
     /// The run's folder: adapters, checkpoints, log
@@ -73,7 +73,7 @@ Tasks: openbookqa, hellaswag, winogrande, piqa, arc_easy, arc_challenge, boolq, 
 of a task's file has the fields of its dataset as lm-evaluation-harness loads it, or is prepared: query, choices, gold; \
 or contexts, continuation, gold; or context, continuation; a page for wikitext. Scores are the harness's.")]
 pub(crate) struct EvalArgs {
-    /// A Hugging Face folder, a GGUF file, or a run of `caskd train`
+    /// A Hugging Face folder, a GGUF file, org/name on the Hugging Face hub, or a run of `caskd train`
     #[arg(long, value_name = "DIR|FILE.gguf|RUN")]
     pub(crate) model: PathBuf,
     /// Text for perplexity; may be repeated

@@ -1,0 +1,52 @@
+"""A teacher's pass as a build makes it (forward, head, fused statistics, top-64) against Hugging Face transformers' eager
+forward with top-64, log-sum-exp and standard deviation in PyTorch, in turns in one run.
+
+    OMP_NUM_THREADS=2 python runs/teacher_speed.py target/release/examples/teacher_speed FILE.gguf [ROUNDS]
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+example, path = sys.argv[1], pathlib.Path(sys.argv[2])
+rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def theirs(model, ids, wide):
+    """Seconds of the fastest round; statistics over the logits in f32 or as they come."""
+    best = float("inf")
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+            logits = logits.float() if wide else logits
+            logits.topk(64), logits.logsumexp(-1), logits.std(-1)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def ours(batch, positions, kind):
+    command = [example, str(path), str(batch), str(positions), kind, str(rounds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+print("| shape | type | caskd tokens/s (forward, head, statistics) | transformers tokens/s | ratio |\n|---|---|---|---|---|")
+for kind, dtype in [("f32", torch.float32), ("bf16", torch.bfloat16)]:
+    model = model.to(dtype)
+    for batch, positions in [(8, 128), (4, 512)]:
+        tokens = batch * positions
+        ids = ((torch.arange(tokens) * 7919 + 13) % model.config.vocab_size).view(batch, positions)
+        turns = [ours(batch, positions, kind)]
+        # The rival may take whichever is the faster for it.
+        rival = min(theirs(model, ids, wide) for wide in ([False, True] if kind == "bf16" else [False]))
+        turns.append(ours(batch, positions, kind))
+        mine = min(turns, key=lambda turn: turn["seconds"])
+        rest = mine["seconds"] - mine["forward"] - mine["head"]
+        shares = f"{mine['forward']:.2f} s, {mine['head']:.2f} s, {rest:.2f} s"
+        print(f"| [{batch}, {positions}] | {kind} | {tokens / mine['seconds']:.0f} ({shares}) | {tokens / rival:.0f} | {rival / mine['seconds']:.2f} |", flush=True)
