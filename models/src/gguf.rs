@@ -172,8 +172,7 @@ impl GgufFile {
             return Err(damaged(path, message));
         }
         let row_bytes = row_elements / dtype.block_size() * dtype.type_size();
-        let bytes =
-            &self.file.bytes()[start + row_bytes * rows.start..start + row_bytes * rows.end];
+        let bytes = start + row_bytes * rows.start..start + row_bytes * rows.end;
         let mut dims = info.shape.dims().to_vec();
         dims[0] = rows.len();
         let shape: Vec<i64> = dims.iter().map(|&n| n as i64).collect();

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::activation::check_calibration;
 use crate::linear::Pass;
-use crate::{Network, Result};
+use crate::{Error, Network, Result};
 
 /// |w · ∂L/∂w| of the projections of some layers, L the mean cross-entropy of calibration text.
 #[derive(Debug, Default)]
@@ -38,6 +38,15 @@ pub fn saliencies(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Saliencies> {
     check_calibration(network, sequences)?;
+    let targets: usize = sequences
+        .iter()
+        .map(|tokens| tokens.len().saturating_sub(1))
+        .sum();
+    if targets == 0 {
+        return Err(Error::Prune {
+            message: "no calibration sequence has two tokens".to_owned(),
+        });
+    }
     let device = network.device();
     let layers = scope.clone();
     for index in layers.clone() {
@@ -46,10 +55,6 @@ pub fn saliencies(
             linear.weight = linear.weight.detach().set_requires_grad(true);
         }
     }
-    let targets: usize = sequences
-        .iter()
-        .map(|tokens| tokens.len().saturating_sub(1))
-        .sum();
     for (done, sequence) in sequences.iter().enumerate() {
         if sequence.len() < 2 {
             continue;

@@ -15,7 +15,7 @@ Examples:
 
 LLaMA-7B at 0.25 keeps 80.5% of its parameters, as in Table 5 of BayesKD (LLM-Pruner's layers 4-30).")]
 pub(crate) struct PruneArgs {
-    /// The dense model: a Hugging Face folder or a GGUF file
+    /// The dense model: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) model: PathBuf,
     /// What the removed matter least by: their size, their size times their input's, or what the loss would lose

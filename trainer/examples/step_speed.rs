@@ -111,7 +111,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
         .map_err(|error| error.to_string())?;
     let count = steps * BATCH;
     let network = &teacher.network;
-    let (last, width) = (network.num_layers() as u32, network.config().hidden_size);
+    let (last, width) = (network.num_layers() as u32, network.config().hidden_size());
     let tokens: Vec<u32> = encoding
         .get_ids()
         .iter()
@@ -153,7 +153,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
             }
         })
         .collect();
-    let vocab_size = network.config().vocab_size;
+    let vocab_size = network.config().vocab_size();
     let spec = CacheSpec {
         tier: Tier::Exact,
         top_k: 1,

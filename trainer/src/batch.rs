@@ -132,7 +132,7 @@ impl Batch {
     }
 
     /// Says of every position of the collated sequences whether it has a row of the teacher's.
-    pub(crate) fn with_pairs(self, sequences: &[Sequence], paired: &[Vec<bool>]) -> Result<Batch> {
+    pub(crate) fn with_pairs(self, sequences: &[Sequence], paired: &[Vec<bool>]) -> Batch {
         let flags: Vec<f32> = sequences
             .iter()
             .zip(paired)
@@ -140,10 +140,10 @@ impl Batch {
                 target_positions(sequence).map(|t| f32::from(u8::from(paired[t])))
             })
             .collect();
-        Ok(Batch {
+        Batch {
             paired: Some(Tensor::from_slice(&flags)),
             ..self
-        })
+        }
     }
 
     /// The same on another device.

@@ -27,19 +27,16 @@ const SECTIONS: [(&str, &[(&str, &str)]); 6] = [
             ),
             (
                 "mode",
-                "what trains: adapters (\"lora\") or all weights (\"full\")",
+                "\"lora\" trains adapters, \"full\" all weights (docs/STUDENTS.md)",
             ),
-            (
-                "quantize",
-                "the frozen projections in 8 bits: \"none\" or \"int8\"",
-            ),
+            ("quantize", "the frozen projections: \"none\", or \"int8\""),
             (
                 "recompute",
                 "run each block again on the way back: far less memory, a third more time",
             ),
             (
                 "teacher_tokenizer",
-                "the teacher's folder or GGUF file, for a student with another tokenizer",
+                "the teacher's folder or GGUF file, for a student with another tokenizer and the loss uld",
             ),
             (
                 "dtype",

@@ -163,7 +163,8 @@ impl Source {
             sequences.push(retokenized.sequence);
             paired.push(retokenized.paired);
         }
-        Batch::collate(&sequences, &self.columns, self.vocabulary)?.with_pairs(&sequences, &paired)
+        let batch = Batch::collate(&sequences, &self.columns, self.vocabulary)?;
+        Ok(batch.with_pairs(&sequences, &paired))
     }
 }
 

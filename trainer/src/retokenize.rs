@@ -105,10 +105,8 @@ impl Retokenizer {
     fn teacher_spans(&self, ids: &[u32]) -> Result<(String, Vec<Option<usize>>)> {
         let tokenizer = &self.teacher.tokenizer;
         let decode = |ids: &[u32]| tokenizer.decode(ids, true).map_err(refuse);
-        let special = |id: u32| {
-            let token = tokenizer.get_added_tokens_decoder();
-            token.get(&id).is_some_and(|token| token.special)
-        };
+        let added = tokenizer.get_added_tokens_decoder();
+        let special = |id: u32| added.get(&id).is_some_and(|token| token.special);
         let text = decode(ids)?;
         let plain: Vec<u32> = ids.iter().copied().filter(|id| !special(*id)).collect();
         let encoding = tokenizer.encode(text.as_str(), false).map_err(refuse)?;
