@@ -152,6 +152,7 @@ class Basis:
     def __init__(self, path):
         tensors = read_safetensors(path)
         self.mean, self.synthesis = tensors["mean"], tensors["synthesis"]
+        self.tail_shift = tensors.get("tail_shift", np.zeros(1, np.float32))[0]
         self.shift = tensors["levels.shift"].astype(np.int64)
         self.lowest = tensors["levels.lowest"].astype(np.int64)
         self.levels = Tables(tensors["levels.symbols"], tensors["levels.frequencies"])
@@ -367,7 +368,7 @@ class Cache:
         hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
         logits = hidden @ head.T
         shift = sequence["statistics"]["mean"] - logits.mean(axis=1, dtype=np.float64)
-        logits += shift.astype(np.float32)[:, None]
+        logits += shift.astype(np.float32)[:, None] - self.basis.tail_shift
         np.put_along_axis(logits, sequence["top_k"]["ids"].astype(np.int64), sequence["top_k"]["logits"], axis=1)
         return logits
 

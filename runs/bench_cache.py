@@ -9,6 +9,8 @@ them: seek, read, cut, np.frombuffer), and decodes each in turn, several rounds,
 CPU seconds, medians over the rounds. What is handed out: ids u32, mask, five f32 statistics, 64 ids u32 and logits f32,
 the layer in f32, by the position; the rivals are also measured with the layer left in f16, as they store it.
 
+Where MosaicML's package `mosaicml-streaming` can be imported, its own writer and reader are measured too.
+
 Needs numpy and pyarrow, and `cargo build --release -p caskd-formats --example decode_speed`.
 """
 
@@ -30,6 +32,12 @@ import pyarrow.parquet as pq
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 from caskd_reader import STATISTICS, Cache  # noqa: E402
+
+try:
+    from streaming import MDSWriter
+    from streaming.base.format import reader_from_json
+except ImportError:
+    MDSWriter = None
 
 ROWS_PER_FILE = 256
 
@@ -141,6 +149,22 @@ def read_mds(folder, columns, widens):
                     array.astype(np.float32)
 
 
+def write_streaming(folder, sequences):
+    """The same by MosaicML's own package."""
+    columns = {name: f"ndarray:{'uint8' if value.dtype == bool else value.dtype.name}" for name, value in sequences[0].items()}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for sequence in sequences:
+            writer.write({name: value.astype(np.uint8) if value.dtype == bool else value for name, value in sequence.items()})
+
+
+def read_streaming(folder, widens):
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        for sample in reader_from_json(str(folder), "", shard):
+            for array in sample.values():
+                if widens and array.dtype == np.float16:
+                    array.astype(np.float32)
+
+
 def timed(work, *arguments):
     # Of the whole process: pyarrow has threads of its own even when it is asked for none.
     started = time.process_time()
@@ -177,14 +201,17 @@ def measure(program, folder, arguments):
     cache = folder / "cache"
     subprocess.run([program, "make", cache, str(arguments.positions)], check=True)
     sequences = list(samples(cache))
-    for name, write in [("nested", write_nested), ("mds", write_mds)]:
+    rivals = [("nested", write_nested), ("mds", write_mds)]
+    if MDSWriter is not None:
+        rivals.append(("streaming", write_streaming))
+    for name, write in rivals:
         (folder / name).mkdir()
         write(folder / name, sequences)
     columns = len(sequences[0])
     del sequences
     decoder = Decoder(program, cache)
     times = {name: [] for name in ["scan", "native", "copy", "subset", "threads"]}
-    times |= {name: [] for name in ["nested", "nested f16", "mds", "mds f16"]}
+    times |= {name: [] for name in ["nested", "nested f16", "mds", "mds f16", "streaming", "streaming f16"]}
     walls = {"scan": [], "threads": []}
     answers = {}
     for number in range(arguments.rounds + 1):
@@ -198,6 +225,9 @@ def measure(program, folder, arguments):
             found["nested f16"] = timed(read_nested, folder / "nested", False)
             found["mds"] = timed(read_mds, folder / "mds", columns, True)
             found["mds f16"] = timed(read_mds, folder / "mds", columns, False)
+            if MDSWriter is not None:
+                found["streaming"] = timed(read_streaming, folder / "streaming", True)
+                found["streaming f16"] = timed(read_streaming, folder / "streaming", False)
         if number == 0:
             continue
         for name, seconds in found.items():
@@ -205,7 +235,7 @@ def measure(program, folder, arguments):
         for name in walls:
             walls[name].append(answers[name]["wall"])
     decoder.close()
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = {name: statistics.median(values) for name, values in times.items() if values}
     positions = arguments.positions
     share = answers["subset"]["positions"] / positions
     results = {
@@ -221,6 +251,8 @@ def measure(program, folder, arguments):
         "decode : nested-list Parquet, layer left in f16": median["nested f16"] / median["scan"],
         "decode : MDS": median["mds"] / median["scan"],
         "decode : MDS, layer left in f16": median["mds f16"] / median["scan"],
+        **{f"decode : MDS by its own package{note}": median[name] / median["scan"]
+           for name, note in [("streaming", ""), ("streaming f16", ", layer left in f16")] if name in median},
         "decode : copy of the bytes handed out": median["copy"] / median["scan"],
         "5% subset : its share of a scan": median["subset"] / (median["scan"] * share),
         "two threads : one, by CPU time": 2 * median["scan"] / median["threads"],

@@ -2,12 +2,12 @@
 """Rate against distortion of teacher caches: caskd's tiers against plain top-k, random-sampling KD and published formats.
 
     runs/rate_distortion.py --teacher MODEL.gguf --text TEXT.txt --out OUT [--caskd target/release/caskd]
-        [--rates 75,130,220] [--positions 1024] [--dtype bf16] [--student MODEL]
+        [--rates 75,130,220] [--positions 2048] [--max-len 256] [--dtype bf16] [--student MODEL ...]
 
 Builds a cache of each kind with caskd (OUT/<name>, kept: a second run reuses it), has `caskd fidelity` measure it, and exports
 the teacher's logits of a few sequences once, from which the rivals are made: logits kept to the top k (the rest -inf, or the
-uniform tail), and N draws from the distribution (Anshumann et al. 2025, arXiv 2503.16870). Gradients are those of the same
-student everywhere. Writes OUT/table.md and OUT/rate-distortion.svg. Needs numpy, and nothing else.
+uniform tail), and N draws from the distribution (Anshumann et al. 2025, arXiv 2503.16870). Gradients are those of the
+teacher without a quarter of its FFN channels by magnitude, and of every further `--student`. Writes OUT/table.md and OUT/rate-distortion.svg. Needs numpy, and nothing else.
 """
 
 import argparse
@@ -42,14 +42,16 @@ def cache(arguments, name, *options):
     if not (folder / "manifest.json").exists():
         resume = ["--resume"] if folder.exists() else []
         caskd(arguments, "build", "--teacher", arguments.teacher, "--data", arguments.text, "--out", folder,
-              "--dtype", arguments.dtype, "--layers", "none", "--no-fidelity", *options, *resume)
-    report = arguments.out / f"{name}.json"
-    if not report.exists():
-        student = ["--student", arguments.student] if arguments.student else []
-        found = caskd(arguments, "fidelity", folder, "--teacher", arguments.teacher,
-                      "--positions", arguments.positions, *student)
-        report.write_text(json.dumps(found, indent=2))
-    return json.loads(report.read_text())
+              "--dtype", arguments.dtype, "--max-len", arguments.max_len, "--layers", "none", "--no-fidelity", *options, *resume)
+    reports = []
+    for number, student in enumerate([None, *arguments.student]):
+        report = arguments.out / (f"{name}.{number}.json" if number else f"{name}.json")
+        if not report.exists():
+            found = caskd(arguments, "fidelity", folder, "--teacher", arguments.teacher,
+                          "--positions", arguments.positions, *(["--student", student] if student else []))
+            report.write_text(json.dumps(found, indent=2))
+        reports.append(json.loads(report.read_text()))
+    return reports
 
 
 def tensors(path, name):
@@ -147,9 +149,10 @@ def main():
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--caskd", default="target/release/caskd")
-    parser.add_argument("--student", help="whose gradient; default: the teacher without a quarter of its FFN channels")
+    parser.add_argument("--student", action="append", default=[], help="a further student, whose gradient is measured too")
     parser.add_argument("--rates", default="75,130,220")
-    parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--max-len", type=int, default=256)
     parser.add_argument("--rival-positions", type=int, default=128)
     parser.add_argument("--dtype", default="bf16")
     arguments = parser.parse_args()
@@ -169,19 +172,26 @@ def main():
     step = max(1, int(tensors(exported, "lengths")[0]) // rows)
     others = rivals(logits[::step], rows)
 
-    head = "| kept as | bytes a position | " + " | ".join(f"KL@{key}" for key in KEYS) + " | gradient error at T = " + ", ".join(KEYS) + " |"
+    columns = ["kept as", "bytes a position", *(f"KL@{key}" for key in KEYS), "gradient error at T = " + ", ".join(KEYS),
+               *(f"the same, {pathlib.Path(student).name}" for student in arguments.student)]
+    head = "| " + " | ".join(columns) + " |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     points = []
-    for name, report in reports.items():
-        kl, errors = report["kl"], report["gradient_error"]
-        points.append((name, report["bytes_per_position"], kl))
-        lines.append(f"| {name} | {report['bytes_per_position']:.0f} | " + " | ".join(f"{kl[key]:.2g}" for key in KEYS)
-                     + " | " + " ".join(f"{100 * errors[key]:.1f}%" for key in KEYS) + " |")
+    unknown = ["–"] * (1 + len(arguments.student))
+
+    def line(name, size, kl, errors):
+        lines.append("| " + " | ".join([name, size, *kl, *errors]) + " |")
+
+    for name, measured in reports.items():
+        kl, size = measured[0]["kl"], measured[0]["bytes_per_position"]
+        points.append((name, size, kl))
+        errors = [" ".join(f"{100 * report['gradient_error'][key]:.1f}%" for key in KEYS) for report in measured]
+        line(name, f"{size:.0f}", [f"{kl[key]:.2g}" for key in KEYS], errors)
     for name, (size, kl) in others.items():
         points.append((name, size, kl))
-        lines.append(f"| {name} | {size:.0f} | " + " | ".join(f"{kl[key]:.2g}" for key in KEYS) + " | – |")
+        line(name, f"{size:.0f}", [f"{kl[key]:.2g}" for key in KEYS], unknown)
     for name, size in PUBLISHED.items():
-        lines.append(f"| {name} | {size(logits.shape[-1]):,} | " + " | ".join("–" for _ in KEYS) + " | – |")
+        line(name, f"{size(logits.shape[-1]):,}", ["–"] * len(KEYS), unknown)
     text = "\n".join(lines) + "\n"
     (arguments.out / "table.md").write_text(text)
     svg(points, arguments.out / "rate-distortion.svg")

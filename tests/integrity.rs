@@ -13,53 +13,60 @@ fn stdout(output: &std::process::Output) -> String {
 }
 
 #[test]
-fn a_flipped_bit_in_any_file_is_found_and_named() {
+fn a_flipped_bit_in_any_file_of_any_tier_is_found_and_named() {
     let bench = Bench::new();
-    let folder = bench.cache("cache", 12, &["--tier", "exact"]);
-    let whole = files(&folder);
-    assert!(whole.len() >= 3, "manifest, head, shard");
-    for (name, bytes) in &whole {
-        // The start, the end, and places between.
-        for step in 0..8 {
-            let at = (bytes.len() - 1) * step / 7;
-            let mut damaged = bytes.clone();
-            damaged[at] ^= 1 << (step % 8);
-            std::fs::write(folder.join(name), &damaged).unwrap();
-            let output = bench.run(&["verify", "cache"]);
-            assert_eq!(
-                output.status.code(),
-                Some(2),
-                "{} byte {at}",
-                name.display()
-            );
-            let said = stdout(&output) + &stderr(&output);
-            assert!(
-                said.contains(name.to_str().unwrap()),
-                "{}: {said}",
-                name.display()
-            );
+    // A manifest and a shard; the head; the basis.
+    for (tier, least, options) in [
+        ("sparse", 2, &[][..]),
+        ("exact", 3, &[]),
+        ("compact", 4, &["--rate", "60"]),
+    ] {
+        let folder = bench.cache(tier, 12, &[&["--tier", tier], options].concat());
+        let whole = files(&folder);
+        assert!(whole.len() >= least, "{tier}");
+        for (name, bytes) in &whole {
+            // The start, the end, and places between.
+            for step in 0..8 {
+                let at = (bytes.len() - 1) * step / 7;
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 1 << (step % 8);
+                std::fs::write(folder.join(name), &damaged).unwrap();
+                let output = bench.run(&["verify", tier]);
+                assert_eq!(
+                    output.status.code(),
+                    Some(2),
+                    "{tier}: {} byte {at}",
+                    name.display()
+                );
+                let said = stdout(&output) + &stderr(&output);
+                assert!(
+                    said.contains(name.to_str().unwrap()),
+                    "{}: {said}",
+                    name.display()
+                );
+            }
+            std::fs::write(folder.join(name), bytes).unwrap();
         }
-        std::fs::write(folder.join(name), bytes).unwrap();
-    }
-    bench.ok(&["verify", "cache", "--deep"]);
+        bench.ok(&["verify", tier, "--deep"]);
 
-    // In the middle of a shard lies a row of a column, and both are named.
-    let (name, bytes) = whole
-        .iter()
-        .find(|(name, _)| name.starts_with("shards"))
-        .unwrap();
-    let mut damaged = bytes.clone();
-    damaged[bytes.len() / 2] ^= 8;
-    std::fs::write(folder.join(name), &damaged).unwrap();
-    let report: serde_json::Value =
-        serde_json::from_slice(&bench.run(&["verify", "cache", "--json"]).stdout).unwrap();
-    let problems = report["problems"].as_array().unwrap();
-    assert!(
-        problems
+        // In the middle of a shard lies a row of a column, and both are named.
+        let (name, bytes) = whole
             .iter()
-            .any(|problem| problem["row"].is_u64() && problem["column"].is_string()),
-        "{report}"
-    );
+            .find(|(name, _)| name.starts_with("shards"))
+            .unwrap();
+        let mut damaged = bytes.clone();
+        damaged[bytes.len() / 2] ^= 8;
+        std::fs::write(folder.join(name), &damaged).unwrap();
+        let report: serde_json::Value =
+            serde_json::from_slice(&bench.run(&["verify", tier, "--json"]).stdout).unwrap();
+        let problems = report["problems"].as_array().unwrap();
+        assert!(
+            problems
+                .iter()
+                .any(|problem| problem["row"].is_u64() && problem["column"].is_string()),
+            "{tier}: {report}"
+        );
+    }
 }
 
 /// Writes the same cache with other values: every checksum is right.

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{
-    Basis, CacheSpec, CacheWriter, Coefficients, Columns, Fidelity, HeadDtype, HeadWeights,
-    HiddenState, LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
-    split_hash, stored_code,
+    Basis, CacheSpec, CacheWriter, Columns, Fidelity, HeadDtype, HeadWeights, HiddenState,
+    LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK, split_hash,
+    stored_code,
 };
 use caskd_models::{LoadOptions, LoadedModel};
 use crossbeam_channel::bounded;
@@ -17,7 +17,9 @@ use crate::fidelity;
 use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
 use crate::tokenize::{TokenizedSequence, tokenize};
-use crate::transform_fit::{self, Coder, FIT_POSITIONS, HELD_OUT_POSITIONS, MOST_K, Sample};
+use crate::transform_fit::{
+    self, Coder, FIT_POSITIONS, HELD_OUT_POSITIONS, LEAST_FIT_POSITIONS, MOST_K, Sample,
+};
 use crate::{Error, Result};
 
 /// Positions whose logits exist at one time: V of them take 50 MB at V = 49,152.
@@ -340,21 +342,25 @@ fn choose_sample(sequences: &[TokenizedSequence]) -> (Vec<TokenizedSequence>, us
         .collect();
     order.sort_unstable();
     let mut chosen = Vec::new();
+    let all: usize = sequences
+        .iter()
+        .map(|sequence| sequence.token_ids.len())
+        .sum();
+    // A quarter of small data stays held out.
+    let to_fit = FIT_POSITIONS.min((all / 4 * 3).max(LEAST_FIT_POSITIONS));
     let (mut positions, mut fitted) = (0, None);
     for (_, index) in order {
-        if positions >= FIT_POSITIONS && fitted.is_none() {
+        if positions >= to_fit && fitted.is_none() {
             fitted = Some(chosen.len());
         }
-        if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS {
+        if positions >= to_fit + HELD_OUT_POSITIONS {
             break;
         }
         positions += sequences[index].token_ids.len();
         chosen.push(sequences[index].clone());
     }
     match fitted {
-        Some(fitted) if positions >= FIT_POSITIONS + HELD_OUT_POSITIONS / 2 => {
-            (chosen, fitted, fitted)
-        }
+        Some(fitted) if positions >= to_fit + HELD_OUT_POSITIONS / 2 => (chosen, fitted, fitted),
         _ => {
             let (all, last) = (chosen.len(), chosen.len() / 4 * 3);
             (chosen, all, last.min(all.saturating_sub(1)))
@@ -636,14 +642,19 @@ impl<'a> TeacherPass<'a> {
         let (mut statistics, mut top_k) = self
             .summarize(&last_hidden)
             .map_err(|position| not_finite("logits", members, position))?;
-        let coefficients = self.coder.as_ref().map(|coder| {
+        let mut coefficients = Vec::new();
+        if let Some(coder) = &self.coder {
             let started = Instant::now();
             round_statistics(&mut statistics);
             snap_top_k(&mut top_k, &statistics.max);
-            let coefficients = coder.code(&last_hidden);
+            let masks: Vec<&[bool]> = members
+                .iter()
+                .map(|member| member.loss_mask.as_slice())
+                .collect();
+            coefficients = coder.code(&last_hidden, &masks)?;
             self.totals.statistics_seconds += started.elapsed().as_secs_f64();
-            coefficients
-        });
+        }
+        let mut coefficients = coefficients.into_iter();
 
         let mut results = Vec::with_capacity(members.len());
         let mut first = 0;
@@ -668,10 +679,7 @@ impl<'a> TeacherPass<'a> {
                         values: values[rows.start * width..rows.end * width].to_vec(),
                     })
                     .collect(),
-                coefficients: coefficients.as_ref().map(|all| Coefficients {
-                    rank: all.rank,
-                    levels: all.levels[rows.start * all.rank..rows.end * all.rank].to_vec(),
-                }),
+                coefficients: coefficients.next(),
             });
         }
         for (layer, values, width) in &kept {

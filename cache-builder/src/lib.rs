@@ -7,6 +7,7 @@
 mod build;
 mod error;
 mod fidelity;
+mod noise_shaping;
 mod options;
 mod rebuild;
 mod recheck;

@@ -48,7 +48,7 @@ impl Rebuilt {
         let parts = basis.parts();
         let centred = head - head.mean_dim([0_i64].as_slice(), true, Kind::Float);
         let synthesis = Tensor::from_slice(&parts.synthesis).view([width, rank]);
-        let bias = centred.matmul(&Tensor::from_slice(&parts.mean));
+        let bias = centred.matmul(&Tensor::from_slice(&parts.mean)) - f64::from(parts.tail_shift);
         let levels: Vec<f32> = sequences
             .iter()
             .filter_map(|sequence| sequence.coefficients.as_ref())
@@ -127,7 +127,19 @@ impl Rebuilt {
         }
     }
 
-    /// The same for temperature 1, where the exact log-sum-exp says how much mass the others have.
+    /// log Σ exp(logit / temperature) outside the top K of some positions' logits [rows, V]: \[rows\].
+    pub(crate) fn tail_mass(&self, logits: &Tensor, temperature: f64, first: i64) -> Tensor {
+        let tail = match &self.overlay {
+            Some((ids, _)) => {
+                let ids = ids.narrow(0, first, logits.size()[0]);
+                logits.scatter_value(-1, &ids, f64::NEG_INFINITY)
+            }
+            None => logits.shallow_clone(),
+        };
+        (tail / temperature).logsumexp([-1_i64].as_slice(), false)
+    }
+
+    /// The logits for temperature 1, where the exact log-sum-exp says how much mass the others have.
     pub(crate) fn at_temperature_one(&self, logits: &Tensor, first: i64, rows: i64) -> Tensor {
         let (Some((ids, exact)), Form::Linear { .. }) = (&self.overlay, &self.form) else {
             return logits.shallow_clone();

@@ -5,18 +5,24 @@
 //! second derivatives of the loss: the vocabulary-centred head WcᵀWc/V (KL at high temperature) and
 //! E[Wᵀ(diag p − p pᵀ)W] at temperatures 2 and 4, each scaled to the same share of C. Measured in docs/lab-log.md.
 
+use std::ops::Range;
+
 use caskd_formats::{
     Basis, BasisParts, CacheSpec, CodeSpec, CodeTarget, Coefficients, Sequence, SymbolCounts, TopK,
     trial_bytes_per_position,
 };
 use tch::{Kind, Tensor};
 
+use crate::noise_shaping::Shaping;
 use crate::rebuild::{Rebuilt, kl_rows};
 use crate::statistics::{round_statistics, snap_top_k};
 use crate::{Error, Result};
 
-/// Positions that a basis is fitted on, where there are so many.
-pub(crate) const FIT_POSITIONS: usize = 8192;
+/// Positions that a basis is fitted on, where there are so many: half as many cost 4% more bytes.
+pub(crate) const FIT_POSITIONS: usize = 16_384;
+
+/// Positions below which all are fitted on, and none held out.
+pub(crate) const LEAST_FIT_POSITIONS: usize = 8192;
 
 /// Positions that step and K are chosen on; none of them is fitted on, where there are enough.
 pub(crate) const HELD_OUT_POSITIONS: usize = 2048;
@@ -36,14 +42,28 @@ const METRIC_TEMPERATURES: [f64; 2] = [2.0, 4.0];
 /// What K is chosen from.
 const K_CHOICES: [usize; 3] = [4, 8, 16];
 
+/// How much more KL at temperature 1 counts than at 4 in the choice of K, T² apart: what is left of it there does not cancel.
+const AT_ONE: f64 = 16.0;
+
 /// Largest K that the sample's top-k must have.
 pub(crate) const MOST_K: usize = 16;
 
 /// K where a distortion is asked for: other values reach the same with a few bytes more.
 const USUAL_K: usize = 8;
 
-/// Bits of precision that a search for the step ends with: its error is below a hundredth of a byte.
-const BISECTIONS: usize = 12;
+/// Halvings of a step's range on a logarithmic scale: the step is right to half a percent.
+const BISECTIONS: usize = 11;
+
+/// The steps of different K lie within this factor of each other, and need fewer halvings.
+const NEIGHBOURHOOD: f64 = 1.5;
+const NEIGHBOUR_BISECTIONS: usize = 7;
+
+/// A share of the rate that is left for what differs between the sample and all of the data.
+const MARGIN: f64 = 0.01;
+
+/// Temperature at which the mass outside the top K is put right: at 1 the log-sum-exp does that, far above it the top K
+/// hardly count.
+const TAIL_TEMPERATURE: f64 = 2.0;
 
 /// Coefficients that are not zero at so few of the sample's positions are dropped, with all after them.
 const RARE: f64 = 1e-3;
@@ -85,24 +105,27 @@ pub(crate) fn fit(
         spec,
         head: &head,
         transform: &transform,
+        shapings: shapings(sample)?,
         target,
     };
-    let (basis, _) = match target {
+    let basis = match target {
         CodeTarget::Rate(bytes) => {
             let choices = top_k.map_or(K_CHOICES.to_vec(), |k| vec![k]);
             let mut best: Option<(Basis, f64)> = None;
+            let mut step = None;
             for k in choices.into_iter().filter(|k| *k <= spec.vocab_size) {
-                let Some(basis) = trial.at_rate(k, f64::from(bytes))? else {
+                let Some((basis, found)) = trial.at_rate(k, f64::from(bytes), step)? else {
                     continue;
                 };
-                let (at_one, at_four) = trial.divergence(&basis)?;
-                // T² · KL is what a gradient at T sees of an error.
-                let cost = at_one + 16.0 * at_four;
+                step = Some(found);
+                let divergence = trial.divergence(&basis)?;
+                // T² · KL is what a gradient at T sees of an error; at 1 no rounding is made up for by later ones.
+                let cost = AT_ONE * divergence.at_one + 16.0 * divergence.at_four;
                 if best.as_ref().is_none_or(|(_, least)| cost < *least) {
-                    best = Some((basis, cost));
+                    best = Some((basis.with_tail_shift(divergence.tail_shift), cost));
                 }
             }
-            best.ok_or_else(|| Error::Option {
+            best.map(|(basis, _)| basis).ok_or_else(|| Error::Option {
                 problem: format!(
                     "--rate {bytes} is less than token ids, statistics and top-k take"
                 ),
@@ -111,7 +134,9 @@ pub(crate) fn fit(
         }
         CodeTarget::DistortionMicronats(nats) => {
             let k = top_k.unwrap_or(USUAL_K).min(spec.vocab_size);
-            trial.at_distortion(k, f64::from(nats) * 1e-6)?
+            let basis = trial.at_distortion(k, f64::from(nats) * 1e-6)?;
+            let shift = trial.divergence(&basis)?.tail_shift;
+            basis.with_tail_shift(shift)
         }
     };
     let (_, info) = basis.to_file();
@@ -128,47 +153,71 @@ struct Trial<'a> {
     spec: &'a CacheSpec,
     head: &'a Tensor,
     transform: &'a Transform,
+    /// Of every sequence of the sample.
+    shapings: Vec<Shaping>,
     target: CodeTarget,
 }
 
+/// How far rebuilt logits of held-out positions are from the teacher's.
+struct Divergence {
+    /// Mean KL(teacher ‖ rebuilt) at temperature 1.
+    at_one: f64,
+    /// The same at temperature 4.
+    at_four: f64,
+    /// What lowers the logits outside the top K to the teacher's mass.
+    tail_shift: f32,
+}
+
 impl Trial<'_> {
-    /// The basis with the finest step that keeps to a rate; `None` where even the coarsest does not.
-    fn at_rate(&self, k: usize, rate: f64) -> Result<Option<Basis>> {
+    /// The basis with the finest step that keeps to a rate, and the step; `None` where even the coarsest does not.
+    /// `near` is the step that another K led to.
+    fn at_rate(&self, k: usize, rate: f64, near: Option<f64>) -> Result<Option<(Basis, f64)>> {
+        let rate = rate * (1.0 - MARGIN);
         let (mut fine, mut coarse) = self.step_range();
-        let coarsest = self.basis(coarse, k)?;
-        if self.bytes_per_position(&coarsest)? > rate {
-            return Ok(None);
+        let mut bisections = BISECTIONS;
+        let mut best = None;
+        if let Some(near) = near {
+            let step = near * NEIGHBOURHOOD;
+            let basis = self.basis(step, k)?;
+            if self.bytes_per_position(&basis)? <= rate {
+                (fine, coarse, bisections) = (near / NEIGHBOURHOOD, step, NEIGHBOUR_BISECTIONS);
+                best = Some((basis, step));
+            }
         }
-        let mut best = coarsest;
-        for _ in 0..BISECTIONS {
+        if best.is_none() {
+            let coarsest = self.basis(coarse, k)?;
+            if self.bytes_per_position(&coarsest)? > rate {
+                return Ok(None);
+            }
+            best = Some((coarsest, coarse));
+        }
+        for _ in 0..bisections {
             let step = (fine * coarse).sqrt();
             let basis = self.basis(step, k)?;
             if self.bytes_per_position(&basis)? > rate {
                 fine = step;
             } else {
                 coarse = step;
-                best = basis;
+                best = Some((basis, step));
             }
         }
-        Ok(Some(best))
+        Ok(best)
     }
 
-    /// The basis with the coarsest step that keeps to a KL at temperature 1, and the KL.
-    fn at_distortion(&self, k: usize, most: f64) -> Result<(Basis, f64)> {
+    /// The basis with the coarsest step that keeps to a KL at temperature 1.
+    fn at_distortion(&self, k: usize, most: f64) -> Result<Basis> {
         let (mut fine, mut coarse) = self.step_range();
         let mut best = self.basis(fine, k)?;
-        let mut reached = self.divergence(&best)?.0;
         for _ in 0..BISECTIONS / 2 {
             let step = (fine * coarse).sqrt();
             let basis = self.basis(step, k)?;
-            let kl = self.divergence(&basis)?.0;
-            if kl > most {
+            if self.divergence(&basis)?.at_one > most {
                 coarse = step;
             } else {
-                (fine, best, reached) = (step, basis, kl);
+                (fine, best) = (step, basis);
             }
         }
-        Ok((best, reached))
+        Ok(best)
     }
 
     /// From far finer than any use to so coarse that next to nothing is left.
@@ -184,20 +233,28 @@ impl Trial<'_> {
 
     fn basis(&self, step: f64, k: usize) -> Result<Basis> {
         let transform = self.transform;
-        let levels = levels_of(&(&transform.fitted / step));
-        let present = levels.not_equal(0).to_kind(Kind::Float).mean_dim(
-            [0_i64].as_slice(),
-            false,
-            Kind::Double,
-        );
-        let present: Vec<f64> = Vec::try_from(present).map_err(torch("counting levels"))?;
+        let fitted = &self.shapings[..self.sample.fitted];
+        let scaled = to_f32(&(&transform.fitted / step));
+        let levels = round_all(fitted, &scaled);
+        let width = transform.fitted.size()[1] as usize;
+        let mut present = vec![0_u32; width];
+        for row in levels.chunks_exact(width) {
+            for (count, level) in present.iter_mut().zip(row) {
+                *count += u32::from(*level != 0);
+            }
+        }
+        let positions = levels.len() / width;
         let rank = present
             .iter()
-            .rposition(|share| *share > RARE)
+            .rposition(|count| f64::from(*count) > RARE * positions as f64)
             .map_or(1, |last| last + 1);
-        let levels = levels.narrow(1, 0, rank as i64).contiguous();
+        let levels: Vec<i16> = levels
+            .chunks_exact(width)
+            .flat_map(|row| &row[..rank])
+            .copied()
+            .collect();
         let top_k = joined_top_k(&self.sample.sequences[..self.sample.fitted], k);
-        let counts = SymbolCounts::of(&to_i16(&levels), rank, &top_k, self.spec.vocab_size);
+        let counts = SymbolCounts::of(&levels, rank, &top_k, self.spec.vocab_size);
         let to_vec = |tensor: Tensor| {
             Vec::<f32>::try_from(tensor.to_kind(Kind::Float).contiguous().view(-1))
         };
@@ -207,20 +264,22 @@ impl Trial<'_> {
                 .map_err(torch("reading the analysis"))?,
             synthesis: to_vec(transform.synthesis.narrow(1, 0, rank as i64) * step)
                 .map_err(torch("reading the synthesis"))?,
+            tail_shift: 0.0,
         };
         Ok(Basis::new(parts, &counts)?)
     }
 
-    /// The held-out sequences as this basis would have them in the cache.
-    fn coded(&self, basis: &Basis) -> Vec<Sequence> {
+    /// Some of the sequences as this basis would have them in the cache.
+    fn coded(&self, basis: &Basis, which: Range<usize>) -> Vec<Sequence> {
         let coder = Coder::new(basis);
-        let held_out = &self.sample.sequences[self.sample.held_out..];
-        held_out
+        let sequences = &self.sample.sequences[which.clone()];
+        let coefficients = coder.round(&self.shapings[which], &last_hidden(sequences));
+        sequences
             .iter()
-            .map(|sequence| {
-                let hidden = last_hidden(std::slice::from_ref(sequence));
+            .zip(coefficients)
+            .map(|(sequence, coefficients)| {
                 let mut coded = Sequence {
-                    coefficients: Some(coder.code(&hidden)),
+                    coefficients: Some(coefficients),
                     hidden: Vec::new(),
                     top_k: Some(joined_top_k(std::slice::from_ref(sequence), basis.k())),
                     ..sequence.clone()
@@ -234,7 +293,11 @@ impl Trial<'_> {
             .collect()
     }
 
-    /// Of everything that a logit loss reads.
+    fn held_out(&self) -> Range<usize> {
+        self.sample.held_out..self.sample.sequences.len()
+    }
+
+    /// Of everything that a logit loss reads: what the fitted and the other positions of the data are expected to take.
     fn bytes_per_position(&self, basis: &Basis) -> Result<f64> {
         let (_, info) = basis.to_file();
         let spec = CacheSpec {
@@ -247,16 +310,26 @@ impl Trial<'_> {
             }),
             ..self.spec.clone()
         };
-        Ok(trial_bytes_per_position(&spec, basis, &self.coded(basis))?)
+        let held_out = self.held_out();
+        let bytes = |which| trial_bytes_per_position(&spec, basis, &self.coded(basis, which));
+        let new = bytes(held_out.clone())?;
+        if self.sample.held_out < self.sample.fitted {
+            return Ok(new);
+        }
+        // As many of the fitted ones, which cost less.
+        let first = self.sample.fitted.saturating_sub(held_out.len());
+        let known = bytes(first..self.sample.fitted)?;
+        let fitted = self.transform.fitted.size()[0] as f64;
+        let share = fitted / (self.spec.data.positions as f64).max(fitted);
+        Ok(share * known + (1.0 - share) * new)
     }
 
-    /// Mean KL(teacher ‖ rebuilt) at temperatures 1 and 4 on held-out positions.
-    fn divergence(&self, basis: &Basis) -> Result<(f64, f64)> {
-        let coded = self.coded(basis);
+    fn divergence(&self, basis: &Basis) -> Result<Divergence> {
+        let coded = self.coded(basis, self.held_out());
         let rebuilt = Rebuilt::compact(basis, self.head, &coded)?;
-        let hidden = last_hidden(&self.sample.sequences[self.sample.held_out..]);
+        let hidden = last_hidden(&self.sample.sequences[self.held_out()]);
         let rows = KL_POSITIONS.min(hidden.size()[0]);
-        let (mut at_one, mut at_four) = (0.0, 0.0);
+        let (mut at_one, mut at_four, mut raised) = (0.0, 0.0, 0.0);
         tch::no_grad(|| {
             for first in (0..rows).step_by(ROWS as usize) {
                 let count = ROWS.min(rows - first);
@@ -264,9 +337,20 @@ impl Trial<'_> {
                 let logits = rebuilt.logits(first, count);
                 at_four += kl_rows(&(&teacher / 4.0), &(&logits / 4.0));
                 at_one += kl_rows(&teacher, &rebuilt.at_temperature_one(&logits, first, count));
+                let tail = |logits: &Tensor| rebuilt.tail_mass(logits, TAIL_TEMPERATURE, first);
+                raised += (tail(&logits) - tail(&teacher))
+                    .sum(Kind::Double)
+                    .double_value(&[]);
             }
         });
-        Ok((at_one / rows as f64, at_four / rows as f64))
+        let rows = rows as f64;
+        // Where the top K are the whole vocabulary there is no tail.
+        let shift = (TAIL_TEMPERATURE * raised / rows) as f32;
+        Ok(Divergence {
+            at_one: at_one / rows,
+            at_four: at_four / rows,
+            tail_shift: if shift.is_finite() { shift } else { 0.0 },
+        })
     }
 }
 
@@ -287,29 +371,91 @@ impl Coder {
         }
     }
 
-    /// Levels of hidden states [N, D].
-    pub(crate) fn code(&self, hidden: &Tensor) -> Coefficients {
+    /// Levels of the hidden states [N, D] of whole sequences, one after the other, of which the loss masks are given.
+    pub(crate) fn code(
+        &self,
+        hidden: &Tensor,
+        loss_masks: &[&[bool]],
+    ) -> Result<Vec<Coefficients>> {
         let hidden = hidden.to_kind(Kind::Float).to_device(tch::Device::Cpu);
-        let levels = levels_of(&(hidden - &self.mean).matmul(&self.analysis.tr()));
-        Coefficients {
-            rank: self.analysis.size()[0] as usize,
-            levels: to_i16(&levels),
+        let mut first = 0;
+        let mut shapings = Vec::with_capacity(loss_masks.len());
+        for mask in loss_masks {
+            let own = hidden.narrow(0, first, mask.len() as i64);
+            shapings.push(Shaping::of(&own, mask)?);
+            first += mask.len() as i64;
         }
+        Ok(self.round(&shapings, &hidden))
+    }
+
+    fn round(&self, shapings: &[Shaping], hidden: &Tensor) -> Vec<Coefficients> {
+        let rank = self.analysis.size()[0] as usize;
+        let scaled = to_f32(&(hidden - &self.mean).matmul(&self.analysis.tr()));
+        let levels = round_all(shapings, &scaled);
+        let mut levels = levels.as_slice();
+        let mut take = |positions: usize| {
+            let (own, rest) = levels.split_at(positions * rank);
+            levels = rest;
+            let levels = own.to_vec();
+            Coefficients { rank, levels }
+        };
+        shapings
+            .iter()
+            .map(|shaping| take(shaping.positions()))
+            .collect()
     }
 }
 
-fn levels_of(scaled: &Tensor) -> Tensor {
-    scaled
-        .round()
-        .clamp(f64::from(i16::MIN), f64::from(i16::MAX))
+/// Levels of the coefficients of sequences that follow each other, on all processors.
+fn round_all(shapings: &[Shaping], scaled: &[f32]) -> Vec<i16> {
+    let positions: usize = shapings.iter().map(Shaping::positions).sum();
+    let width = scaled.len() / positions.max(1);
+    let mut pieces = Vec::with_capacity(shapings.len());
+    let mut rest = scaled;
+    for shaping in shapings {
+        let (own, after) = rest.split_at(shaping.positions() * width);
+        rest = after;
+        pieces.push((shaping, own));
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = pieces.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = pieces
+            .chunks(share)
+            .map(|pieces| {
+                scope.spawn(move || {
+                    pieces
+                        .iter()
+                        .flat_map(|(shaping, scaled)| shaping.round(scaled))
+                        .collect::<Vec<i16>>()
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .collect()
+    })
 }
 
-fn to_i16(levels: &Tensor) -> Vec<i16> {
-    let levels = levels.to_kind(Kind::Int16).contiguous();
-    let mut values = vec![0_i16; levels.numel()];
-    let length = values.len();
-    levels.copy_data(&mut values, length);
-    values
+fn shapings(sample: &Sample) -> Result<Vec<Shaping>> {
+    let of = |sequence: &Sequence| {
+        let hidden = last_hidden(std::slice::from_ref(sequence));
+        Shaping::of(&hidden, &sequence.loss_mask)
+    };
+    sample.sequences.iter().map(of).collect()
+}
+
+fn to_f32(values: &Tensor) -> Vec<f32> {
+    let values = values.to_kind(Kind::Float).contiguous();
+    let mut copy = vec![0.0; values.numel()];
+    let length = copy.len();
+    values.copy_data(&mut copy, length);
+    copy
 }
 
 /// The last hidden states of sequences, f32 [N, D].

@@ -11,7 +11,7 @@ mod golden_sample;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [tier, folder] = arguments.as_slice() else {
-        eprintln!("golden_cache sparse|exact FOLDER");
+        eprintln!("golden_cache sparse|compact|exact FOLDER");
         std::process::exit(2);
     };
     golden_sample::write(tier, std::path::Path::new(folder));

@@ -48,7 +48,8 @@ pub(crate) fn rebuild(head: &Head, hidden: &[f32], width: usize) -> Result<Vec<f
     Ok(logits)
 }
 
-/// \[T·V\] of the compact tier: head · (μ + synthesis · levels), moved to the cached mean, with the top K laid over it.
+/// \[T·V\] of the compact tier: head · (μ + synthesis · levels), moved to the cached mean less the tail's
+/// shift, with the top K laid over it.
 pub(crate) fn rebuild_compact(head: &Head, basis: &Basis, sequence: &Sequence) -> Result<Vec<f32>> {
     let (Some(coefficients), Some(statistics), Some(top_k)) = (
         &sequence.coefficients,
@@ -87,7 +88,7 @@ pub(crate) fn rebuild_compact(head: &Head, basis: &Basis, sequence: &Sequence) -
     let mut logits = rebuild(head, &hidden, width)?;
     for (t, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
         let mean = row.iter().map(|logit| f64::from(*logit)).sum::<f64>() / vocab_size as f64;
-        let shift = (f64::from(statistics.mean[t]) - mean) as f32;
+        let shift = (f64::from(statistics.mean[t]) - mean) as f32 - basis.parts().tail_shift;
         for logit in row.iter_mut() {
             *logit += shift;
         }

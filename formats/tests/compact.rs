@@ -45,7 +45,7 @@ fn everything_comes_back() {
 }
 
 #[test]
-fn logits_are_the_top_k_over_what_the_basis_gives() {
+fn logits_are_the_top_k_over_what_the_basis_gives_lowered_by_the_tail_shift() {
     let sample = compact(50, 3, vec![9, 4]);
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("cache");
@@ -82,7 +82,7 @@ fn logits_are_the_top_k_over_what_the_basis_gives() {
                     .sum()
             })
             .collect();
-        let shift = f64::from(statistics.mean[t]) - row.iter().sum::<f64>() / 50.0;
+        let shift = f64::from(statistics.mean[t]) - row.iter().sum::<f64>() / 50.0 - 0.25;
         for logit in &mut row {
             *logit += shift;
         }
@@ -170,6 +170,7 @@ fn a_basis_that_does_not_fit_is_refused() {
         4,
     );
     let parts = |mean: Vec<f32>, rest: Vec<f32>| BasisParts {
+        tail_shift: 0.0,
         mean,
         analysis: rest.clone(),
         synthesis: rest,
@@ -178,6 +179,9 @@ fn a_basis_that_does_not_fit_is_refused() {
     assert!(Basis::new(parts(vec![0.0; 2], vec![1.0]), &counts).is_err());
     assert!(Basis::new(parts(vec![f32::NAN], vec![1.0]), &counts).is_err());
     assert!(Basis::new(parts(vec![], vec![]), &counts).is_err());
+    let mut shifted = parts(vec![0.0], vec![1.0]);
+    shifted.tail_shift = f32::INFINITY;
+    assert!(Basis::new(shifted, &counts).is_err());
 }
 
 #[test]

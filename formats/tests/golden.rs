@@ -10,7 +10,7 @@ use caskd_formats::{Cache, Columns, Io, verify};
 use golden_sample::golden;
 use sample::{Sample, tree};
 
-const TIERS: [&str; 2] = ["sparse", "exact"];
+const TIERS: [&str; 3] = ["sparse", "compact", "exact"];
 
 fn folder(tier: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -28,7 +28,7 @@ fn golden_caches_are_read() {
             spec: golden.spec,
             sequences: golden.sequences,
             head: golden.head,
-            basis: None,
+            basis: golden.basis,
         };
         for io in [Io::Mmap, Io::Read] {
             let cache = Cache::open(&folder(tier), io).unwrap();

@@ -93,7 +93,7 @@ fn pyarrow_duckdb_and_the_python_reader_agree() {
         eprintln!("SKIPPED: no Python with numpy and pyarrow; set CASKD_PYTHON to one");
         return;
     };
-    for tier in ["sparse", "exact"] {
+    for tier in ["sparse", "compact", "exact"] {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1");
         check_folder(&python, &golden.join(tier));
     }

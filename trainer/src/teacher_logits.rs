@@ -3,7 +3,7 @@
 //!
 //! For the exact tier the coefficients are the last hidden states and the weight is the LM head W. For the compact
 //! tier they are the levels of the transform code, the weight is Wc·S (Wc the head less the mean of its rows, S the
-//! synthesis of the basis), and the bias Wc·μ; the cached mean of the logits is added to each row, the top K replace
+//! synthesis of the basis), and the bias Wc·μ less the tail's shift; the cached mean of the logits is added to each row, the top K replace
 //! what was rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds.
 
 use caskd_formats::{Basis, Cache, Columns, Head, HeadDtype};
@@ -250,14 +250,15 @@ impl TeacherRows {
     }
 }
 
-/// Wc·S [V, R] and Wc·μ \[V\] in f32, from the head [V, D].
+/// Wc·S [V, R] and Wc·μ less the tail's shift \[V\] in f32, from the head [V, D].
 fn through_basis(head: &Tensor, basis: &Basis) -> (Tensor, Tensor) {
     let head = head.to_kind(Kind::Float);
     let centred = &head - head.mean_dim([0].as_slice(), true, Kind::Float);
     let parts = basis.parts();
     let to = |values: &[f32]| Tensor::from_slice(values).to_device(head.device());
     let synthesis = to(&parts.synthesis).view([basis.width() as i64, basis.rank() as i64]);
-    (centred.matmul(&synthesis), centred.matmul(&to(&parts.mean)))
+    let bias = centred.matmul(&to(&parts.mean)) - f64::from(parts.tail_shift);
+    (centred.matmul(&synthesis), bias)
 }
 
 /// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary \[N\] f64: the

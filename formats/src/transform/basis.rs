@@ -24,6 +24,9 @@ const SPREAD: i32 = 128;
 
 const MAX_SHIFT: u8 = 12;
 
+/// A tensor that is absent where it would be 0.
+const TAIL_SHIFT: &str = "tail_shift";
+
 /// A transform, as the fit gives it.
 #[derive(Clone, Debug, Default)]
 pub struct BasisParts {
@@ -33,6 +36,8 @@ pub struct BasisParts {
     pub analysis: Vec<f32>,
     /// \[D·r\] row-major: h ≈ μ + synthesis · levels.
     pub synthesis: Vec<f32>,
+    /// How far the logits outside the top K are lowered, for the noise of the levels raises the mean of exp(logit).
+    pub tail_shift: f32,
 }
 
 /// How often the symbols of each column came in a sample: frequency tables before rounding.
@@ -190,7 +195,8 @@ impl Basis {
             return Err("its matrices have other shapes".to_owned());
         }
         let all = [&parts.mean, &parts.analysis, &parts.synthesis];
-        if all.into_iter().flatten().any(|value| !value.is_finite()) {
+        let is_finite = all.into_iter().flatten().all(|value| value.is_finite());
+        if !is_finite || !parts.tail_shift.is_finite() {
             return Err("a value is not finite".to_owned());
         }
         if lowest.len() != rank || frequencies.level_symbols.len() != rank {
@@ -275,6 +281,13 @@ impl Basis {
         self.id_order.len()
     }
 
+    /// The same with another [`BasisParts::tail_shift`].
+    #[must_use]
+    pub fn with_tail_shift(mut self, shift: f32) -> Basis {
+        self.parts.tail_shift = shift;
+        self
+    }
+
     /// The transform.
     pub fn parts(&self) -> &BasisParts {
         &self.parts
@@ -287,7 +300,7 @@ impl Basis {
         let words = |values: &[u16]| bytemuck::cast_slice::<u16, u8>(values).to_vec();
         let lowest: Vec<i16> = self.channels.iter().map(|channel| channel.lowest).collect();
         let frequencies = &self.frequencies;
-        let tensors: [(&str, &str, Vec<usize>, Vec<u8>); 10] = [
+        let mut tensors: Vec<(&str, &str, Vec<usize>, Vec<u8>)> = vec![
             ("mean", "F32", vec![width], floats(&self.parts.mean)),
             (
                 "analysis",
@@ -344,6 +357,10 @@ impl Basis {
                 self.channels.iter().map(|channel| channel.shift).collect(),
             ),
         ];
+        if self.parts.tail_shift != 0.0 {
+            let shift = floats(&[self.parts.tail_shift]);
+            tensors.push((TAIL_SHIFT, "F32", vec![1], shift));
+        }
         let mut json = String::from("{");
         let mut data = Vec::new();
         for (name, dtype, shape, bytes) in &tensors {
@@ -408,6 +425,13 @@ impl Basis {
             mean: floats("mean")?,
             analysis: floats("analysis")?,
             synthesis: floats("synthesis")?,
+            tail_shift: match tensors.tensor(TAIL_SHIFT) {
+                Err(_) => 0.0,
+                Ok(_) => match floats(TAIL_SHIFT)?.as_slice() {
+                    [shift] => *shift,
+                    _ => return Err(damaged(format!("`{TAIL_SHIFT}` is not one number"))),
+                },
+            },
         };
         let (order, _) = bytes("top_k.id_order", Dtype::U32)?.as_chunks::<4>();
         let (lowest, _) = bytes("levels.lowest", Dtype::I16)?.as_chunks::<2>();

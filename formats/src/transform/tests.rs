@@ -42,6 +42,7 @@ pub(crate) fn basis() -> Basis {
     // Fitted on half, so that the rest makes exceptions.
     let counts = SymbolCounts::of(&levels().levels[..60], RANK, &top_k(), VOCABULARY);
     let parts = BasisParts {
+        tail_shift: 0.0,
         mean: vec![0.0; 5],
         analysis: vec![0.5; 5 * RANK],
         synthesis: vec![0.5; 5 * RANK],

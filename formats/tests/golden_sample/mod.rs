@@ -5,13 +5,16 @@
 use std::path::Path;
 
 use caskd_formats::{
-    CacheSpec, CacheWriter, DataFile, DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState,
-    LayerSpec, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+    Basis, BasisParts, CacheSpec, CacheWriter, CodeSpec, CodeTarget, Coefficients, DataFile,
+    DataInfo, HeadDtype, HeadWeights, HiddenCodec, HiddenState, LayerSpec, Sequence, Statistics,
+    SymbolCounts, TeacherInfo, Tier, TokenizerInfo, TopK,
 };
 
 /// Beyond 16 bits, so that token ids have a bit plane.
 pub const VOCABULARY: usize = 70_000;
 const EXACT_VOCABULARY: usize = 40;
+const COMPACT_VOCABULARY: usize = 300;
+const COMPACT_RANK: usize = 3;
 const TOP_K: usize = 5;
 const LENGTHS: [usize; 5] = [1, 9, 4, 17, 2];
 const PER_SHARD: usize = 3;
@@ -21,6 +24,7 @@ pub struct Golden {
     pub spec: CacheSpec,
     pub sequences: Vec<Sequence>,
     pub head: Option<Vec<u8>>,
+    pub basis: Option<Basis>,
 }
 
 /// A number in 0..bound from some others.
@@ -36,20 +40,23 @@ fn mixed(a: usize, b: usize, c: usize, bound: usize) -> usize {
 }
 
 pub fn golden(tier: &str) -> Golden {
-    let is_exact = match tier {
-        "sparse" => false,
-        "exact" => true,
+    let (tier, vocab_size, layers) = match tier {
+        "sparse" => (
+            Tier::Sparse,
+            VOCABULARY,
+            vec![(1, 6, HiddenCodec::Int8), (3, 5, HiddenCodec::F16)],
+        ),
+        "exact" => (
+            Tier::Exact,
+            EXACT_VOCABULARY,
+            vec![(2, 6, HiddenCodec::F16), (NUM_LAYERS, 8, HiddenCodec::Int8)],
+        ),
+        "compact" => (
+            Tier::Compact,
+            COMPACT_VOCABULARY,
+            vec![(2, 6, HiddenCodec::Int8)],
+        ),
         other => panic!("no golden cache of tier {other}"),
-    };
-    let vocab_size = if is_exact {
-        EXACT_VOCABULARY
-    } else {
-        VOCABULARY
-    };
-    let layers = if is_exact {
-        vec![(2, 6, HiddenCodec::F16), (NUM_LAYERS, 8, HiddenCodec::Int8)]
-    } else {
-        vec![(1, 6, HiddenCodec::Int8), (3, 5, HiddenCodec::F16)]
     };
     let layers: Vec<LayerSpec> = layers
         .into_iter()
@@ -59,16 +66,19 @@ pub fn golden(tier: &str) -> Golden {
             codec,
         })
         .collect();
-    let sequences: Vec<Sequence> = LENGTHS
+    let mut sequences: Vec<Sequence> = LENGTHS
         .iter()
         .enumerate()
         .map(|(index, length)| sequence(index, *length, vocab_size, &layers))
         .collect();
+    if tier == Tier::Compact {
+        sequences.iter_mut().enumerate().for_each(make_compact);
+    }
     let targets = sequences
         .iter()
         .flat_map(|sequence| sequence.loss_mask.iter().skip(1));
-    let spec = CacheSpec {
-        tier: if is_exact { Tier::Exact } else { Tier::Sparse },
+    let mut spec = CacheSpec {
+        tier,
         top_k: TOP_K,
         vocab_size,
         code: None,
@@ -103,7 +113,13 @@ pub fn golden(tier: &str) -> Golden {
         },
         layers,
     };
-    let head = is_exact.then(|| {
+    let basis = (tier == Tier::Compact).then(|| basis(&sequences[3..], spec.teacher.hidden_size));
+    spec.code = basis.as_ref().map(|basis| CodeSpec {
+        target: CodeTarget::Rate(130),
+        fitted_positions: 19,
+        basis: basis.to_file().1,
+    });
+    let head = (tier != Tier::Sparse).then(|| {
         let weights = 0..vocab_size * spec.teacher.hidden_size;
         let weights = weights.map(|index| mixed(index, 9, 9, 129) as f32 / 64.0 - 1.0);
         weights.flat_map(f32::to_le_bytes).collect()
@@ -112,7 +128,65 @@ pub fn golden(tier: &str) -> Golden {
         spec,
         sequences,
         head,
+        basis,
     }
+}
+
+/// Coefficients of three sizes, gaps on the grid (one of them long), everything finite.
+fn make_compact((index, sequence): (usize, &mut Sequence)) {
+    let positions = sequence.token_ids.len();
+    let levels = (0..positions * COMPACT_RANK).map(|at| {
+        let bound = [3001, 41, 3][at % COMPACT_RANK];
+        mixed(index, at, 4, bound) as i16 - bound as i16 / 2
+    });
+    sequence.coefficients = Some(Coefficients {
+        rank: COMPACT_RANK,
+        levels: levels.collect(),
+    });
+    let (Some(statistics), Some(top_k)) = (&mut sequence.statistics, &mut sequence.top_k) else {
+        return;
+    };
+    for position in 0..positions {
+        let max = statistics.max[position];
+        statistics.min[position] = max - 400.0;
+        statistics.mean[position] = max - 20.0;
+        statistics.std[position] = 2.5;
+        for rank in 1..TOP_K {
+            let steps = if position == 1 {
+                3000
+            } else {
+                mixed(index, position, 5, 9)
+            };
+            top_k.logits[position * TOP_K + rank] = max - (steps * rank) as f32 / 32.0;
+        }
+    }
+}
+
+/// Tables that know the later sequences only, so that the earlier ones have exceptions.
+fn basis(fitted: &[Sequence], width: usize) -> Basis {
+    let mut levels = Vec::new();
+    let mut top_k = TopK {
+        k: TOP_K,
+        ..TopK::default()
+    };
+    for sequence in fitted {
+        levels.extend_from_slice(&sequence.coefficients.as_ref().unwrap().levels);
+        let own = sequence.top_k.as_ref().unwrap();
+        top_k.ids.extend_from_slice(&own.ids);
+        top_k.logits.extend_from_slice(&own.logits);
+    }
+    let counts = SymbolCounts::of(&levels, COMPACT_RANK, &top_k, COMPACT_VOCABULARY);
+    let matrix = |size: usize, seed: usize| -> Vec<f32> {
+        let values = (0..size).map(|index| mixed(index, seed, 7, 129) as f32 / 64.0 - 1.0);
+        values.collect()
+    };
+    let parts = BasisParts {
+        mean: matrix(width, 1),
+        analysis: matrix(COMPACT_RANK * width, 2),
+        synthesis: matrix(COMPACT_RANK * width, 3),
+        tail_shift: 0.125,
+    };
+    Basis::new(parts, &counts).unwrap()
 }
 
 fn sequence(index: usize, length: usize, vocab_size: usize, layers: &[LayerSpec]) -> Sequence {
@@ -171,6 +245,9 @@ fn sequence(index: usize, length: usize, vocab_size: usize, layers: &[LayerSpec]
 pub fn write(tier: &str, folder: &Path) {
     let golden = golden(tier);
     let mut writer = CacheWriter::open(folder, &golden.spec, false).unwrap();
+    if let Some(basis) = golden.basis {
+        writer.write_basis(basis).unwrap();
+    }
     for (shard, sequences) in golden.sequences.chunks(PER_SHARD).enumerate() {
         writer.write_shard(shard, sequences).unwrap();
     }

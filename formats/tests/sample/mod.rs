@@ -109,6 +109,7 @@ pub fn compact(vocab_size: usize, top_k: usize, lengths: Vec<usize>) -> Sample {
     let counts = SymbolCounts::of(&levels, rank, &joined, vocab_size);
     let mut matrix = |size: usize| (0..size).map(|_| noise.normal()).collect::<Vec<f32>>();
     let parts = BasisParts {
+        tail_shift: 0.25,
         mean: matrix(width),
         analysis: matrix(rank * width),
         synthesis: matrix(rank * width)
