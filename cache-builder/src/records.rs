@@ -207,8 +207,6 @@ mod tests {
             }
         );
         assert_eq!(records[1].source, "data.jsonl:3");
-        let records = read("{\"input_ids\":[1,2],\"response_by\":\"student\"}\n").unwrap();
-        assert_eq!(records[0].source, "data.jsonl:1#student");
         assert_eq!(
             records[1].body,
             RecordBody::Tokens {
@@ -216,6 +214,8 @@ mod tests {
                 loss_mask: vec![false, true]
             }
         );
+        let marked = read("{\"input_ids\":[1,2],\"response_by\":\"student\"}\n").unwrap();
+        assert_eq!(marked[0].source, "data.jsonl:1#student");
     }
 
     fn refused(text: &str, expected: &str) {

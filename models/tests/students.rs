@@ -36,6 +36,9 @@ fn loss(model: &LoadedModel, sequences: &[Vec<u32>]) -> f64 {
         let ids: Vec<i64> = sequence.iter().map(|&id| i64::from(id)).collect();
         let ids = Tensor::from_slice(&ids);
         let last = ids.size()[0] - 1;
+        if last == 0 {
+            continue;
+        }
         let logits = tch::no_grad(|| {
             let inputs = ids.narrow(0, 0, last).unsqueeze(0);
             let hidden = model.network.forward(&inputs, &[], false).last_hidden;
@@ -58,7 +61,7 @@ fn stir_adapters(model: &LoadedModel) {
     tch::no_grad(|| {
         for (index, (_, mut tensor)) in model.network.trainable().into_iter().enumerate() {
             let values = Tensor::arange(tensor.numel() as i64, (Kind::Float, tch::Device::Cpu));
-            let values = ((values + index as f64).sin() * 0.3).view_as(&tensor);
+            let values = ((values + index as f64).sin() * 0.05).view_as(&tensor);
             tensor.copy_(&values);
         }
     });

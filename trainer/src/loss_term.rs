@@ -399,7 +399,7 @@ mod tests {
             "kind = \"kl\"\ntemprature = 2",
             "did you mean `temperature`?",
         );
-        check("kind = \"uld\"\nk = 2", "it has logits_norm");
+        check("kind = \"uld\"\nk = 2", "it has final_weight, logits_norm");
         check(
             "kind = \"kl\"\ntemperature = \"hot\"",
             "`temperature` = \"hot\"",
