@@ -293,7 +293,6 @@ impl Angles {
 }
 
 /// Causal grouped-query attention.
-#[expect(clippy::struct_field_names, reason = "the checkpoint's names")]
 #[derive(Debug)]
 pub(crate) struct SelfAttention {
     pub(crate) q_proj: Linear,
