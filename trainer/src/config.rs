@@ -255,8 +255,8 @@ impl TrainConfig {
         })
     }
 
-    /// Sets one key (dotted: `lora.rank`) from text: a TOML value, or a bare string. Validate when
-    /// all are set.
+    /// Sets one key (dotted: `lora.rank`, `loss.0.temperature`) from text: a TOML value, or a bare string.
+    /// Validate when all are set.
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
         let parsed = format!("value = {value}").parse::<toml::Table>();
         let value = match parsed {
@@ -389,6 +389,26 @@ impl TrainConfig {
     }
 
     fn set_value(&mut self, key: &str, value: toml::Value) -> Result<()> {
+        if let Some((index, of_term)) = key
+            .strip_prefix("loss.")
+            .and_then(|rest| rest.split_once('.'))
+        {
+            let term = index.parse::<usize>().ok();
+            let count = self.loss.len();
+            let Some(term) = term.and_then(|index| self.loss.get_mut(index)) else {
+                return Err(Error::BadValue {
+                    key: key.to_owned(),
+                    value: value.to_string(),
+                    message: format!(
+                        "there are {count} [[loss]] entries, and the first one is loss.0"
+                    ),
+                });
+            };
+            let mut table = term.to_table();
+            table.insert(of_term.to_owned(), value);
+            *term = LossTerm::from_table(&table)?;
+            return Ok(());
+        }
         if !known_keys().iter().any(|known| known == key) {
             return Err(Error::UnknownKey {
                 key: key.to_owned(),
@@ -561,6 +581,17 @@ mod tests {
                         [[loss]]\nkind = \"knowledge-alignment\"\nlayers = \"last\"\n";
         let explicit = TrainConfig::from_toml(explicit).unwrap();
         assert_eq!(explicit.terms().len(), 2);
+        let mut hotter = explicit.clone();
+        hotter.set("loss.0.temperature", "8").unwrap();
+        hotter.set("loss.1.layers", "last-middle").unwrap();
+        let text = hotter.to_toml().unwrap();
+        assert!(
+            text.contains("temperature = 8.0") && text.contains("last-middle"),
+            "{text}"
+        );
+        for bad in ["loss.2.temperature", "loss.0.heat", "loss.x.weight"] {
+            assert!(hotter.set(bad, "1").is_err(), "{bad}");
+        }
         assert_eq!(
             TrainConfig::from_toml(&explicit.to_toml().unwrap()).unwrap(),
             explicit
