@@ -51,6 +51,8 @@ pub struct TrainConfig {
     pub mode: Mode,
     /// Put the frozen projections into 8 bits, with a scale for each output.
     pub quantize: Quantize,
+    /// Run each block again on the way back, and hold the activations of one block in place of all.
+    pub recompute: bool,
     /// The teacher's folder or GGUF file, for a student with another tokenizer (losses `uld` and `cross-entropy`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_tokenizer: Option<String>,
@@ -172,6 +174,7 @@ impl Default for TrainConfig {
             checkpoint_every: 50,
             mode: Mode::Lora,
             quantize: Quantize::None,
+            recompute: false,
             teacher_tokenizer: None,
             dtype: Dtype::F32,
             device: "cpu".to_owned(),
@@ -308,6 +311,13 @@ impl TrainConfig {
         )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
+        if self.mode == Mode::Full && self.recompute {
+            return Err(Error::BadValue {
+                key: "recompute".to_owned(),
+                value: "true".to_owned(),
+                message: "it is for adapters; mode = \"full\" trains the embedding too".to_owned(),
+            });
+        }
         if self.mode == Mode::Full && self.quantize != Quantize::None {
             return Err(Error::BadValue {
                 key: "quantize".to_owned(),
