@@ -103,9 +103,12 @@ def markdown(curves, seconds, timing, surfaces, names, tests):
         (False, "Against the best rival by mean: regret of the least noisy observation."),
         (True, "The same with the regret of what our study recommends, the least posterior mean of what it evaluated. Optuna recommends\nits least observation."),
     ):
+        rows = [r for r in tests if r["recommended"] == recommended]
+        if not rows:
+            continue
         lines += ["", title, "One-sided paired Wilcoxon; Holm over the surfaces at one number of trials, and over all rows of a sampler.", ""]
         lines.append("| sampler | surface | trials | regret | best rival | its regret | p | Holm, surfaces | Holm, all |\n|---|---|---|---|---|---|---|---|---|")
-        for r in (r for r in tests if r["recommended"] == recommended):
+        for r in rows:
             lines.append(
                 f"| {r['sampler']} | {r['surface']} | {r['trials']} | {r['regret']:.2f} | {r['rival']} "
                 f"| {r['rival_regret']:.2f} | {r['p']:.4f} | {r['p_holm']:.4f} | {r['p_holm_all']:.4f} |"
