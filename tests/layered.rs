@@ -53,7 +53,7 @@ fn layer_by_layer_the_cache_is_the_same() {
                 "--data",
                 "data.jsonl",
                 "--max-len",
-                "8192",
+                "2048",
             ][..],
             more,
         ]

@@ -12,6 +12,9 @@ use crate::{Error, Result};
 /// libtorch and this program before they hold anything.
 const PROGRAM: u64 = 400 << 20;
 
+/// Positions up to which attention holds all scores; beyond, the fused kernel holds none.
+const PRODUCT_POSITIONS: u64 = 1024;
+
 /// More positions in a block hide no more reading.
 const MOST_BLOCK_POSITIONS: u64 = 131_072;
 
@@ -70,9 +73,9 @@ impl Footprint {
         let tokens = batch_tokens.max(spec.max_len) as u64;
         let longest = spec.max_len as u64;
         let head_dim = files.config().head_dim().max(1) as u64;
-        // A block of p parameters computes p / D values a token; attention adds T scores a head, twice.
+        // A block of p parameters computes p / D values a token; attention by products adds T scores a head, twice.
         let batch = tokens * (block / width.max(1)) * 2
-            + 2 * tokens * longest * (width / head_dim) * element;
+            + 2 * tokens * longest.min(PRODUCT_POSITIONS) * (width / head_dim) * element;
         let kept_width: u64 = spec.layers.iter().map(|layer| layer.width as u64).sum();
         let inner = spec
             .layers

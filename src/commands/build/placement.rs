@@ -7,13 +7,16 @@ use crate::cli::BuildArgs;
 use crate::commands::parse_device;
 use crate::exit::Failure;
 
+/// A machine that says less is full of what can wait: a small build is not refused for it.
+const LEAST_BUDGET: u64 = 1 << 30;
+
 /// Reads --device, --memory-budget and --spill.
 pub(super) fn placement(args: &BuildArgs) -> Result<Placement, Failure> {
     let devices = devices(&args.device)?;
     let memory_budget = match args.memory_budget.as_str() {
         // A tenth is left to others. Of a GPU libtorch does not say what is free.
         "auto" if devices.iter().all(|device| *device == Device::Cpu) => {
-            available_memory().map(|bytes| bytes / 10 * 9)
+            available_memory().map(|bytes| (bytes / 10 * 9).max(LEAST_BUDGET))
         }
         "auto" => None,
         text => Some(parse_size(text)?),
