@@ -5,18 +5,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{
-    Basis, CacheSpec, CacheWriter, Columns, Fidelity, HeadDtype, HeadWeights, HiddenState,
-    LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK, split_hash,
-    stored_code,
+    Basis, CacheSpec, CacheWriter, Columns, DataInfo, Fidelity, HeadDtype, HeadWeights,
+    HiddenState, LayerSpec, Manifest, Sequence, Statistics, TeacherInfo, Tier, TokenizerInfo, TopK,
+    split_hash, stored_code,
 };
 use caskd_models::{LoadOptions, LoadedModel};
 use crossbeam_channel::bounded;
 use tch::{Device, Kind, Tensor};
 
+use crate::data::{
+    BadRecord, DataEvent, TokenizedData, TokenizedSequence, tokenize, validation_sequences,
+};
 use crate::fidelity;
 use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
-use crate::tokenize::{TokenizedSequence, tokenize};
 use crate::transform_fit::{
     self, Coder, FIT_POSITIONS, HELD_OUT_POSITIONS, LEAST_FIT_POSITIONS, MOST_K, Sample,
 };
@@ -38,6 +40,8 @@ const FIDELITY_POSITIONS: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
+    /// The data files are read; the counts are bytes of them.
+    Reading,
     /// The teacher reads the sample that the compact tier's basis is fitted on.
     Fitting,
     /// The teacher reads the data.
@@ -48,7 +52,7 @@ pub enum Stage {
 
 /// How far the build is.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
-pub struct Progress {
+pub struct Progress<'a> {
     /// What it is at; the counts are those of this stage.
     pub stage: Stage,
     /// Positions whose teacher values are known, those of finished shards included.
@@ -57,10 +61,12 @@ pub struct Progress {
     pub positions_total: u64,
     /// Positions a second of teacher time in this run.
     pub tokens_per_second: f64,
+    /// A record that has just been passed over.
+    pub bad_record: Option<&'a BadRecord>,
 }
 
 /// What a build did.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct BuildReport {
     /// False when it was stopped and can be resumed.
     pub completed: bool,
@@ -70,10 +76,24 @@ pub struct BuildReport {
     pub positions: u64,
     /// Positions that a loss may ask for.
     pub targets: u64,
+    /// Sequences of the validation split.
+    pub validation_sequences: u64,
+    /// Records read, bad ones included; a text file is one.
+    pub records: u64,
+    /// Records that could not be used.
+    pub bad_records: u64,
+    /// The first of them.
+    pub bad: Vec<BadRecord>,
+    /// Sequences left out because the same tokens had come before.
+    pub duplicates: u64,
     /// Records cut at the longest length.
     pub truncated: u64,
+    /// Tokens that were cut off them.
+    pub truncated_tokens: u64,
     /// Records dropped because the cut left no target.
     pub skipped: u64,
+    /// The date that the chat template wrote into the prompts, where it asked for one.
+    pub chat_date: Option<String>,
     /// Shards of the cache.
     pub shards: usize,
     /// Shards that an earlier, interrupted build had finished.
@@ -109,7 +129,7 @@ pub struct BuildReport {
 pub fn build(
     options: &BuildOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<BuildReport> {
     let started = Instant::now();
     check_options(options)?;
@@ -120,8 +140,14 @@ pub fn build(
             kind: options.kind,
         },
     )?;
-    let data = tokenize(&teacher, &options.data, options.max_len)?;
+    let Some(data) = read_data(options, &teacher, stop, progress)? else {
+        return Ok(BuildReport {
+            seconds: started.elapsed().as_secs_f64(),
+            ..BuildReport::default()
+        });
+    };
     let mut spec = cache_spec(options, &teacher, data.info)?;
+    let about_data = data_report(&spec.data, &data.sequences, data.bad_records);
     let fit_started = Instant::now();
     let mut basis = None;
     if options.tier == Tier::Compact {
@@ -135,7 +161,11 @@ pub fn build(
             progress,
         )?;
         let Some(fitted) = fitted else {
-            return Ok(stopped_before_writing(&spec, started));
+            return Ok(BuildReport {
+                fit_seconds: fit_started.elapsed().as_secs_f64(),
+                seconds: started.elapsed().as_secs_f64(),
+                ..about_data
+            });
         };
         basis = Some(fitted);
     }
@@ -168,6 +198,7 @@ pub fn build(
             positions_done: reused + pass.positions,
             positions_total,
             tokens_per_second: pass.positions as f64 / pass.teacher_seconds.max(1e-9),
+            bad_record: None,
         });
     };
 
@@ -209,6 +240,7 @@ pub fn build(
             positions_done: 0,
             positions_total: FIDELITY_POSITIONS as u64,
             tokens_per_second: 0.0,
+            bad_record: None,
         });
         let sample = read_back(&writer, &spec, &data.sequences, &shards)?;
         let load = caskd_models::LoadOptions {
@@ -227,11 +259,6 @@ pub fn build(
     let totals = pass.totals;
     Ok(BuildReport {
         completed,
-        sequences: spec.data.sequences,
-        positions: spec.data.positions,
-        targets: spec.data.targets,
-        truncated: spec.data.truncated,
-        skipped: spec.data.skipped,
         shards: shards.len(),
         shards_reused: shards.len() - pending.len(),
         teacher_positions: totals.positions,
@@ -246,37 +273,76 @@ pub fn build(
         seconds: started.elapsed().as_secs_f64(),
         tokens_per_second: totals.positions as f64 / totals.teacher_seconds.max(1e-9),
         cache_bytes: manifest.as_ref().map_or(0, cache_bytes),
+        ..about_data
     })
+}
+
+/// Reads the data; `None` when stopped.
+fn read_data(
+    options: &BuildOptions,
+    teacher: &LoadedModel,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Option<TokenizedData>> {
+    let mut last = Progress {
+        stage: Stage::Reading,
+        positions_done: 0,
+        positions_total: 0,
+        tokens_per_second: 0.0,
+        bad_record: None,
+    };
+    tokenize(
+        teacher,
+        &options.data,
+        options.max_len,
+        &options.preparation,
+        stop,
+        &mut |event| match event {
+            DataEvent::Progress {
+                bytes,
+                total,
+                tokens_per_second,
+            } => {
+                last.positions_done = bytes;
+                last.positions_total = total;
+                last.tokens_per_second = tokens_per_second;
+                progress(&last);
+            }
+            DataEvent::BadRecord(bad) => progress(&Progress {
+                bad_record: Some(bad),
+                ..last
+            }),
+        },
+    )
+}
+
+/// The part of the report that is known once the data are read.
+fn data_report(
+    data: &DataInfo,
+    sequences: &[TokenizedSequence],
+    bad: Vec<BadRecord>,
+) -> BuildReport {
+    BuildReport {
+        sequences: data.sequences,
+        positions: data.positions,
+        targets: data.targets,
+        validation_sequences: validation_sequences(sequences, data),
+        records: data.preparation.records,
+        bad_records: data.preparation.bad_records,
+        bad,
+        duplicates: data.preparation.duplicates,
+        truncated: data.truncated,
+        truncated_tokens: data.preparation.truncated_tokens,
+        skipped: data.skipped,
+        chat_date: data.preparation.chat_date.clone(),
+        ..BuildReport::default()
+    }
 }
 
 fn cache_bytes(manifest: &Manifest) -> u64 {
     manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>()
         + manifest.head.as_ref().map_or(0, |head| head.bytes)
         + manifest.code.as_ref().map_or(0, |code| code.basis.bytes)
-}
-
-/// The report of a build that was stopped while it fitted.
-fn stopped_before_writing(spec: &CacheSpec, started: Instant) -> BuildReport {
-    BuildReport {
-        completed: false,
-        sequences: spec.data.sequences,
-        positions: spec.data.positions,
-        targets: spec.data.targets,
-        truncated: spec.data.truncated,
-        skipped: spec.data.skipped,
-        shards: 0,
-        shards_reused: 0,
-        teacher_positions: 0,
-        teacher_seconds: 0.0,
-        statistics_seconds: 0.0,
-        encoding_seconds: 0.0,
-        fit_seconds: started.elapsed().as_secs_f64(),
-        code: None,
-        fidelity: None,
-        seconds: started.elapsed().as_secs_f64(),
-        tokens_per_second: 0.0,
-        cache_bytes: 0,
-    }
 }
 
 /// Completes the spec of a compact cache by its code: the one that an interrupted build left, or a new fit. `None` when
@@ -287,7 +353,7 @@ fn fit_code(
     spec: &mut CacheSpec,
     sequences: &[TokenizedSequence],
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<Option<Basis>> {
     let wanted = options.top_k;
     if let Some((code, basis)) = stored_code(&options.out)?
@@ -315,6 +381,7 @@ fn fit_code(
             positions_done: pass.positions,
             positions_total,
             tokens_per_second: pass.positions as f64 / pass.teacher_seconds.max(1e-9),
+            bad_record: None,
         });
     })?;
     let Some(sequences) = read else {
@@ -421,11 +488,7 @@ fn check_options(options: &BuildOptions) -> Result<()> {
     Ok(())
 }
 
-fn cache_spec(
-    options: &BuildOptions,
-    teacher: &LoadedModel,
-    data: caskd_formats::DataInfo,
-) -> Result<CacheSpec> {
+fn cache_spec(options: &BuildOptions, teacher: &LoadedModel, data: DataInfo) -> Result<CacheSpec> {
     let (vocab_size, width) = head_shape(teacher);
     let top_k = options.top_k.unwrap_or(USUAL_TOP_K.min(vocab_size));
     if top_k > vocab_size {

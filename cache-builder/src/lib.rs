@@ -5,22 +5,23 @@
 //! resumes to the same bytes.
 
 mod build;
+mod data;
 mod error;
 mod fidelity;
 mod noise_shaping;
 mod options;
 mod rebuild;
 mod recheck;
-mod records;
 mod statistics;
-mod tokenize;
 mod transform_fit;
 
 pub use build::{BuildReport, Progress, Stage, build};
+pub use data::{
+    BadRecord, DataEvent, DataOptions, NAMED_BAD_RECORDS, OnError, PromptForm, TokenizedData,
+    TokenizedSequence, USUAL_CHAT_DATE, alpaca_prompt, tokenize,
+};
 pub use error::{Error, Result};
 pub use fidelity::{measure_cache, pruned_teacher};
 pub use options::{BuildOptions, LayerChoice};
 pub use recheck::{Deviation, Recheck, recheck};
-pub use records::{Record, RecordBody, read_records};
 pub use statistics::{RowStatistics, summarize_logits};
-pub use tokenize::{PROMPT_FORM, TokenizedData, TokenizedSequence, alpaca_prompt, tokenize};

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use crate::build::TeacherPass;
-use crate::tokenize::TokenizedSequence;
+use crate::data::TokenizedSequence;
 use crate::{Error, Result};
 
 /// How far one kind of value in the cache is from the teacher's.

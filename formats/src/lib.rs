@@ -49,12 +49,13 @@ pub use fidelity::{Fidelity, TEMPERATURES};
 pub use head::{Head, HeadWeights};
 pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};
 pub use sequence::{
-    Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
+    Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, in_fraction, in_validation,
+    split_hash, token_digest,
 };
 pub use source::Source;
 pub use spec::{
     BasisInfo, CacheSpec, CodeSpec, CodeTarget, DataFile, DataInfo, HeadDtype, HiddenCodec,
-    LayerSpec, TeacherInfo, Tier, TokenizerInfo,
+    LayerSpec, LossOn, Preparation, TeacherInfo, Tier, TokenizerInfo,
 };
 pub use store::{Guard, Local, Memory, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DtypeArg, HiddenArg, TierArg};
+use super::{DataArgs, DtypeArg, HiddenArg, TierArg};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -12,15 +12,20 @@ Examples:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
+  caskd build --teacher SmolLM2.gguf --data chats.parquet --out cache --validation 0.05 --on-error skip
+  caskd build --teacher SmolLM2.gguf --data pages.jsonl --column text=body --out cache --pack
 
-A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
+A record (a line of .jsonl, an entry of a .json list, a row of .parquet) has one of these forms, known by its names:
+  instruction, input, output          Alpaca's fields
+  messages: [{role, content}, ...]    a conversation, written by the teacher's own chat template
+  conversations: [{from, value}, ...] the same in ShareGPT's names
+  prompt, completion                  as they stand
+  text                                running text; long ones are cut into windows
+  input_ids, loss_mask                tokens made elsewhere")]
 pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) teacher: PathBuf,
-    /// Records (.jsonl) or running text (.txt); may be repeated
-    #[arg(long, required = true, value_name = "FILE")]
-    pub(crate) data: Vec<PathBuf>,
     /// The cache's folder; it must not exist, or hold an interrupted build
     #[arg(long, value_name = "CACHE")]
     pub(crate) out: PathBuf,
@@ -46,9 +51,6 @@ pub(crate) struct BuildArgs {
     /// How hidden states are stored
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) hidden: HiddenArg,
-    /// Longest sequence in tokens; longer records are cut, and counted
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub(crate) max_len: usize,
     /// The type the teacher computes in
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeArg,
@@ -61,4 +63,6 @@ pub(crate) struct BuildArgs {
     /// Print the report as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
 }

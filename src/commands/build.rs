@@ -3,6 +3,7 @@
 use caskd_cache_builder::{BuildOptions, BuildReport, Stage, build};
 use caskd_formats::{CodeTarget, HiddenCodec, Tier};
 
+use super::data::{data_options, say_data};
 use super::{kind_of, parse_device, print_json};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
@@ -23,7 +24,8 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
     };
     let options = BuildOptions {
         teacher: args.teacher.clone(),
-        data: args.data.clone(),
+        data: args.data.data.clone(),
+        preparation: data_options(&args.data)?,
         tier: match args.tier {
             TierArg::Sparse => Tier::Sparse,
             TierArg::Compact => Tier::Compact,
@@ -41,7 +43,7 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
             HiddenArg::Int8 => HiddenCodec::Int8,
             HiddenArg::F16 => HiddenCodec::F16,
         },
-        max_len: args.max_len,
+        max_len: args.data.max_len,
         kind: kind_of(args.dtype),
         batch_tokens: BATCH_TOKENS,
         out: args.out.clone(),
@@ -79,22 +81,56 @@ fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
     }
 }
 
+/// Bad records that are shown one by one.
+const NAMED_ON_TERMINAL: u64 = 20;
+
 /// Builds, shows how far it is, and says what was done.
 pub(crate) fn build_with_progress(
     options: &BuildOptions,
     label: &str,
 ) -> Result<BuildReport, Failure> {
-    let mut bar = Progress::new(label);
+    let mut bar: Option<(Stage, Progress)> = None;
+    let mut named = 0;
     let report = build(options, &terminal::STOP, &mut |progress| {
-        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
-        let note = match progress.stage {
-            Stage::Fitting => format!("fitting the code, {rate}"),
-            Stage::Building => rate,
-            Stage::Measuring => "measuring the fidelity".to_owned(),
+        let stage = progress.stage;
+        // Each stage has its own rate and its own end.
+        if bar.as_ref().is_none_or(|(of, _)| *of != stage) {
+            if let Some((_, finished)) = bar.take() {
+                finished.finish();
+            }
+            let label = match stage {
+                Stage::Reading => "reading the data",
+                Stage::Fitting => "fitting the code",
+                Stage::Building => label,
+                Stage::Measuring => "measuring the fidelity",
+            };
+            bar = Some((stage, Progress::new(label)));
+        }
+        let Some((_, bar)) = &mut bar else { return };
+        if let Some(bad) = progress.bad_record {
+            named += 1;
+            if named <= NAMED_ON_TERMINAL {
+                bar.say(&format!(
+                    "skipped `{}` {} {}: {}",
+                    bad.file.display(),
+                    bad.unit,
+                    bad.number,
+                    bad.problem
+                ));
+            } else if named == NAMED_ON_TERMINAL + 1 {
+                bar.say("further bad records are counted only");
+            }
+            return;
+        }
+        let note = match stage {
+            Stage::Measuring => String::new(),
+            _ => format!("{:.0} tokens/s", progress.tokens_per_second),
         };
         bar.update(progress.positions_done, progress.positions_total, &note);
     })?;
-    bar.finish();
+    if let Some((_, bar)) = bar {
+        bar.finish();
+    }
     if !report.completed {
         say(format!(
             "stopped; go on with: --resume (out `{}`)",
@@ -111,18 +147,7 @@ pub(crate) fn build_with_progress(
         report.shards,
         bytes(report.cache_bytes),
     ));
-    if report.truncated > 0 {
-        say(format!(
-            "warning: {} records were longer than --max-len {} and were cut",
-            report.truncated, options.max_len
-        ));
-    }
-    if report.skipped > 0 {
-        say(format!(
-            "warning: {} records were dropped: nothing to learn within --max-len {}",
-            report.skipped, options.max_len
-        ));
-    }
+    say_data(&report, options.max_len);
     if report.shards_reused > 0 {
         say(format!(
             "{} of {} shards were there already",
