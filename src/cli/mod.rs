@@ -2,6 +2,7 @@
 
 mod build;
 mod cache;
+mod data;
 mod demo;
 mod import;
 mod model;
@@ -12,6 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 pub(crate) use build::BuildArgs;
 pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, VerifyArgs};
+pub(crate) use data::{DataArgs, DuplicatesArg, LossOnArg, OnErrorArg, PromptArg};
 pub(crate) use demo::DemoArgs;
 pub(crate) use import::{ImportArgs, ImportFormat, ValuesArg};
 pub(crate) use model::{ExportModelArgs, MethodArg, PartsArg, PruneArgs, PrunedArg};
@@ -90,6 +92,13 @@ pub(crate) enum HiddenArg {
 pub(crate) enum DtypeArg {
     F32,
     Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SplitArg {
+    Validation,
+    Train,
+    All,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

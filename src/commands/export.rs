@@ -430,6 +430,12 @@ fn write_jsonl(source: &Source<'_>, form: &JsonlForm, sink: &mut dyn Write) -> W
         if let Some(logits) = logits {
             line["logits"] = json!(logits.chunks(manifest.vocab_size).collect::<Vec<_>>());
         }
+        line["split"] = if manifest.data.is_validation(row.split_hash) {
+            "validation"
+        } else {
+            "train"
+        }
+        .into();
         serde_json::to_writer(&mut *sink, &line).map_err(std::io::Error::from)?;
         sink.write_all(b"\n")?;
         let rate = (index + 1) as f64 / started.elapsed().as_secs_f64().max(1e-9);

@@ -24,7 +24,7 @@ use std::time::Instant;
 
 use caskd_formats::{
     Alignment, CacheSpec, CacheWriter, DataFile, DataInfo, KnownPositions, Manifest, Origin,
-    Sequence, Statistic, TeacherInfo, Tier, TokenizerInfo, ValueKind,
+    Preparation, Sequence, Statistic, TeacherInfo, Tier, TokenizerInfo, ValueKind,
 };
 use caskd_models::LoadedTokenizer;
 use serde::Serialize;
@@ -487,6 +487,7 @@ fn cache_spec(
             truncated: found.truncated,
             skipped: found.skipped,
             prompt_form: PROMPT_FORM.to_owned(),
+            preparation: Preparation::default(),
         },
     })
 }
