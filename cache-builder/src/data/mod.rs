@@ -391,14 +391,19 @@ fn targets(sequence: &TokenizedSequence) -> u64 {
     later.filter(|&&target| target).count() as u64
 }
 
+/// Adds a sequence to the digest of tokenised data: its length, then each token with its mask.
+pub(crate) fn hash_sequence(digest: &mut blake3::Hasher, token_ids: &[u32], loss_mask: &[bool]) {
+    digest.update(&(token_ids.len() as u64).to_le_bytes());
+    for (id, &target) in token_ids.iter().zip(loss_mask) {
+        digest.update(&id.to_le_bytes());
+        digest.update(&[u8::from(target)]);
+    }
+}
+
 fn digest(sequences: &[TokenizedSequence]) -> String {
     let mut digest = blake3::Hasher::new();
     for sequence in sequences {
-        digest.update(&(sequence.token_ids.len() as u64).to_le_bytes());
-        for (id, &target) in sequence.token_ids.iter().zip(&sequence.loss_mask) {
-            digest.update(&id.to_le_bytes());
-            digest.update(&[u8::from(target)]);
-        }
+        hash_sequence(&mut digest, &sequence.token_ids, &sequence.loss_mask);
     }
     digest.finalize().to_hex().to_string()
 }

@@ -444,7 +444,8 @@ fn cache_spec(
     let bytes_a_sequence = found.longest * (layout.top_k * 16 + 32);
     if found.sequences == 0 {
         return Err(Error::EmptyData {
-            records: found.read as usize,
+            records: found.read,
+            bad_records: 0,
             skipped: found.skipped,
             max_len: found.longest,
         });

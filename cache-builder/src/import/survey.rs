@@ -6,7 +6,7 @@ use caskd_formats::{Alignment, AlignmentCheck, OFFSETS, Origin, ValueKind};
 
 use super::foreign::{Foreign, Layout, Placed, Problem, Row, Values, check_row};
 use super::{Format, GivenValues, Reader, Setup, known_positions, known_statistics};
-use crate::tokenize::hash_sequence;
+use crate::data::hash_sequence;
 use crate::{Error, Result};
 
 /// Positions that whole vocabularies are looked into; kept entries are looked at everywhere.
