@@ -284,6 +284,12 @@ mod tests {
         assert_eq!((rows[1], rows[4]), (0.0, 1.0));
         assert_eq!(rows.len(), 7);
 
+        let mut gap = sequence(&[1, 2, 3], 1);
+        gap.loss_mask[2] = false;
+        let crossed = retokenizer.retokenize(&gap, 99).unwrap();
+        assert_eq!(crossed.sequence.loss_mask, [no, no, yes, yes, yes, no, no]);
+        assert_eq!(crossed.paired, [no, yes, no, no, no, no, no]);
+
         let short = retokenizer.retokenize(&sequence(&[1, 2, 3], 1), 4).unwrap();
         assert_eq!(short.sequence.token_ids, [1, 2, 1, 3]);
         assert_eq!(short.paired, [no, yes, no, no]);
