@@ -25,6 +25,9 @@ for kind in f32 bf16; do
     echo "== LoRA step from the cache, [8 128], $kind"
     target/release/examples/step_speed "$teacher" examples/data/heldout.txt "$kind" 4
 done
+echo "== a LoRA step from the cache against PyTorch, transformers and peft"
+cargo build --release --locked --bin caskd
+OMP_NUM_THREADS=2 rival runs/train_step.py "$teacher"
 echo "== the cache: decoding against pyarrow, MDS and a plain copy"
 cargo build --release --locked -p caskd-formats --example decode_speed
 rival runs/bench_cache.py

@@ -19,7 +19,7 @@ use crate::commands::{parse_device, write_file};
 use crate::exit::Failure;
 use crate::terminal::stopped;
 
-pub(crate) use command::CommandObjective;
+pub(crate) use command::{CommandObjective, repeated};
 
 /// Sequences on which S(x) is measured.
 const PROBE_SEQUENCES: usize = 8;

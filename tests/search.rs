@@ -330,6 +330,78 @@ fn halving_pauses_and_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn any_setting_of_the_trainer_can_be_searched() {
+    let bench = Bench::new();
+    bench.cache("cache", 60, &[]);
+    let search = |out: &'static str, space: &'static str| {
+        std::fs::write(bench.path("space.toml"), space).unwrap();
+        vec![
+            "search",
+            "--cache",
+            "cache",
+            "--student",
+            "teacher",
+            "--out",
+            out,
+            "--space",
+            "space.toml",
+            "--config",
+            "base.toml",
+            "--trials",
+            "6",
+            "--fraction",
+            "0.3",
+            "--validation",
+            "0.3",
+            "--set",
+            "max_steps=2",
+            "--json",
+        ]
+    };
+    std::fs::write(
+        bench.path("base.toml"),
+        "[[loss]]\nkind = \"cross-entropy\"\n[[loss]]\nkind = \"kl\"\n",
+    )
+    .unwrap();
+    let found = bench.json(&search(
+        "study",
+        "[[param]]\nname = \"learning_rate\"\nkind = \"float\"\nlow = 1e-5\nhigh = 1e-2\nlog = true\n\
+         [[param]]\nname = \"lora.rank\"\nkind = \"ordinal\"\nvalues = [1, 2, 4]\n\
+         [[param]]\nname = \"loss.1.temperature\"\nkind = \"int\"\nlow = 1\nhigh = 8\n",
+    ));
+    assert_eq!(found["complete"], 6);
+    let best = std::fs::read_to_string(bench.path("study/best.toml")).unwrap();
+    let temperature = found["best"]["params"]["loss.1.temperature"]
+        .as_f64()
+        .unwrap();
+    assert!(
+        best.contains(&format!("temperature = {temperature:?}")),
+        "{best}"
+    );
+    for (space, said) in [
+        (
+            "[[param]]\nname = \"lerning_rate\"\nkind = \"int\"\nlow = 1\nhigh = 2\n",
+            "did you mean `learning_rate`?",
+        ),
+        (
+            "[[param]]\nname = \"kd_type\"\nkind = \"categorical\"\nvalues = [\"kl\", \"mse\"]\n",
+            "dual-scaling",
+        ),
+        (
+            "[[param]]\nname = \"loss.2.weight\"\nkind = \"int\"\nlow = 1\nhigh = 2\n",
+            "loss.0",
+        ),
+        (
+            "[[param]]\nname = \"seed\"\nkind = \"int\"\nlow = 1\nhigh = 2\n",
+            "can't be searched",
+        ),
+    ] {
+        refused(&bench, &search("never", space), &[said]);
+        assert!(!bench.path("never").exists());
+    }
+}
+
+#[test]
 fn the_best_few_go_on_to_more_data() {
     let bench = Bench::new();
     bench.cache("cache", 60, &[]);

@@ -62,7 +62,7 @@ fn adapter(run: &Path) -> Vec<u8> {
 fn two_caches() -> Bench {
     let bench = Bench::new();
     bench.cache("first", 40, &[]);
-    bench.cache("second", 23, &["--max-len", "24"]);
+    bench.cache("second", 23, &[]);
     bench
 }
 
@@ -252,6 +252,8 @@ fn the_printed_configuration_can_be_used() {
     bench.write("config.toml", &printed);
     let run = bench.json(&[
         "train",
+        "--set",
+        "epochs=9",
         "--config",
         "config.toml",
         "--cache",

@@ -33,6 +33,10 @@ pub(crate) fn site_of(path: &str) -> Site {
 }
 
 /// One block, loaded. Its memory is free again when it is dropped.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the blocks of a network are all of one kind"
+)]
 #[derive(Debug)]
 pub enum Block {
     /// Of Llama, Qwen2 and Mistral.

@@ -18,8 +18,7 @@ struct RawConfig {
     intermediate_size: usize,
     num_hidden_layers: usize,
     num_attention_heads: usize,
-    #[serde(default, deserialize_with = "present")]
-    num_key_value_heads: Option<Option<usize>>,
+    num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     max_position_embeddings: Option<usize>,
     #[serde(default = "default_eps")]
@@ -41,13 +40,6 @@ struct RawConfig {
     eos_token_id: OneOrMany,
     /// Ours: the sizes of every block of a pruned network.
     caskd_layers: Option<Vec<LayerShape>>,
-}
-
-/// Tells a key that is `null` from one that is not there.
-fn present<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<Option<Option<usize>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
 }
 
 /// `eos_token_id`: nothing, a number or a list.
@@ -158,10 +150,12 @@ impl LlamaConfig {
         let (rope_theta, rope_scaling) = rotary_settings(path, &raw)?;
         let dense = LayerShape {
             heads: raw.num_attention_heads,
-            kv_heads: raw
-                .num_key_value_heads
-                .unwrap_or(family.defaults().kv_heads)
-                .unwrap_or(raw.num_attention_heads),
+            // `null` means one for each query head, a missing key the family's default.
+            kv_heads: match value.get("num_key_value_heads") {
+                Some(_) => raw.num_key_value_heads,
+                None => family.defaults().kv_heads,
+            }
+            .unwrap_or(raw.num_attention_heads),
             intermediate_size: raw.intermediate_size,
         };
         let layers = layers(path, dense, raw.num_hidden_layers, raw.caskd_layers)?;

@@ -5,6 +5,7 @@
 //! `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::{Component, Path, PathBuf};
@@ -167,18 +168,18 @@ impl Hub {
                 return Err(refuse(name, format!("it has no `{file}`"), 0));
             }
         }
-        let mut folder = self.get(&repo, name, CONFIG)?;
+        let mut folder = Hub::get(&repo, name, CONFIG)?;
         folder.pop();
         for file in std::iter::once(TOKENIZER).chain(OPTIONAL.into_iter().filter(|file| has(file)))
         {
-            self.get(&repo, name, file)?;
+            Hub::get(&repo, name, file)?;
         }
         if has(SINGLE_FILE) {
-            self.get(&repo, name, SINGLE_FILE)?;
+            Hub::get(&repo, name, SINGLE_FILE)?;
         } else if has(INDEX) {
-            let index = self.get(&repo, name, INDEX)?;
+            let index = Hub::get(&repo, name, INDEX)?;
             for shard in shards_of_index(&index)? {
-                self.get(&repo, name, &shard)?;
+                Hub::get(&repo, name, &shard)?;
             }
         } else {
             return Err(Error::NoWeights {
@@ -193,7 +194,7 @@ impl Hub {
     }
 
     /// One file, in the cache.
-    fn get(&self, repo: &ApiRepo, name: &HubName, file: &str) -> Result<PathBuf> {
+    fn get(repo: &ApiRepo, name: &HubName, file: &str) -> Result<PathBuf> {
         let path = repo.get(file).map_err(|e| explain(name, &e))?;
         match verify(&path) {
             Ok(()) => Ok(path),
@@ -264,8 +265,15 @@ fn digest_of<D: Digest>(mut hasher: D, path: &Path) -> std::io::Result<String> {
             length => hasher.update(&buffer[..length]),
         }
     }
-    let digest = hasher.finalize();
-    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hasher.finalize()))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 fn explain(name: &HubName, error: &ApiError) -> Error {
@@ -400,9 +408,6 @@ mod tests {
                 .unwrap();
             let first: usize = first.parse().unwrap();
             let last = last.parse().map_or(bytes.len(), |last: usize| last + 1);
-            let hex = |digest: &[u8]| -> String {
-                digest.iter().map(|byte| format!("{byte:02x}")).collect()
-            };
             let etag = if target.ends_with(".safetensors") {
                 hex(&Sha256::digest(bytes))
             } else {

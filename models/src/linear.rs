@@ -1,6 +1,8 @@
 //! A linear projection: its weight in the compute type, in 8 bits, masked or training, and an optional low-rank
 //! adapter.
 
+use std::cell::OnceCell;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::rng::SeededRng;
@@ -41,20 +43,41 @@ pub(crate) struct Adapter {
     pub(crate) dropout: f64,
 }
 
+/// What several projections read [N, in]. Its form for oneDNN is made once for all of them, which a
+/// graph would otherwise keep once for each.
+pub(crate) struct Input<'a> {
+    x: &'a Tensor,
+    onednn: OnceCell<Tensor>,
+}
+
+impl<'a> Input<'a> {
+    pub(crate) fn new(x: &'a Tensor) -> Input<'a> {
+        Input {
+            x,
+            onednn: OnceCell::new(),
+        }
+    }
+
+    /// x Wᵀ (+ b), as [`linear`].
+    fn times(&self, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        if through_onednn(weight) {
+            self.onednn
+                .get_or_init(|| self.x.contiguous().to_mkldnn())
+                .mkldnn_linear(weight, bias)
+                .to_dense(Kind::Float, false)
+        } else {
+            self.x.linear(weight, bias)
+        }
+    }
+}
+
 /// x Wᵀ (+ b): [N, in], [out, in] → [N, out], in the kind of W, with its graph.
 ///
 /// For f32 on a CPU the product goes to oneDNN: libtorch's default, MKL, takes a slower path on
 /// processors that are not Intel's (measured on an AVX-512 EPYC: 120–160 against 75–95 GFLOP/s on
 /// one core).
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    if through_onednn(weight) {
-        x.contiguous()
-            .to_mkldnn()
-            .mkldnn_linear(weight, bias)
-            .to_dense(Kind::Float, false)
-    } else {
-        x.linear(weight, bias)
-    }
+    Input::new(x).times(weight, bias)
 }
 
 /// Whether products with this matrix go to oneDNN.
@@ -89,17 +112,24 @@ impl Linear {
 
     /// [N, in] → [N, out].
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass) -> Tensor {
-        let kind = x.kind();
+        self.forward_of(&Input::new(x), pass)
+    }
+
+    /// The same of an input that other projections read too.
+    pub(crate) fn forward_of(&self, input: &Input<'_>, pass: Pass) -> Tensor {
+        let kind = input.x.kind();
         let weight = self.weight_in(kind);
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
         match (&self.adapter, &self.mask) {
-            (None, None) => linear(x, &weight, bias.as_ref()),
-            (None, Some(_)) if !weight.requires_grad() => linear(x, &weight, bias.as_ref()),
-            (None, Some(mask)) => linear(x, &(weight * mask), bias.as_ref()),
-            (Some(adapter), None) => adapter.add_to(linear(x, &weight, bias.as_ref()), x, pass),
+            (None, None) => input.times(&weight, bias.as_ref()),
+            (None, Some(_)) if !weight.requires_grad() => input.times(&weight, bias.as_ref()),
+            (None, Some(mask)) => input.times(&(weight * mask), bias.as_ref()),
+            (Some(adapter), None) => {
+                adapter.add_to(input.times(&weight, bias.as_ref()), input, pass)
+            }
             (Some(adapter), Some(mask)) => {
                 let weight = weight + (adapter.delta() * mask).to_kind(kind);
-                linear(x, &weight, bias.as_ref())
+                input.times(&weight, bias.as_ref())
             }
         }
     }
@@ -188,15 +218,16 @@ impl Adapter {
 
     /// y + scale · (dropout(x) Aᵀ) Bᵀ, in place on y: the frozen product needs its output for no
     /// gradient. The products run in y's type; gradients reach the f32 leaves through the casts.
-    fn add_to(&self, mut y: Tensor, x: &Tensor, pass: Pass) -> Tensor {
+    fn add_to(&self, mut y: Tensor, input: &Input<'_>, pass: Pass) -> Tensor {
         let kind = y.kind();
         let a = self.a.to_kind(kind);
         let b = (&self.b * self.scale).to_kind(kind);
         let low = match pass {
             Pass::Training { dropout_seed } if self.dropout > 0.0 => {
-                (x * self.dropout_mask(x, dropout_seed)).matmul(&a.tr())
+                (input.x * self.dropout_mask(input.x, dropout_seed)).matmul(&a.tr())
             }
-            _ => x.matmul(&a.tr()),
+            // By the same way as W, so that the graph keeps the input once.
+            _ => input.times(&a, None),
         };
         y.addmm_(&low, &b.tr())
     }

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::attention::Attention;
 use crate::block::Site;
-use crate::linear::{Linear, Pass};
+use crate::linear::{Input, Linear, Pass};
 use crate::norm::Norm;
 use crate::weights::WeightSource;
 use crate::{LoadOptions, Result};
@@ -293,7 +293,6 @@ impl Angles {
 }
 
 /// Causal grouped-query attention.
-#[expect(clippy::struct_field_names, reason = "the checkpoint's names")]
 #[derive(Debug)]
 pub(crate) struct SelfAttention {
     pub(crate) q_proj: Linear,
@@ -320,8 +319,9 @@ pub(crate) struct Context {
 impl SelfAttention {
     /// [N, D] → [N, H·d], what enters `o_proj`.
     fn mix(&self, x: &Tensor, context: &Context) -> Tensor {
+        let input = Input::new(x);
         let split = |projection: &Linear| {
-            projection.forward(x, context.pass).view([
+            projection.forward_of(&input, context.pass).view([
                 context.batch,
                 context.positions,
                 -1,
@@ -362,8 +362,9 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// [N, D] → [N, F], what enters `down_proj`.
     fn activate(&self, x: &Tensor, pass: Pass) -> Tensor {
-        let gate = self.gate_proj.forward(x, pass).silu();
-        gate * self.up_proj.forward(x, pass)
+        let input = Input::new(x);
+        let gate = self.gate_proj.forward_of(&input, pass).silu();
+        gate * self.up_proj.forward_of(&input, pass)
     }
 
     fn share(&self) -> Mlp {

@@ -66,9 +66,12 @@ pub(crate) fn write_sliding_window(config: &LlamaConfig, json: &mut Value) {
     json["sliding_window"] = json!(window.positions);
     // Older transformers know only where the windows begin.
     json["max_window_layers"] = json!(window.layers.iter().position(|&windowed| windowed));
-    let name = |&windowed: &bool| match windowed {
-        true => "sliding_attention",
-        false => "full_attention",
+    let name = |&windowed: &bool| {
+        if windowed {
+            "sliding_attention"
+        } else {
+            "full_attention"
+        }
     };
     json["layer_types"] = json!(window.layers.iter().map(name).collect::<Vec<_>>());
 }

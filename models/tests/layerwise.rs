@@ -62,14 +62,19 @@ fn check(path: &std::path::Path, kind: Kind, input: &Tensor) {
         assert_eq!(
             whole.flatten(0, 1),
             hidden[*layer as usize],
-            "{path:?}, layer {layer}"
+            "{}, layer {layer}",
+            path.display()
         );
     }
     // The head in chunks is a product of another shape.
     let whole = model.network.logits(&forward.last_hidden).flatten(0, 1);
     let scale = whole.abs().max().double_value(&[]);
     let bound = if kind == Kind::Float { 1e-5 } else { 1e-2 };
-    assert!(max_difference(&whole, &logits) <= bound * scale, "{path:?}");
+    assert!(
+        max_difference(&whole, &logits) <= bound * scale,
+        "{}",
+        path.display()
+    );
 
     let counted: i64 = model
         .network

@@ -192,7 +192,7 @@ fn adapters_stay_f32_on_a_bf16_network() {
         kind: Kind::BFloat16,
         ..Default::default()
     };
-    let mut network = Network::random(&small_config(2, 4, 2), 5, &options).unwrap();
+    let mut network = Network::random(small_config(2, 4, 2), 5, &options).unwrap();
     network.attach_lora(&LoraConfig::default(), 1).unwrap();
     disturb(&network);
     let forward = network.forward(&ids(2, 7, 50), &[], true);

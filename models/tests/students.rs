@@ -80,7 +80,7 @@ fn taylor_removes_what_finite_differences_say() {
             let _ = parameter(&dense, &name(part)).g_mul_scalar_(20.0);
         }
     });
-    let mut importance = vec![0.0; 20];
+    let mut importance = [0.0; 20];
     let step = 2e-2;
     for part in ["gate", "up", "down"] {
         let weight = parameter(&dense, &name(part));
@@ -90,11 +90,11 @@ fn taylor_removes_what_finite_differences_say() {
                 let cell = weight.narrow(0, row, 1).narrow(1, column, 1);
                 let was = cell.double_value(&[0, 0]);
                 let at = |value: f64| {
-                    tch::no_grad(|| cell.shallow_clone().fill_(value));
+                    let _ = tch::no_grad(|| cell.shallow_clone().fill_(value));
                     loss(&dense, &sequences)
                 };
                 let slope = (at(was + step) - at(was - step)) / (2.0 * step);
-                tch::no_grad(|| cell.shallow_clone().fill_(was));
+                let _ = tch::no_grad(|| cell.shallow_clone().fill_(was));
                 let channel = if part == "down" { column } else { row };
                 importance[channel as usize] += (was * slope).abs();
             }

@@ -32,9 +32,12 @@ def optuna_needed(table, threshold, run):
             else:
                 params[p["name"]] = trial.suggest_categorical(p["name"], p["values"])
         value = values[key(params)]
-        if value <= threshold:
+        if value is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        elif value <= threshold:
             return t
-        study.tell(trial, value)
+        else:
+            study.tell(trial, value)
     return limit
 
 

@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p caskd-search --example tabular -- TABLE.json [--seeds N] [--first-run N] [--samplers gp,sabo]`
 //! prints one JSON object. The table holds its space as TOML (`space_toml`) and a row for each of the space's points
-//! with its `value` (smaller is better) and the measured parts of S(x), `logits` and `hidden`. Trials count from 1.
+//! with its `value` (smaller is better; null where the training failed) and the measured parts of S(x), `logits` and
+//! `hidden`. Trials count from 1.
 
 #![allow(
     clippy::print_stdout,
@@ -29,7 +30,7 @@ struct Table {
 #[derive(Deserialize)]
 struct Row {
     params: Params,
-    value: f64,
+    value: Option<f64>,
     logits: f64,
     hidden: f64,
 }
@@ -105,8 +106,9 @@ fn main() {
 
 /// The value that 5% of the rows (at least one) reach.
 fn best_five_percent(rows: &BTreeMap<String, Row>) -> f64 {
-    let mut values: Vec<f64> = rows.values().map(|row| row.value).collect();
+    let mut values: Vec<f64> = rows.values().filter_map(|row| row.value).collect();
     values.sort_by(f64::total_cmp);
+    // Of all rows: a configuration that fails is not among the best.
     values[(rows.len() / 20).max(1) - 1]
 }
 
@@ -142,12 +144,14 @@ fn trials_needed(
             .ask_measured(Holder::External { seconds: 1e9 }, tabular)
             .unwrap();
         let value = tabular.rows[&asked.params.to_json()].value;
-        if value <= threshold {
+        if value.is_some_and(|value| value <= threshold) {
             return number + 1;
         }
-        study
-            .tell(number, None, &Outcome::Value(value), 0.0)
-            .unwrap();
+        let outcome = value.map_or_else(
+            || Outcome::Failed("in the table".to_owned()),
+            Outcome::Value,
+        );
+        study.tell(number, None, &outcome, 0.0).unwrap();
     }
     points
 }

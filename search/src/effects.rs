@@ -61,9 +61,89 @@ pub struct Interaction {
     pub importance: f64,
 }
 
+/// What the configuration that was best so far is worth, by a surrogate that knows all trials.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Incumbent {
+    /// The trial after which it was the best one.
+    pub trial: u64,
+    /// Its expected metric, without the noise of a single trial.
+    pub mean: f64,
+    /// Standard deviation of that expectation.
+    pub deviation: f64,
+}
+
 impl StudyView {
     /// The parameters' effects; `None` where too few trials have a value or none differs.
     pub fn effects(&self) -> Result<Option<Effects>> {
+        self.fitted(|space, posterior, warped, sign| {
+            let mean = |points: &[Point]| posterior.predict_points(space, points).mean;
+            let metric = |target: f64| sign * warped.metric(target);
+            decompose(space, &mean, &metric)
+        })
+    }
+
+    /// For each trial of the first rung from the first value on, what the best configuration so far is worth: the
+    /// line of the best values themselves is too good, because luck helps to be the best.
+    pub fn incumbents(&self) -> Result<Option<Vec<Incumbent>>> {
+        let sign = self.config.direction.sign();
+        let mut best: Option<&TrialView> = None;
+        let mut holders: Vec<(u64, &TrialView)> = Vec::new();
+        for trial in self.trials.iter().filter(|t| t.rung == 0) {
+            if let Some(value) = trial.value
+                && best
+                    .and_then(|best| best.value)
+                    .is_none_or(|least| sign * value < sign * least)
+            {
+                best = Some(trial);
+            }
+            holders.extend(best.map(|best| (trial.number, best)));
+        }
+        let curve = self.fitted(|space, posterior, warped, sign| -> Result<Vec<Incumbent>> {
+            let points: Result<Vec<Point>> = holders
+                .iter()
+                .map(|(_, best)| space.point(&best.params))
+                .collect();
+            let prediction = posterior.predict_points(space, &points?);
+            Ok(holders
+                .iter()
+                .zip(prediction.mean.iter().zip(&prediction.variance))
+                .map(|((trial, _), (mean, variance))| Incumbent {
+                    trial: *trial,
+                    mean: sign * warped.metric(*mean),
+                    deviation: variance.sqrt() * warped.scale,
+                })
+                .collect())
+        })?;
+        curve.transpose()
+    }
+
+    /// The trial whose configuration is worth most by a surrogate that knows all trials: where trials are noisy a
+    /// safer choice than [`StudyView::best`], which luck helps to its place. On a ladder the highest rung decides
+    /// instead, and as long as too little is known the best value does.
+    pub fn recommended(&self) -> Result<Option<&TrialView>> {
+        let best = self.best();
+        if best.is_none_or(|best| best.rung > 0) {
+            return Ok(best);
+        }
+        let complete: Vec<&TrialView> = self.trials.iter().filter(|t| t.value.is_some()).collect();
+        let least = self.fitted(|space, posterior, _, _| -> Result<Option<usize>> {
+            let points: Result<Vec<Point>> =
+                complete.iter().map(|t| space.point(&t.params)).collect();
+            let mean = posterior.predict_points(space, &points?).mean;
+            Ok((0..mean.len()).min_by(|&a, &b| mean[a].total_cmp(&mean[b])))
+        })?;
+        Ok(match least.transpose()?.flatten() {
+            Some(index) => Some(complete[index]),
+            None => best,
+        })
+    }
+
+    /// Reads something off the Gaussian process of the first rung's trials: its space, the process, the warping of
+    /// its targets, and what a target is multiplied by after that.
+    fn fitted<T>(
+        &self,
+        read: impl FnOnce(&Space, &Posterior<'_>, &Warped, f64) -> T,
+    ) -> Result<Option<T>> {
         let space = Space::from_json(&self.space.to_string())?;
         let sign = self.config.direction.sign();
         let finished: Vec<&TrialView> = self
@@ -92,11 +172,7 @@ impl StudyView {
             EVALUATIONS,
         );
         let posterior = Posterior::new(&orders, &columns, &hyper, &warped.targets);
-        Ok(posterior.map(|posterior| {
-            let mean = |points: &[Point]| posterior.predict_points(&space, points).mean;
-            let metric = |target: f64| sign * warped.metric(target);
-            decompose(&space, &mean, &metric)
-        }))
+        Ok(posterior.map(|posterior| read(&space, &posterior, &warped, sign)))
     }
 }
 

@@ -214,6 +214,12 @@ impl Error {
             } if is_busy(source) => {
                 "another process holds the study; wait for it and go on with --resume"
             }
+            Self::Database {
+                source: DatabaseError::Sqlite(source),
+                ..
+            } if is_refused(source) => {
+                "check that you may read and write the file and its folder, and that the disk is not full"
+            }
             #[cfg(feature = "postgres")]
             Self::Database {
                 source: DatabaseError::Postgres(source),
@@ -229,11 +235,18 @@ impl Error {
 
     /// True where the user can mend it (exit code 2), false where it is our fault or the machine's (exit code 1).
     pub fn is_user(&self) -> bool {
+        if let Self::Database {
+            source: DatabaseError::Sqlite(source),
+            ..
+        } = self
+        {
+            return is_refused(source);
+        }
         !matches!(
             self,
             Self::StudyDamaged { .. }
                 | Self::Database {
-                    source: DatabaseError::Sqlite(_) | DatabaseError::Row(_),
+                    source: DatabaseError::Row(_),
                     ..
                 }
                 | Self::Io { .. }
@@ -242,6 +255,19 @@ impl Error {
                 | Self::Surrogate { .. }
         )
     }
+}
+
+/// The file system refused what SQLite wanted.
+fn is_refused(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(
+            rusqlite::ErrorCode::CannotOpen
+                | rusqlite::ErrorCode::ReadOnly
+                | rusqlite::ErrorCode::PermissionDenied
+                | rusqlite::ErrorCode::DiskFull
+        )
+    )
 }
 
 fn is_busy(error: &rusqlite::Error) -> bool {

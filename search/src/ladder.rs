@@ -82,15 +82,17 @@ pub(crate) fn trust(config: &StudyConfig, trials: &[&TrialView]) -> Vec<RungTrus
         .collect()
 }
 
-/// Data share and step share of a rung.
-pub(crate) fn shares(config: &StudyConfig, rung: u64) -> (f64, f64) {
-    let share = |ladder: &Ladder| ladder.shares.get(rung as usize).copied().unwrap_or(1.0);
-    match &config.ladder {
-        None => (config.fraction, 1.0),
-        Some(ladder) => match ladder.climb {
-            Climb::Data => (share(ladder), 1.0),
-            Climb::Steps => (config.fraction, share(ladder)),
-        },
+impl StudyConfig {
+    /// Share of the data, and of the steps, that a trial of a rung gets.
+    pub fn shares(&self, rung: u64) -> (f64, f64) {
+        let share = |ladder: &Ladder| ladder.shares.get(rung as usize).copied().unwrap_or(1.0);
+        match &self.ladder {
+            None => (self.fraction, 1.0),
+            Some(ladder) => match ladder.climb {
+                Climb::Data => (share(ladder), 1.0),
+                Climb::Steps => (self.fraction, share(ladder)),
+            },
+        }
     }
 }
 

@@ -27,7 +27,7 @@ mod targets;
 mod view;
 
 pub use config::{Climb, Direction, Ladder, SaboOptions, SamplerKind, StudyConfig};
-pub use effects::{Effects, Interaction, ParameterEffect};
+pub use effects::{Effects, Incumbent, Interaction, ParameterEffect};
 pub use error::{BoxError, DatabaseError, Error, Result};
 pub use objective::{DependsOn, Discrepancy, Objective, Outcome, Trial};
 pub use params::{Params, Value};

@@ -100,7 +100,7 @@ enum Evaluated {
 /// Evaluates one trial under its lease. Whatever happens here, the trial ends with a result or is given back.
 fn evaluate(study: &mut Study, asked: &Asked, objective: &mut dyn Objective) -> Result<Evaluated> {
     let lease_seconds = study.config().lease_seconds;
-    let (fraction, budget) = ladder::shares(study.config(), asked.rung);
+    let (fraction, budget) = study.config().shares(asked.rung);
     let location = study.location().clone();
     let begun = Instant::now();
     let mut held = Held {
@@ -204,6 +204,7 @@ fn summary(study: &Study, started: Instant) -> Result<StudySummary> {
         trials: view.wanted(),
         rungs: view.rungs(),
         best: view.best().cloned(),
+        recommended: view.recommended()?.cloned(),
         seconds: started.elapsed().as_secs_f64(),
     })
 }

@@ -267,6 +267,9 @@ pub struct StudySummary {
     pub trials: u64,
     /// The best trial.
     pub best: Option<TrialView>,
+    /// The trial that is worth most by all trials together; see [`StudyView::recommended`].
+    #[serde(default)]
+    pub recommended: Option<TrialView>,
     /// How well each rung of the ladder foretold the next one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rungs: Vec<RungTrust>,

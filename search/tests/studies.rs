@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use caskd_search::{
     BoxError, Climb, Control, Direction, Discrepancy, Error, Holder, Ladder, Objective, Outcome,
     Params, Progress, SamplerKind, Space, Study, StudyConfig, StudySummary, Told, Trial,
-    TrialState, Value, read_study, run_study,
+    TrialState, TrialView, Value, read_study, run_study,
 };
 
 /// A smooth bowl over whatever numbers and names a space has, with some failures.
@@ -445,6 +445,72 @@ fn foreign_files_are_refused() {
             "{error:?}"
         );
     }
+}
+
+#[test]
+fn luck_is_not_recommended() {
+    let space =
+        Space::from_toml("[[param]]\nname = 'x'\nkind = 'int'\nlow = 0\nhigh = 20\n").unwrap();
+    let mut study = Study::in_memory(&space, &config(SamplerKind::Random, 21)).unwrap();
+    for _ in 0..21 {
+        let asked = study.ask(Holder::External { seconds: 60.0 }).unwrap();
+        let x = asked.params.get("x").and_then(Value::as_f64).unwrap();
+        let noise = if (x as u64).is_multiple_of(2) {
+            0.3
+        } else {
+            -0.3
+        };
+        // A bowl around 12; at 3 a trial was luckier than the bottom is deep.
+        let value = if x == 3.0 {
+            -1.0
+        } else {
+            (x - 12.0).powi(2) / 10.0 + noise
+        };
+        study
+            .tell(asked.trial, None, &Outcome::Value(value), 0.0)
+            .unwrap();
+    }
+    let view = study.view().unwrap();
+    let x = |trial: &TrialView| trial.params.get("x").and_then(Value::as_f64).unwrap();
+    assert_eq!(x(view.best().unwrap()), 3.0);
+    let recommended = x(view.recommended().unwrap().unwrap());
+    assert!((10.0..=14.0).contains(&recommended), "{recommended}");
+    // What the line of the best values stands on is known to be worth less than it showed.
+    let last = *view.incumbents().unwrap().unwrap().last().unwrap();
+    assert!(
+        last.trial == 20 && last.mean > 1.0 && last.deviation > 0.0,
+        "{last:?}"
+    );
+}
+
+#[test]
+fn looking_leaves_no_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    // What a file's address must quote is part of the path.
+    let folder = dir.path().join("a study? 50% of it #1");
+    let config = config(SamplerKind::Random, 3);
+    let mut study = Study::create(folder.as_path(), &Space::table2(), &config).unwrap();
+    let asked = study.ask(Holder::External { seconds: 60.0 }).unwrap();
+    let listed = || {
+        let mut names: Vec<_> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    // While somebody works on it, a look sees what is in the log only.
+    assert_eq!(read_study(folder.as_path()).unwrap().trials.len(), 1);
+    study
+        .tell(asked.trial, None, &Outcome::Value(1.0), 0.0)
+        .unwrap();
+    drop(study);
+    assert_eq!(listed(), ["study.sqlite"]);
+    let before = std::fs::read(folder.join("study.sqlite")).unwrap();
+    let view = read_study(folder.as_path()).unwrap();
+    assert_eq!(view.trials[0].value, Some(1.0));
+    assert_eq!(listed(), ["study.sqlite"]);
+    assert_eq!(std::fs::read(folder.join("study.sqlite")).unwrap(), before);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use caskd_search::{
     Climb, Control, Direction, Error, Ladder, Location, Progress as StudyProgress, SamplerKind,
-    Space, Study, StudyConfig, StudySummary, TrialState, work_on,
+    Space, Study, StudyConfig, StudySummary, TrialState, Why, work_on,
 };
 use serde::Serialize;
 
@@ -202,6 +202,7 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
         ));
     }
     refuse_other_things(&plan.location)?;
+    plan.plan.check_space(&plan.space)?;
     let mut evaluator = plan.plan.open()?;
     search_with(plan, &mut evaluator)
 }
@@ -232,20 +233,34 @@ fn search_with(plan: &SearchPlan, evaluator: &mut Evaluator) -> Result<StudySumm
                     std::io::Write::write_all(sink, text.as_bytes())
                 })?;
                 say(format!(
-                    "best: trial {} with {} {value:.4} (`{}`)",
+                    "best: trial {} with {} {} (`{}`)",
                     best.number,
                     plan.plan.metric(),
+                    shown(value),
                     path.display()
                 ));
-                say(format!("use it: {}", plan.plan.reproduction(&path)));
+                if let Some(command) = plan.plan.reproduction(&path) {
+                    say(format!("use it: {command}"));
+                }
             }
             None => say(format!(
-                "best: trial {} with {} {value:.4}: {}",
+                "best: trial {} with {} {}: {}",
                 best.number,
                 plan.plan.metric(),
+                shown(value),
                 best.params
             )),
         }
+    }
+    if let (Some(best), Some(other)) = (&summary.best, &summary.recommended)
+        && best.number != other.number
+    {
+        say(format!(
+            "by all trials together trial {} ({}) is worth more: the best value may be luck. {}",
+            other.number,
+            shown(other.value.unwrap_or(f64::NAN)),
+            other.params
+        ));
     }
     if !summary.completed {
         say(format!(
@@ -281,6 +296,36 @@ impl SearchPlan {
     }
 }
 
+/// Why a point is tried, in one line.
+fn reason(why: &Why) -> String {
+    match (
+        why.expected_improvement,
+        why.discrepancy,
+        why.alpha,
+        why.score,
+    ) {
+        (Some(improvement), Some(discrepancy), Some(alpha), Some(score)) => format!(
+            "EI {} {} {} · S {} = {}",
+            shown(improvement),
+            if alpha < 0.0 { '-' } else { '+' },
+            shown(alpha.abs()),
+            shown(discrepancy),
+            shown(score)
+        ),
+        (Some(improvement), ..) => format!("EI {}", shown(improvement)),
+        _ => why.by.clone(),
+    }
+}
+
+/// A value of whatever size: a command's may be anything.
+fn shown(value: f64) -> String {
+    if value == 0.0 || (1e-3..1e7).contains(&value.abs()) {
+        format!("{value:.4}")
+    } else {
+        format!("{value:.4e}")
+    }
+}
+
 fn as_line(event: &StudyProgress) -> String {
     match event {
         StudyProgress::Started {
@@ -289,6 +334,7 @@ fn as_line(event: &StudyProgress) -> String {
             trials,
             resumed,
             rung,
+            why,
             ..
         } => {
             let settings: Vec<String> = params
@@ -301,8 +347,9 @@ fn as_line(event: &StudyProgress) -> String {
                 rung => format!(" (promoted to rung {rung})"),
             };
             format!(
-                "trial {trial} of {trials}{promoted}{again}: {}",
-                settings.join(" ")
+                "trial {trial} of {trials}{promoted}{again}: {} ({})",
+                settings.join(" "),
+                reason(why)
             )
         }
         StudyProgress::Finished {
@@ -317,11 +364,11 @@ fn as_line(event: &StudyProgress) -> String {
             ..
         } => {
             let result = match (state, value, error) {
-                (TrialState::Complete, Some(value), _) => format!("{value:.4}"),
+                (TrialState::Complete, Some(value), _) => shown(*value),
                 (_, _, Some(error)) => format!("{}: {error}", state.name()),
                 _ => state.name().to_string(),
             };
-            let best = best_value.map_or(String::new(), |best| format!(", best {best:.4}"));
+            let best = best_value.map_or(String::new(), |best| format!(", best {}", shown(best)));
             let eta = eta_seconds.map_or(String::new(), |eta| format!(", ETA {}", duration(eta)));
             format!(
                 "trial {trial} of {trials}: {result} in {}{best}{eta}",

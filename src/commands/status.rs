@@ -28,6 +28,8 @@ struct Status<'a> {
     stopped: usize,
     late: usize,
     best: Option<&'a TrialView>,
+    /// Worth most by all trials together.
+    recommended: Option<&'a TrialView>,
     rungs: Vec<RungTrust>,
     eta_seconds: Option<f64>,
     completed: bool,
@@ -103,6 +105,7 @@ impl<'a> Status<'a> {
             stopped: view.count(TrialState::Stopped),
             late: view.late.len(),
             best: view.best(),
+            recommended: view.recommended()?,
             rungs: view.rungs(),
             eta_seconds: (left > 0 && seconds > 0.0)
                 .then(|| seconds / finished.len() as f64 * left as f64 / workers),
@@ -159,6 +162,16 @@ fn text(status: &Status<'_>) -> String {
             let _ = writeln!(out, "best: trial {}, {value}: {}", best.number, best.params);
         }
         None => out.push_str("no trial has a value yet\n"),
+    }
+    if let (Some(best), Some(other)) = (status.best, status.recommended)
+        && best.number != other.number
+    {
+        let value = other.value.unwrap_or(f64::NAN);
+        let _ = writeln!(
+            out,
+            "worth more by all trials together: trial {}, {value}: {}",
+            other.number, other.params
+        );
     }
     for trial in &status.running {
         let held = match trial.lease_seconds {

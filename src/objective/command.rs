@@ -48,7 +48,7 @@ impl Objective for CommandObjective {
         let (output, errors) = (dir.join("stdout.txt"), dir.join("stderr.txt"));
         let child = Command::new("sh")
             .arg("-c")
-            .arg(self.line(trial, &params, &json, &dir))
+            .arg(line(&self.command, trial, &params, &json, &dir))
             .envs(environment(trial, &params, &dir))
             .stdin(Stdio::null())
             .stdout(File::create(&output)?)
@@ -88,24 +88,37 @@ impl Objective for CommandObjective {
     }
 }
 
-impl CommandObjective {
-    /// The command with what the braces stand for, quoted for the shell.
-    fn line(&self, trial: &Trial<'_>, params: &Path, json: &str, dir: &Path) -> String {
-        let mut line = self.command.clone();
-        for (name, value) in [
-            ("{params.json}", params.display().to_string()),
-            ("{params}", json.to_owned()),
-            ("{trial}", trial.number.to_string()),
-            ("{seed}", trial.seed.to_string()),
-            ("{rung}", trial.rung.to_string()),
-            ("{fraction}", trial.fraction.to_string()),
-            ("{budget}", trial.budget.to_string()),
-            ("{dir}", dir.display().to_string()),
-        ] {
-            line = line.replace(name, &quoted(&value));
-        }
-        line
+/// The command with what the braces stand for, quoted for the shell.
+fn line(command: &str, trial: &Trial<'_>, params: &Path, json: &str, dir: &Path) -> String {
+    let mut line = command.to_owned();
+    for (name, value) in [
+        ("{params.json}", params.display().to_string()),
+        ("{params}", json.to_owned()),
+        ("{trial}", trial.number.to_string()),
+        ("{seed}", trial.seed.to_string()),
+        ("{rung}", trial.rung.to_string()),
+        ("{fraction}", trial.fraction.to_string()),
+        ("{budget}", trial.budget.to_string()),
+        ("{dir}", dir.display().to_string()),
+    ] {
+        line = line.replace(name, &quoted(&value));
     }
+    line
+}
+
+/// A trial as a line for the shell: the program may look into its environment as well as at its arguments.
+pub(crate) fn repeated(command: &str, trial: &Trial<'_>) -> String {
+    let dir = trial
+        .dir
+        .canonicalize()
+        .unwrap_or_else(|_| trial.dir.to_owned());
+    let params = dir.join("params.json");
+    let variables: Vec<String> = environment(trial, &params, &dir)
+        .into_iter()
+        .map(|(name, value)| format!("{name}={}", quoted(&value)))
+        .collect();
+    let line = line(command, trial, &params, &trial.params.to_json(), &dir);
+    format!("env {} sh -c {}", variables.join(" "), quoted(&line))
 }
 
 /// The same as the braces, for programs that rather look into their environment.

@@ -51,6 +51,8 @@ pub struct TrainConfig {
     pub mode: Mode,
     /// Put the frozen projections into 8 bits, with a scale for each output.
     pub quantize: Quantize,
+    /// Run each block again on the way back, and hold the activations of one block in place of all.
+    pub recompute: bool,
     /// The teacher's folder or GGUF file, for a student with another tokenizer (losses `uld` and `cross-entropy`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_tokenizer: Option<String>,
@@ -172,6 +174,7 @@ impl Default for TrainConfig {
             checkpoint_every: 50,
             mode: Mode::Lora,
             quantize: Quantize::None,
+            recompute: false,
             teacher_tokenizer: None,
             dtype: Dtype::F32,
             device: "cpu".to_owned(),
@@ -252,8 +255,8 @@ impl TrainConfig {
         })
     }
 
-    /// Sets one key (dotted: `lora.rank`) from text: a TOML value, or a bare string. Validate when
-    /// all are set.
+    /// Sets one key (dotted: `lora.rank`, `loss.0.temperature`) from text: a TOML value, or a bare string.
+    /// Validate when all are set.
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
         let parsed = format!("value = {value}").parse::<toml::Table>();
         let value = match parsed {
@@ -308,6 +311,13 @@ impl TrainConfig {
         )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
+        if self.mode == Mode::Full && self.recompute {
+            return Err(Error::BadValue {
+                key: "recompute".to_owned(),
+                value: "true".to_owned(),
+                message: "it is for adapters; mode = \"full\" trains the embedding too".to_owned(),
+            });
+        }
         if self.mode == Mode::Full && self.quantize != Quantize::None {
             return Err(Error::BadValue {
                 key: "quantize".to_owned(),
@@ -379,6 +389,26 @@ impl TrainConfig {
     }
 
     fn set_value(&mut self, key: &str, value: toml::Value) -> Result<()> {
+        if let Some((index, of_term)) = key
+            .strip_prefix("loss.")
+            .and_then(|rest| rest.split_once('.'))
+        {
+            let term = index.parse::<usize>().ok();
+            let count = self.loss.len();
+            let Some(term) = term.and_then(|index| self.loss.get_mut(index)) else {
+                return Err(Error::BadValue {
+                    key: key.to_owned(),
+                    value: value.to_string(),
+                    message: format!(
+                        "there are {count} [[loss]] entries, and the first one is loss.0"
+                    ),
+                });
+            };
+            let mut table = term.to_table();
+            table.insert(of_term.to_owned(), value);
+            *term = LossTerm::from_table(&table)?;
+            return Ok(());
+        }
         if !known_keys().iter().any(|known| known == key) {
             return Err(Error::UnknownKey {
                 key: key.to_owned(),
@@ -551,6 +581,17 @@ mod tests {
                         [[loss]]\nkind = \"knowledge-alignment\"\nlayers = \"last\"\n";
         let explicit = TrainConfig::from_toml(explicit).unwrap();
         assert_eq!(explicit.terms().len(), 2);
+        let mut hotter = explicit.clone();
+        hotter.set("loss.0.temperature", "8").unwrap();
+        hotter.set("loss.1.layers", "last-middle").unwrap();
+        let text = hotter.to_toml().unwrap();
+        assert!(
+            text.contains("temperature = 8.0") && text.contains("last-middle"),
+            "{text}"
+        );
+        for bad in ["loss.2.temperature", "loss.0.heat", "loss.x.weight"] {
+            assert!(hotter.set(bad, "1").is_err(), "{bad}");
+        }
         assert_eq!(
             TrainConfig::from_toml(&explicit.to_toml().unwrap()).unwrap(),
             explicit

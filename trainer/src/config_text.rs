@@ -31,6 +31,10 @@ const SECTIONS: [(&str, &[(&str, &str)]); 6] = [
             ),
             ("quantize", "the frozen projections: \"none\", or \"int8\""),
             (
+                "recompute",
+                "run each block again on the way back: far less memory, a third more time",
+            ),
+            (
                 "teacher_tokenizer",
                 "the teacher's folder or GGUF file, for a student with another tokenizer and the loss uld",
             ),

@@ -35,10 +35,11 @@ pub(crate) fn forward_backward(
     teacher: Option<&LinearCode>,
     batch: &Batch,
     step: &StepSize,
+    recompute: bool,
 ) -> Result<Shares, NotFiniteTerm> {
     let keep = objective.student_layers();
     // A base in 8 bits would be unpacked whole into a graph: its pass goes back block by block.
-    let (forward, tape) = if student.is_quantized() {
+    let (forward, tape) = if recompute || student.is_quantized() {
         let (forward, tape) = student.forward_taped(&batch.input_ids, &keep);
         (forward, Some(tape))
     } else {

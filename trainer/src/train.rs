@@ -207,10 +207,17 @@ pub fn train(
                 objective, teacher, ..
             } = &parts[*part];
             let batch = batch.to_device(device);
-            let shares = forward_backward(student, objective, teacher.as_ref(), &batch, &size)
-                .map_err(|NotFiniteTerm { term, sources }| {
-                    not_finite(format!("loss `{term}`"), sources)
-                })?;
+            let shares = forward_backward(
+                student,
+                objective,
+                teacher.as_ref(),
+                &batch,
+                &size,
+                config.recompute,
+            )
+            .map_err(|NotFiniteTerm { term, sources }| {
+                not_finite(format!("loss `{term}`"), sources)
+            })?;
             missing += shares.missing;
             values
                 .iter_mut()

@@ -3,7 +3,8 @@
 //! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--first-run N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo+helpful]
 //! [--timing 100,500]`
 //! prints one JSON object. Simple regret after t trials is the clean value of the configuration with the lowest
-//! noisy observation among the first t, less the least clean value of the surface.
+//! noisy observation among the first t, less the least clean value of the surface. Surface 7 is another random
+//! function for every run; settings of the samplers are chosen on it and on S1 to S4, with runs from 100 on.
 
 #![allow(
     clippy::print_stdout,
@@ -15,6 +16,7 @@
 
 mod own;
 mod response;
+mod tuning;
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -126,28 +128,35 @@ fn main() {
     }
     let mut results = Vec::new();
     for &surface in &surfaces {
-        let least = minimum(surface);
+        let known = (surface <= SURFACES.len()).then(|| Known::new(surface));
         for sampler in samplers.split(',') {
             let begun = Instant::now();
-            let runs: Vec<Vec<f64>> = (first..first + seeds)
-                .map(|run| regrets(surface, least, sampler, run, trials))
-                .collect();
+            let (runs, recommended): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (first..first + seeds)
+                .map(|run| match &known {
+                    Some(known) => regrets(known, surface, sampler, run, trials),
+                    None => regrets(&tuning::Drawn::new(run), surface, sampler, run, trials),
+                })
+                .unzip();
             let seconds = begun.elapsed().as_secs_f64();
-            let mean =
-                |t: usize| runs.iter().filter_map(|r| r.get(t - 1)).sum::<f64>() / seeds as f64;
+            let mean_of = |curves: &[Vec<f64>], i: usize| {
+                curves.iter().filter_map(|curve| curve.get(i)).sum::<f64>() / seeds as f64
+            };
             eprintln!(
-                "{:12} {:15} regret@30 {:6.3}  @50 {:6.3}  {:.1} ms per trial",
-                SURFACES[surface - 1],
+                "{:12} {:15} regret@30 {:6.3}  @50 {:6.3}  recommended {:6.3} {:6.3}  {:.1} ms per trial",
+                name(surface),
                 sampler,
-                mean(30.min(trials as usize)),
-                mean(50.min(trials as usize)),
+                mean_of(&runs, 30.min(trials as usize) - 1),
+                mean_of(&runs, 50.min(trials as usize) - 1),
+                mean_of(&recommended, 0),
+                mean_of(&recommended, 1),
                 1e3 * seconds / (seeds * trials) as f64,
             );
             results.push(serde_json::json!({
-                "surface": SURFACES[surface - 1],
+                "surface": name(surface),
                 "sampler": sampler,
                 "first_run": first,
                 "regret": runs,
+                "recommended": recommended,
                 "seconds_per_trial": seconds / (seeds * trials) as f64,
             }));
         }
@@ -198,30 +207,89 @@ fn config(sampler: &str, seed: u64) -> StudyConfig {
     }
 }
 
-/// Simple regret after each trial of one run.
-fn regrets(surface: usize, least: f64, sampler: &str, run: u64, trials: u64) -> Vec<f64> {
+/// Trials after which the study is asked what it recommends.
+const RECOMMENDED_AT: [u64; 2] = [30, 50];
+
+/// What a run searches.
+trait Surface {
+    /// The value without noise.
+    fn clean(&self, c: Levels) -> f64;
+    /// One noisy measurement.
+    fn observe(&self, c: Levels, seed: u64) -> f64;
+    /// The least value without noise.
+    fn least(&self) -> f64;
+}
+
+/// S1 to S6, by number.
+struct Known {
+    number: usize,
+    least: f64,
+}
+
+impl Known {
+    fn new(number: usize) -> Self {
+        Self {
+            number,
+            least: minimum(number),
+        }
+    }
+}
+
+impl Surface for Known {
+    fn clean(&self, c: Levels) -> f64 {
+        clean(self.number, c, Fidelity::Full)
+    }
+
+    fn observe(&self, c: Levels, seed: u64) -> f64 {
+        observe(self.number, c, seed)
+    }
+
+    fn least(&self) -> f64 {
+        self.least
+    }
+}
+
+fn name(surface: usize) -> &'static str {
+    SURFACES.get(surface - 1).unwrap_or(&"random")
+}
+
+/// Simple regret after each trial of one run, and that of the study's recommendation after some trials.
+fn regrets(
+    surface: &dyn Surface,
+    number: usize,
+    sampler: &str,
+    run: u64,
+    trials: u64,
+) -> (Vec<f64>, Vec<f64>) {
     let (sampler, suffix) = sampler
         .split_once('+')
         .map_or((sampler, None), |(name, suffix)| (name, Some(suffix)));
-    let mut source = Source::new(surface, suffix);
+    let mut source = Source::new(number, suffix);
     let mut study = Study::in_memory(&Space::table2(), &config(sampler, run)).unwrap();
     let mut best = (f64::INFINITY, f64::INFINITY);
-    (0..trials)
+    let mut recommended = Vec::new();
+    let curve = (0..trials)
         .map(|number| {
             let asked = study
                 .ask_measured(Holder::External { seconds: 1e9 }, &mut source)
                 .unwrap();
             let c = Levels::of(&asked.params);
-            let value = observe(surface, c, run * 10_000 + number);
+            let value = surface.observe(c, run * 10_000 + number);
             study
                 .tell(number, None, &Outcome::Value(value), 0.0)
                 .unwrap();
             if value < best.0 {
-                best = (value, clean(surface, c, Fidelity::Full) - least);
+                best = (value, surface.clean(c) - surface.least());
+            }
+            if RECOMMENDED_AT.contains(&(number + 1)) {
+                let view = study.view().unwrap();
+                let choice = Levels::of(&view.recommended().unwrap().unwrap().params);
+                recommended.push(surface.clean(choice) - surface.least());
             }
             best.1
         })
-        .collect()
+        .collect();
+    (curve, recommended)
 }
 
 /// Seconds that this thread has computed, which other work on the machine does not lengthen; where the system does not

@@ -28,8 +28,8 @@ pub const SURFACES: [&str; 6] = [
     "S6 mirage",
 ];
 
-const HARD: [f64; 4] = [0.1, 1.0, 10.0, 20.0];
-const SOFT: [f64; 6] = [1e-8, 1e-7, 1e-3, 1.0, 10.0, 20.0];
+pub const HARD: [f64; 4] = [0.1, 1.0, 10.0, 20.0];
+pub const SOFT: [f64; 6] = [1e-8, 1e-7, 1e-3, 1.0, 10.0, 20.0];
 const NORMS: [&str; 3] = ["none", "max-min", "standardize"];
 const LAYERS: [&str; 3] = ["none", "last", "last-middle"];
 const KINDS: [&str; 2] = ["kl", "dual-scaling"];

@@ -1,7 +1,7 @@
 //! A study in a SQLite file: write-ahead log, every commit on the disk, one immediate transaction per change.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 use rusqlite::{Connection, OpenFlags, ToSql, TransactionBehavior, params_from_iter};
@@ -19,6 +19,30 @@ const BUSY: Duration = Duration::from_mins(1);
 pub(super) struct Sqlite {
     path: PathBuf,
     connection: Connection,
+    /// How the file was when it was opened as one that nobody writes.
+    still: Option<Still>,
+}
+
+/// A file without a write-ahead log beside it: nobody has it open.
+#[derive(Debug, Clone, PartialEq)]
+struct Still {
+    length: u64,
+    modified: SystemTime,
+}
+
+impl Still {
+    fn of(path: &Path) -> Option<Self> {
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        if Path::new(&log).exists() {
+            return None;
+        }
+        let metadata = path.metadata().ok()?;
+        Some(Self {
+            length: metadata.len(),
+            modified: metadata.modified().ok()?,
+        })
+    }
 }
 
 impl Sqlite {
@@ -41,12 +65,22 @@ impl Sqlite {
         Ok(sqlite)
     }
 
-    /// Opens an existing file for reading only.
+    /// Opens an existing file for reading only. Where nobody has it open it is read as it lies there: SQLite would
+    /// put a log beside it, which leaves traces (of another user, perhaps) and fails in a folder that can't be written.
     pub(super) fn open_read_only(path: &Path) -> Result<Self> {
-        Self::connect(
-            path,
-            OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-        )
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let (Some(still), Some(text)) = (Still::of(path), path.to_str()) else {
+            return Self::connect(path, flags);
+        };
+        let quoted = text
+            .replace('%', "%25")
+            .replace('?', "%3f")
+            .replace('#', "%23");
+        let address = format!("file:{quoted}?immutable=1");
+        let mut sqlite = Self::connect(Path::new(&address), flags | OpenFlags::SQLITE_OPEN_URI)?;
+        path.clone_into(&mut sqlite.path);
+        sqlite.still = Some(still);
+        Ok(sqlite)
     }
 
     fn connect(path: &Path, flags: OpenFlags) -> Result<Self> {
@@ -59,6 +93,7 @@ impl Sqlite {
             Ok(connection) => Ok(Self {
                 path: path.to_owned(),
                 connection,
+                still: None,
             }),
             Err(error) => Err(Error::Database {
                 path: path.to_owned(),
@@ -145,7 +180,20 @@ impl Database for Sqlite {
     }
 
     fn read(&mut self, work: &mut Work<'_>) -> Result<()> {
-        self.transaction(TransactionBehavior::Deferred, work)
+        let seen = self.transaction(TransactionBehavior::Deferred, work);
+        if let Some(still) = self.still.take() {
+            if Still::of(&self.path) == Some(still.clone()) {
+                self.still = Some(still);
+            } else {
+                // Somebody began to write meanwhile: look again, with the log.
+                *self = Self::connect(
+                    &self.path.clone(),
+                    OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+                )?;
+                return self.transaction(TransactionBehavior::Deferred, work);
+            }
+        }
+        seen
     }
 
     fn write(&mut self, work: &mut Work<'_>) -> Result<()> {

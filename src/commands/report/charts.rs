@@ -1,7 +1,7 @@
 //! The drawings of a study.
 
 use caskd_search::{
-    Direction, Effects, ParameterEffect, RungTrust, StudyView, TrialState, TrialView,
+    Direction, Effects, Incumbent, ParameterEffect, RungTrust, StudyView, TrialState, TrialView,
 };
 
 use super::svg::{Plot, Svg, number};
@@ -9,9 +9,12 @@ use crate::commands::search::{Comparison, best_so_far};
 use crate::objective::setting_text;
 
 const WIDE: f64 = 760.0;
+/// Of a normal variable, 95% lie within so many standard deviations.
+const NORMAL: f64 = 1.96;
 
-/// Value of each trial and the best so far. Values far worse than the median are left to the edge.
-pub(super) fn progress(view: &StudyView, metric: &str) -> String {
+/// Value of each trial, the best so far, and the band in which the surrogate believes what the best is worth. Values
+/// far worse than the median are left to the edge.
+pub(super) fn progress(view: &StudyView, incumbents: &[Incumbent], metric: &str) -> String {
     let sign = view.config.direction.sign();
     let trials: Vec<&TrialView> = view.trials.iter().filter(|t| t.rung == 0).collect();
     let values: Vec<(f64, f64)> = trials
@@ -27,9 +30,39 @@ pub(super) fn progress(view: &StudyView, metric: &str) -> String {
         .iter()
         .map(|(i, v)| (*i, sign * (sign * v).min(cap)))
         .collect();
-    let mut svg = Svg::new(WIDE, 320.0, &format!("{metric} by trial"));
-    let plot = Plot::around(&svg, &shown);
+    let clip = |value: f64| sign * (sign * value).min(cap);
+    let edges: Vec<[(f64, f64); 2]> = incumbents
+        .iter()
+        .filter_map(|incumbent| {
+            let i = trials.iter().position(|t| t.number == incumbent.trial)? as f64 + 1.0;
+            let half = NORMAL * incumbent.deviation;
+            Some([
+                (i, clip(incumbent.mean + half)),
+                (i, clip(incumbent.mean - half)),
+            ])
+        })
+        .collect();
+    let mut svg = Svg::new(
+        WIDE,
+        320.0,
+        &format!("{metric} by trial, the best so far, and the 95% band of what it is worth"),
+    );
+    let all: Vec<(f64, f64)> = shown
+        .iter()
+        .chain(edges.iter().flatten())
+        .copied()
+        .collect();
+    let plot = Plot::around(&svg, &all);
     plot.axes(&mut svg, "trial", metric);
+    let [upper, lower] =
+        [0, 1].map(|edge| steps(&plot, &edges.iter().map(|e| e[edge]).collect::<Vec<_>>()));
+    svg.area(
+        "band f0",
+        &upper
+            .into_iter()
+            .chain(lower.into_iter().rev())
+            .collect::<Vec<_>>(),
+    );
     let best: Vec<(f64, f64)> = best_so_far(&view.trials, sign)
         .into_iter()
         .enumerate()

@@ -19,6 +19,8 @@ pub(super) struct StudySection {
     metric: &'static str,
     counts: Vec<(&'static str, usize)>,
     best: Option<Best>,
+    /// Another trial than the best one that is worth more by all trials together.
+    recommended: Option<String>,
     progress: String,
     parallel: String,
     importance: String,
@@ -78,6 +80,7 @@ impl StudySection {
         let plan = Plan::noted(view)?;
         let metric = plan.as_ref().map_or("value", Plan::metric);
         let effects = view.effects()?;
+        let incumbents = view.incumbents()?.unwrap_or_default();
         let direction = view.config.direction;
         Ok(Self {
             study: location.to_string(),
@@ -108,7 +111,14 @@ impl StudySection {
                     .collect(),
                 commands: commands(location, plan.as_ref(), view, best),
             }),
-            progress: charts::progress(view, metric),
+            recommended: view
+                .recommended()?
+                .filter(|trial| view.best().is_some_and(|best| best.number != trial.number))
+                .map(|trial| {
+                    let value = optional(trial.value);
+                    format!("trial {} ({value}): {}", trial.number, trial.params)
+                }),
+            progress: charts::progress(view, &incumbents, metric),
             parallel: charts::parallel(view, metric),
             importance: effects.as_ref().map(charts::importance).unwrap_or_default(),
             effects: effects
@@ -206,10 +216,13 @@ fn commands(
         best.number
     };
     let trial = folder.join("trials").join(format!("{number:05}"));
-    let mut commands: Vec<String> = plan.repetition(&trial, best).into_iter().collect();
+    let mut commands: Vec<String> = plan
+        .repetition(&view.config, &trial, best)
+        .into_iter()
+        .collect();
     let file = folder.join(plan.best_name());
     if file.is_file() {
-        commands.push(plan.reproduction(&file));
+        commands.extend(plan.reproduction(&file));
     }
     commands
 }

@@ -76,6 +76,7 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
     if !args.resume && !result.exists() {
         refuse_other_things(&plan.location)?;
     }
+    plan.plan.check_space(&plan.space)?;
     let mut evaluator = plan.plan.open()?;
     let mut samplers: Vec<(SamplerKind, Vec<OneStudy>)> = args
         .compare

@@ -3,17 +3,31 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use caskd_search::{Objective, Study, StudyView, TrialView};
+use caskd_search::{
+    Domain, Objective, Space, Study, StudyConfig, StudyView, Trial, TrialView, Value,
+};
 use caskd_trainer::TrainConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::SearchArgs;
 use crate::commands::train::read_config;
 use crate::exit::Failure;
-use crate::objective::{CommandObjective, Distillation, DistillationObjective};
+use crate::objective::{
+    CommandObjective, Distillation, DistillationObjective, repeated, setting_text,
+};
 
 /// The note of a study that holds its plan.
 const NOTE: &str = "plan";
+
+/// Settings that the study decides, or that belong to what all trials share.
+const FIXED: [&str; 6] = [
+    "seed",
+    "fraction",
+    "device",
+    "dtype",
+    "io",
+    "allow_low_fidelity",
+];
 
 /// How a trial is evaluated.
 #[derive(Debug, Clone)]
@@ -139,6 +153,35 @@ impl Plan {
         })
     }
 
+    /// Refuses parameters that the trainer does not have, values that they do not take, and settings that a trial
+    /// does not decide.
+    pub(crate) fn check_space(&self, space: &Space) -> Result<(), Failure> {
+        let Self::Distillation(plan) = self else {
+            return Ok(());
+        };
+        let mut config = plan.base.clone();
+        for parameter in space.parameters() {
+            let name = parameter.name();
+            if FIXED.contains(&name) {
+                return Err(Failure::user(
+                    format!(
+                        "`{name}` can't be searched: it is the same for all trials, or each has its own"
+                    ),
+                    "take it out of the space; every other key of `caskd train --print-config` can be searched",
+                ));
+            }
+            let values: Vec<Value> = match parameter.domain() {
+                Domain::Float { low, high, .. } => vec![Value::Number(*low), Value::Number(*high)],
+                Domain::Int { low, high, .. } => vec![Value::Integer(*low), Value::Integer(*high)],
+                Domain::Ordinal { values, .. } | Domain::Categorical { values } => values.clone(),
+            };
+            for value in values {
+                config.set(name, &setting_text(&value))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What a value is.
     pub(crate) fn metric(&self) -> &'static str {
         match self {
@@ -176,7 +219,12 @@ impl Plan {
     }
 
     /// The command that does trial `trial`, whose files are in `folder`, once more.
-    pub(crate) fn repetition(&self, folder: &Path, trial: &TrialView) -> Option<String> {
+    pub(crate) fn repetition(
+        &self,
+        config: &StudyConfig,
+        folder: &Path,
+        trial: &TrialView,
+    ) -> Option<String> {
         match self {
             Self::Distillation(plan) => {
                 let config = folder.join("run").join("config.toml");
@@ -189,29 +237,39 @@ impl Plan {
                     )
                 })
             }
-            Self::Command { command, .. } => Some(format!(
-                "CASKD_SEED={} CASKD_RUNG={} {}",
-                trial.seed,
-                trial.rung,
-                command.replace(
-                    "{params.json}",
-                    &folder.join("params.json").display().to_string()
-                )
-            )),
+            Self::Command { command, .. } => {
+                let (fraction, budget) = config.shares(trial.rung);
+                Some(repeated(
+                    command,
+                    &Trial {
+                        number: trial.number,
+                        params: &trial.params,
+                        rung: trial.rung,
+                        fraction,
+                        budget,
+                        seed: trial.seed,
+                        dir: folder,
+                    },
+                ))
+            }
         }
     }
 
-    /// The command that uses the best configuration, which is in the file `best`.
-    pub(crate) fn reproduction(&self, best: &Path) -> String {
+    /// The command that uses the best configuration, which is in the file `best`; `None` where the program gets its
+    /// parameters in another way than as a file.
+    pub(crate) fn reproduction(&self, best: &Path) -> Option<String> {
         match self {
-            Self::Distillation(plan) => format!(
+            Self::Distillation(plan) => Some(format!(
                 "caskd train --cache {} --student {} --config {} --out RUN",
                 plan.cache.display(),
                 plan.student.display(),
                 best.display()
-            ),
+            )),
             Self::Command { command, .. } => {
-                command.replace("{params.json}", &best.display().to_string())
+                let file = best.display().to_string();
+                command
+                    .contains("{params.json}")
+                    .then(|| command.replace("{params.json}", &file))
             }
         }
     }
