@@ -31,5 +31,8 @@ OMP_NUM_THREADS=2 rival runs/train_step.py "$teacher"
 echo "== the cache: decoding against pyarrow, MDS and a plain copy"
 cargo build --release --locked -p caskd-formats --example decode_speed
 rival runs/bench_cache.py
+echo "== building: layer by layer against in memory, the whole build against its parts"
+cargo build --release --locked -p caskd
+CASKD_TEACHER="$teacher" runs/layered.sh ratio
 echo "== search: mean simple regret on the response surfaces"
 target/release/examples/surfaces --seeds 5

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caskd_formats::{Cache, RowInfo};
+use caskd_formats::{Cache, RowInfo, in_validation};
 use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_search::{BoxError, Discrepancy, Objective, Outcome, Params, Trial, Value};
 use caskd_trainer::{
@@ -123,12 +123,10 @@ pub(crate) fn setting_text(value: &Value) -> String {
     }
 }
 
-/// The last share of the hash range judges; trials train on the first share, so the two never meet
-/// unless together they are more than the whole.
+/// The last share of the hash range judges; trials train on the first share.
 fn validation_rows(rows: &[RowInfo], share: f64) -> Vec<RowInfo> {
-    let first = (1.0 - share) * 2f64.powi(64);
     rows.iter()
-        .filter(|row| row.split_hash as f64 >= first)
+        .filter(|row| in_validation(row.split_hash, share))
         .cloned()
         .collect()
 }

@@ -96,6 +96,14 @@ impl Progress {
         }
     }
 
+    /// A line of talk beside the bar.
+    pub(crate) fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(text)),
+            None => say(text),
+        }
+    }
+
     fn eta(&self, done_here: u64, left: u64) -> String {
         if left == 0 {
             return "0s".into();

@@ -59,7 +59,7 @@ fn bad_data_for_a_build() {
     build("no-output.jsonl", &[], &["line 2", "no `output`"]);
     build("not-json.jsonl", &[], &["line 1", "not JSON"]);
     build("ids.jsonl", &[], &["256", "vocabulary"]);
-    build("table.csv", &[], &[".jsonl nor .txt"]);
+    build("table.csv", &[], &["table.csv", ".jsonl"]);
     build("good.jsonl", &["--top-k", "257"], &["--top-k 257", "256"]);
     build("good.jsonl", &["--top-k", "0"], &["--top-k 0"]);
     build("good.jsonl", &["--max-len", "1"], &["--max-len"]);

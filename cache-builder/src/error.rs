@@ -15,30 +15,44 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A data file's name has an ending that is not known.
-    #[error("`{path}` is neither .jsonl nor .txt")]
+    #[error("the ending of `{path}` says nothing of what it holds")]
     DataKind {
         /// The file.
         path: PathBuf,
     },
     /// A record of a data file is not of the form it should have.
-    #[error("`{path}` line {line}: {problem}")]
+    #[error("`{path}` {unit} {number}: {problem}")]
     Record {
         /// The file.
         path: PathBuf,
-        /// The 1-based line.
-        line: usize,
+        /// `line`, `row` or `record`.
+        unit: &'static str,
+        /// Which of them, from 1.
+        number: u64,
         /// What is wrong with it.
         problem: String,
         /// What to do.
         hint: String,
     },
+    /// A data file as a whole is not what its name says.
+    #[error("can't read the data file `{path}`: {message}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
     /// No sequence with a target is left.
     #[error(
-        "the data hold no sequence to learn from ({records} records read, {skipped} without a target within --max-len {max_len})"
+        "the data hold no sequence to learn from ({records} records read, {bad_records} of them bad; {skipped} without a target within --max-len {max_len})"
     )]
     EmptyData {
         /// Records read.
-        records: usize,
+        records: u64,
+        /// Records that could not be used.
+        bad_records: u64,
         /// Records dropped because truncation left no target.
         skipped: u64,
         /// The limit.
@@ -70,6 +84,20 @@ pub enum Error {
         /// The position in the sequence.
         position: usize,
     },
+    /// The folder for activations refuses.
+    #[error("activations can't wait in `{folder}`: {source}")]
+    Spill {
+        /// The folder of --spill.
+        folder: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A plan can't be written, or what was planned can't be read.
+    #[error("the plan is damaged: {message}")]
+    Plan {
+        /// What does not fit.
+        message: String,
+    },
     /// The teacher can't be loaded or run.
     #[error(transparent)]
     Model(#[from] caskd_models::Error),
@@ -94,10 +122,12 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::DataFile { .. } => Some("check the path given to --data".into()),
-            Self::DataKind { .. } => Some("give Alpaca records or token ids as .jsonl, running text as .txt".into()),
-            Self::Record { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
+            Self::DataKind { .. } => Some("records are .jsonl, .json or .parquet, running text is .txt or .md; rename the file or make a link".into()),
+            Self::Record { hint, .. } | Self::Damaged { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
             Self::EmptyData { .. } => Some("give more data, or a larger --max-len".into()),
             Self::Tokenizer { .. } => None,
+            Self::Spill { .. } => Some("give --spill a folder on a disk with room".into()),
+            Self::Plan { .. } => Some("write it again, with the same caskd: `caskd build --plan --resume`".into()),
             Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),
             Self::Model(error) => error.hint(),
             Self::Cache(error) => error.hint(),
@@ -113,5 +143,13 @@ impl Error {
             Self::Torch { .. } | Self::Tokenizer { .. } => false,
             _ => true,
         }
+    }
+}
+
+/// Turns what libtorch says into this crate's error.
+pub(crate) fn torch(doing: &'static str) -> impl Fn(tch::TchError) -> Error {
+    move |source| Error::Torch {
+        doing: doing.to_owned(),
+        source,
     }
 }

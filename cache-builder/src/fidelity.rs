@@ -6,15 +6,23 @@
 //! dimensions, which keeps norms of matrices with so many rows (Johnson–Lindenstrauss) at a ninth of the cost or less.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 
 use caskd_formats::{
-    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier,
+    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier, split_hash,
 };
 use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, load, prune};
 use tch::{Device, Kind, Tensor};
 
+use crate::data::TokenizedSequence;
+use crate::layers::Event;
 use crate::rebuild::{Rebuilt, kl_rows};
+use crate::teacher::Teacher;
 use crate::{Error, Result};
+
+/// Positions that a build measures its fidelity on.
+pub(crate) const SAMPLE_POSITIONS: usize = 1024;
 
 /// Positions whose gradients make one batch: eight sequences of 128 tokens.
 const BATCH: i64 = 1024;
@@ -45,11 +53,7 @@ pub fn pruned_teacher(path: &std::path::Path, options: &LoadOptions) -> Result<L
             ..PruneOptions::default()
         },
     )?;
-    student.name = format!(
-        "{} without {:.0}% of its FFN channels",
-        student.name,
-        100.0 * PRUNED
-    );
+    student.name = pruned_name(&student.name);
     Ok(student)
 }
 
@@ -88,13 +92,89 @@ pub fn measure_cache(
     for row in last_rows(cache.rows()?, positions) {
         sequences.extend(cache.read(row.shard, &[row.row], &columns)?);
     }
-    measure(
-        teacher,
-        student,
-        &spec,
-        cache.basis()?.as_deref(),
-        &sequences,
-    )
+    let batches = id_batches(&sequences);
+    tch::no_grad(|| {
+        measure(
+            &Side::of_model(teacher, &batches),
+            &Side::of_model(student, &batches),
+            &student.name,
+            &spec,
+            cache.basis()?.as_deref(),
+            &sequences,
+        )
+    })
+}
+
+/// A model as a measurement sees it, in f32 on the CPU.
+pub(crate) struct Side {
+    /// LM head [V, D].
+    head: Tensor,
+    /// Last hidden states of the sample's positions, one after the other: [N, D].
+    hidden: Tensor,
+}
+
+impl Side {
+    fn new(head: &Tensor, hidden: &[Tensor]) -> Side {
+        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Float).to_device(Device::Cpu);
+        let hidden: Vec<Tensor> = hidden.iter().map(|one| wide(&one.squeeze_dim(0))).collect();
+        Side {
+            head: wide(&head.detach()),
+            hidden: Tensor::cat(&hidden, 0),
+        }
+    }
+
+    fn of_model(model: &LoadedModel, batches: &[Tensor]) -> Side {
+        let hidden: Vec<Tensor> = batches
+            .iter()
+            .map(|ids| {
+                let ids = ids.to_device(model.network.device());
+                model.network.forward(&ids, &[], false).last_hidden
+            })
+            .collect();
+        Side::new(model.network.head(), &hidden)
+    }
+}
+
+/// Measures rows of a cache under way: the teacher against itself without a quarter of its FFN channels, which goes through
+/// layer by layer and never is in memory whole.
+pub(crate) fn measure_build(
+    teacher: &Teacher,
+    spec: &CacheSpec,
+    basis: Option<&Basis>,
+    sequences: &[Sequence],
+) -> Result<Fidelity> {
+    let batches = id_batches(sequences);
+    tch::no_grad(|| {
+        let head = teacher.head()?;
+        let of_student = Side::new(&head, &teacher.run_pruned(&batches, PRUNED)?);
+        let mut hidden: Vec<Option<Tensor>> = batches.iter().map(|_| None).collect();
+        teacher.run(&batches, &[], &AtomicBool::new(false), &mut |event| {
+            if let Event::Done(index, forward) = event {
+                hidden[index] = Some(forward.last_hidden);
+            }
+            Ok(())
+        })?;
+        let hidden: Vec<Tensor> = hidden.into_iter().flatten().collect();
+        let of_teacher = Side {
+            head: of_student.head.shallow_clone(),
+            ..Side::new(&head, &hidden)
+        };
+        let student = pruned_name(&teacher.files().name);
+        measure(&of_teacher, &of_student, &student, spec, basis, sequences)
+    })
+}
+
+/// Each sequence as a batch of its own, [1, T].
+fn id_batches(sequences: &[Sequence]) -> Vec<Tensor> {
+    let ids = sequences.iter().map(|sequence| {
+        let ids: Vec<i64> = sequence.token_ids.iter().map(|id| i64::from(*id)).collect();
+        Tensor::from_slice(&ids).unsqueeze(0)
+    });
+    ids.collect()
+}
+
+fn pruned_name(of: &str) -> String {
+    format!("{of} without {:.0}% of its FFN channels", 100.0 * PRUNED)
 }
 
 /// The columns that a measurement reads.
@@ -123,92 +203,100 @@ fn last_rows(mut rows: Vec<RowInfo>, positions: usize) -> Vec<RowInfo> {
         .collect()
 }
 
+/// Shard and row of the sequences of the highest split hash: what a build measures.
+pub(crate) fn sample_places(
+    sequences: &[TokenizedSequence],
+    shards: &[Range<usize>],
+) -> Vec<(usize, u32)> {
+    let mut all = Vec::with_capacity(sequences.len());
+    for (shard, range) in shards.iter().enumerate() {
+        for (row, sequence) in sequences[range.clone()].iter().enumerate() {
+            let hash = split_hash(&sequence.token_ids);
+            all.push((hash, shard, row as u32, sequence.token_ids.len()));
+        }
+    }
+    all.sort_by_key(|(hash, shard, row, _)| (std::cmp::Reverse(*hash), *shard, *row));
+    let mut held = 0;
+    all.into_iter()
+        .take_while(|(.., positions)| {
+            let more = held < SAMPLE_POSITIONS;
+            held += positions;
+            more
+        })
+        .map(|(_, shard, row, _)| (shard, row))
+        .collect()
+}
+
 /// Measures decoded sequences, which were read with [`columns`].
-pub(crate) fn measure(
-    teacher: &LoadedModel,
-    student: &LoadedModel,
+fn measure(
+    of_teacher: &Side,
+    of_student: &Side,
+    student: &str,
     spec: &CacheSpec,
     basis: Option<&Basis>,
     sequences: &[Sequence],
 ) -> Result<Fidelity> {
-    tch::no_grad(|| {
-        let head = |model: &LoadedModel| {
-            model
-                .network
-                .head()
-                .detach()
-                .to_kind(Kind::Float)
-                .to_device(Device::Cpu)
-        };
-        let (of_teacher, of_student) = (head(teacher), head(student));
-        let common = of_teacher.size()[0].min(of_student.size()[0]);
-        let rebuilt = Rebuilt::of(spec, basis, &of_teacher, sequences)?;
-        let hidden = |model: &LoadedModel| {
-            let states: Vec<Tensor> = sequences
-                .iter()
-                .map(|sequence| last_hidden(model, sequence))
-                .collect();
-            Tensor::cat(&states, 0)
-        };
-        let (teacher_hidden, student_hidden) = (hidden(teacher), hidden(student));
-        let projected = project(&student_hidden);
-        let rows = teacher_hidden.size()[0];
-        // A last batch that is not whole would weigh as much as a whole one.
-        let whole = if rows > BATCH {
-            rows / BATCH * BATCH
-        } else {
-            rows
-        };
-        let mut totals: BTreeMap<String, Figures> = Fidelity::keys()
-            .map(|key| (key, Figures::default()))
-            .collect();
-        for batch in (0..whole).step_by(BATCH as usize) {
-            let end = whole.min(batch + BATCH);
-            for first in (batch..end).step_by(ROWS as usize) {
-                let count = ROWS.min(end - first);
-                let logits = rebuilt.logits(first, count);
-                let chunk = Chunk {
-                    teacher: teacher_hidden
-                        .narrow(0, first, count)
-                        .matmul(&of_teacher.tr())
-                        .narrow(1, 0, common),
-                    student: student_hidden
-                        .narrow(0, first, count)
-                        .matmul(&of_student.tr())
-                        .narrow(1, 0, common),
-                    at_one: rebuilt
-                        .at_temperature_one(&logits, first, count)
-                        .narrow(1, 0, common),
-                    rebuilt: logits.narrow(1, 0, common),
-                    projected: projected.narrow(0, first, count),
-                };
-                for temperature in TEMPERATURES {
-                    if let Some(figures) = totals.get_mut(&temperature.to_string()) {
-                        chunk.add_temperature(figures, f64::from(temperature));
-                    }
-                }
-                if let Some(figures) = totals.get_mut("dual-scaling") {
-                    chunk.add_dual_scaling(figures);
+    let (teacher_hidden, student_hidden) = (&of_teacher.hidden, &of_student.hidden);
+    let (of_teacher, of_student) = (&of_teacher.head, &of_student.head);
+    let common = of_teacher.size()[0].min(of_student.size()[0]);
+    let rebuilt = Rebuilt::of(spec, basis, of_teacher, sequences)?;
+    let projected = project(student_hidden);
+    let rows = teacher_hidden.size()[0];
+    // A last batch that is not whole would weigh as much as a whole one.
+    let whole = if rows > BATCH {
+        rows / BATCH * BATCH
+    } else {
+        rows
+    };
+    let mut totals: BTreeMap<String, Figures> = Fidelity::keys()
+        .map(|key| (key, Figures::default()))
+        .collect();
+    for batch in (0..whole).step_by(BATCH as usize) {
+        let end = whole.min(batch + BATCH);
+        for first in (batch..end).step_by(ROWS as usize) {
+            let count = ROWS.min(end - first);
+            let logits = rebuilt.logits(first, count);
+            let chunk = Chunk {
+                teacher: teacher_hidden
+                    .narrow(0, first, count)
+                    .matmul(&of_teacher.tr())
+                    .narrow(1, 0, common),
+                student: student_hidden
+                    .narrow(0, first, count)
+                    .matmul(&of_student.tr())
+                    .narrow(1, 0, common),
+                at_one: rebuilt
+                    .at_temperature_one(&logits, first, count)
+                    .narrow(1, 0, common),
+                rebuilt: logits.narrow(1, 0, common),
+                projected: projected.narrow(0, first, count),
+            };
+            for temperature in TEMPERATURES {
+                if let Some(figures) = totals.get_mut(&temperature.to_string()) {
+                    chunk.add_temperature(figures, f64::from(temperature));
                 }
             }
-            totals.values_mut().for_each(Figures::end_batch);
+            if let Some(figures) = totals.get_mut("dual-scaling") {
+                chunk.add_dual_scaling(figures);
+            }
         }
-        let figures = |of: &dyn Fn(&Figures) -> f64| {
-            totals
-                .iter()
-                .map(|(key, figures)| (key.clone(), Fidelity::rounded(of(figures))))
-                .collect()
-        };
-        Ok(Fidelity {
-            positions: whole as u64,
-            batch_positions: whole.min(BATCH) as u64,
-            student: student.name.clone(),
-            tail: (spec.tier == Tier::Sparse).then(|| "uniform".to_owned()),
-            kl: figures(&|figures| figures.kl / whole.max(1) as f64),
-            gradient_error: figures(&|figures| {
-                (figures.squared_errors / figures.batches.max(1.0)).sqrt()
-            }),
-        })
+        totals.values_mut().for_each(Figures::end_batch);
+    }
+    let figures = |of: &dyn Fn(&Figures) -> f64| {
+        totals
+            .iter()
+            .map(|(key, figures)| (key.clone(), Fidelity::rounded(of(figures))))
+            .collect()
+    };
+    Ok(Fidelity {
+        positions: whole as u64,
+        batch_positions: whole.min(BATCH) as u64,
+        student: student.to_owned(),
+        tail: (spec.tier == Tier::Sparse).then(|| "uniform".to_owned()),
+        kl: figures(&|figures| figures.kl / whole.max(1) as f64),
+        gradient_error: figures(&|figures| {
+            (figures.squared_errors / figures.batches.max(1.0)).sqrt()
+        }),
     })
 }
 
@@ -286,19 +374,6 @@ impl Chunk {
             &features,
         );
     }
-}
-
-/// [T, D] in f32.
-fn last_hidden(model: &LoadedModel, sequence: &Sequence) -> Tensor {
-    let ids: Vec<i64> = sequence.token_ids.iter().map(|id| i64::from(*id)).collect();
-    let input = Tensor::from_slice(&ids)
-        .unsqueeze(0)
-        .to_device(model.network.device());
-    let hidden = model.network.forward(&input, &[], false).last_hidden;
-    hidden
-        .squeeze_dim(0)
-        .to_kind(Kind::Float)
-        .to_device(Device::Cpu)
 }
 
 /// [N, D] → [N, 64] by a fixed Gaussian matrix; narrower states stay as they are.

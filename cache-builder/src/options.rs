@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use caskd_formats::{CodeTarget, HiddenCodec, LayerSpec, Tier};
-use tch::{Device, Kind};
+use tch::Kind;
 
+use crate::data::DataOptions;
+use crate::teacher::Placement;
 use crate::{Error, Result};
 
 /// Everything that [`crate::build()`] needs to know. The first group decides the cache's bytes.
@@ -13,8 +15,10 @@ use crate::{Error, Result};
 pub struct BuildOptions {
     /// The teacher: a Hugging Face folder or a GGUF file.
     pub teacher: PathBuf,
-    /// Alpaca or token-id records (`.jsonl`), or running text (`.txt`), in this order.
+    /// Records (`.jsonl`, `.json`, `.parquet`) or running text (`.txt`), in this order.
     pub data: Vec<PathBuf>,
+    /// How they become sequences.
+    pub preparation: DataOptions,
     /// How much of the teacher's logits the cache can give back.
     pub tier: Tier,
     /// Kept entries K of the sorted logits; `None`: 64, or in the compact tier what serves the rate best.
@@ -34,8 +38,8 @@ pub struct BuildOptions {
 
     /// The cache's folder.
     pub out: PathBuf,
-    /// Where the teacher runs.
-    pub device: Device,
+    /// Where the teacher runs, and in how much memory.
+    pub placement: Placement,
     /// Go on with an interrupted build.
     pub resume: bool,
     /// Measure the cache on a sample before it is finished.

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use caskd_formats::{Cache, Columns, RowInfo, Sequence};
-use caskd_models::LoadOptions;
 use serde::Serialize;
 use tch::{Device, Kind};
 
-use crate::build::TeacherPass;
-use crate::tokenize::TokenizedSequence;
+use crate::data::TokenizedSequence;
+use crate::teacher::Teacher;
+use crate::teacher_pass::TeacherPass;
 use crate::{Error, Result};
 
 /// How far one kind of value in the cache is from the teacher's.
@@ -55,12 +55,13 @@ pub fn recheck(cache: &Cache, teacher: &Path, sample: usize, device: Device) -> 
     let manifest = cache.manifest();
     let is_bf16 = manifest.teacher.compute_dtype == "bf16";
     let kind = if is_bf16 { Kind::BFloat16 } else { Kind::Float };
-    let teacher = caskd_models::load(teacher, &LoadOptions { device, kind })?;
+    let teacher = Teacher::whole(teacher, kind, &[device])?;
     if teacher.digest != manifest.teacher.digest {
         return Err(Error::Option {
             problem: format!(
                 "`{}` is not the teacher of this cache, which is {}",
-                teacher.name, manifest.teacher.name
+                teacher.files().name,
+                manifest.teacher.name
             ),
             hint:
                 "give the weights that the cache was built from; `caskd inspect` shows their digest"
@@ -79,7 +80,7 @@ pub fn recheck(cache: &Cache, teacher: &Path, sample: usize, device: Device) -> 
     let stop = AtomicBool::new(false);
     let spec = manifest.spec();
     let computed = TeacherPass::new(&teacher, &spec, 2048, &stop)
-        .run(&tokens, &mut |_| {})?
+        .run_one(tokens, &mut |_| {})?
         .unwrap_or_default();
     // The compact tier keeps the top-k and its statistics on grids of their own.
     let grid = if manifest.code.is_some() { 0.02 } else { 0.0 };

@@ -13,6 +13,7 @@ use caskd_formats::{
 };
 use tch::{Kind, Tensor};
 
+use crate::error::torch;
 use crate::noise_shaping::Shaping;
 use crate::rebuild::{Rebuilt, kl_rows};
 use crate::statistics::{round_statistics, snap_top_k};
@@ -492,13 +493,6 @@ fn joined_top_k(sequences: &[Sequence], k: usize) -> TopK {
         }
     }
     joined
-}
-
-fn torch(doing: &'static str) -> impl Fn(tch::TchError) -> Error {
-    move |source| Error::Torch {
-        doing: doing.to_owned(),
-        source,
-    }
 }
 
 fn transform(sample: &Sample, head: &Tensor) -> Result<Transform> {

@@ -392,6 +392,7 @@ fn spec(sequences: u64, positions: u64, targets: u64) -> CacheSpec {
             truncated: 0,
             skipped: 0,
             prompt_form: "none".to_owned(),
+            ..DataInfo::default()
         },
     }
 }

@@ -60,6 +60,22 @@ pub enum Error {
         /// What is missing.
         missing: String,
     },
+    /// Receipts of a planned build are missing.
+    #[error("tasks {tasks} of {total} in `{}` are not done", .dir.display())]
+    TasksMissing {
+        /// The folder.
+        dir: PathBuf,
+        /// Their numbers, as `1-3, 7`.
+        tasks: String,
+        /// All tasks.
+        total: usize,
+    },
+    /// The folder holds no plan that workers can take up.
+    #[error("`{}` holds no finished plan", .dir.display())]
+    NoWork {
+        /// The folder.
+        dir: PathBuf,
+    },
     /// The folder holds a build that was never finished.
     #[error("the cache in `{}` is unfinished", .dir.display())]
     Unfinished {
@@ -198,6 +214,12 @@ impl Error {
             }
             Error::Unfinished { .. } | Error::Incomplete { .. } => {
                 "complete it by running the build again with --resume"
+            }
+            Error::TasksMissing { .. } => {
+                "run their workers again, or `caskd build --worker 0/1 --out CACHE`, which does whatever is left"
+            }
+            Error::NoWork { .. } => {
+                "write one with `caskd build --plan`, or complete an interrupted one with --plan --resume"
             }
             Error::NotACache { .. } => "give the folder that `caskd build --out` wrote",
             Error::UnknownVersion { .. } | Error::UnknownCodec { .. } => {

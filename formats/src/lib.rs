@@ -49,17 +49,18 @@ pub use fidelity::{Fidelity, TEMPERATURES};
 pub use head::{Head, HeadWeights};
 pub use manifest::{ColumnInfo, FooterInfo, HeadInfo, Manifest, ShardInfo};
 pub use sequence::{
-    Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, split_hash, token_digest,
+    Coefficients, HiddenState, Sequence, Statistics, TokenDigest, TopK, in_fraction, in_validation,
+    split_hash, token_digest,
 };
 pub use source::Source;
 pub use spec::{
     BasisInfo, CacheSpec, CodeSpec, CodeTarget, DataFile, DataInfo, HeadDtype, HiddenCodec,
-    LayerSpec, TeacherInfo, Tier, TokenizerInfo,
+    LayerSpec, LossOn, Preparation, TeacherInfo, Tier, TokenizerInfo,
 };
 pub use store::{Guard, Local, Memory, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 pub use verify::{Problem, VerifyReport, verify, verify_in};
-pub use writer::{CacheWriter, stored_code, trial_bytes_per_position};
+pub use writer::{CacheWriter, SharedBuild, TaskInfo, Work, stored_code, trial_bytes_per_position};
 
 /// Version of the folder, the manifest and the shard schema. A reader refuses every other number.
 pub const FORMAT_VERSION: u32 = 1;

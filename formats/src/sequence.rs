@@ -81,6 +81,17 @@ pub fn split_hash(token_ids: &[u32]) -> u64 {
     u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
+/// Whether a sequence belongs to the fraction f: its hash is below f·2⁶⁴.
+pub fn in_fraction(split_hash: u64, fraction: f64) -> bool {
+    u128::from(split_hash) < (fraction * 2f64.powi(64)) as u128
+}
+
+/// Whether a sequence belongs to the validation share v: its hash is (1 − v)·2⁶⁴ or more. Fractions fill the hash range
+/// from below and validation from above, so the two never meet unless together they are more than the whole.
+pub fn in_validation(split_hash: u64, share: f64) -> bool {
+    share > 0.0 && split_hash as f64 >= (1.0 - share) * 2f64.powi(64)
+}
+
 impl Statistics {
     /// The five columns in the order of the file: mean, std, min, max, log_sum_exp.
     pub(crate) fn columns(&self) -> [&[f32]; 5] {

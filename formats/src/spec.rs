@@ -1,6 +1,8 @@
 //! Everything that decides the bytes of a cache. Stored as `plan.json` while a cache is being built, inside
 //! `manifest.json` afterwards.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -155,8 +157,70 @@ pub struct DataFile {
     pub digest: String,
 }
 
+/// Which tokens of a record are targets.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossOn {
+    /// The response: an instruction's output, a completion, the assistant's turns. Text without a prompt counts whole.
+    #[default]
+    Response,
+    /// Every token.
+    All,
+}
+
+/// How records became sequences, and how many did not. A build that used no choice of this kind leaves it out of its
+/// manifest.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Preparation {
+    /// Records read, bad ones included; a text file is one.
+    #[serde(skip_serializing_if = "is_default")]
+    pub records: u64,
+    /// Records that could not be used and were passed over.
+    #[serde(skip_serializing_if = "is_default")]
+    pub bad_records: u64,
+    /// Sequences left out because their token digest had come before.
+    #[serde(skip_serializing_if = "is_default")]
+    pub duplicates: u64,
+    /// Whether repeated sequences were kept.
+    #[serde(skip_serializing_if = "is_default")]
+    pub keep_duplicates: bool,
+    /// Tokens beyond `max_len` that were cut off.
+    #[serde(skip_serializing_if = "is_default")]
+    pub truncated_tokens: u64,
+    /// Which tokens are targets.
+    #[serde(skip_serializing_if = "is_default")]
+    pub loss_on: LossOn,
+    /// Whether several records share a sequence.
+    #[serde(skip_serializing_if = "is_default")]
+    pub packed: bool,
+    /// Share of the hash range, in millionths, that no training may see; see [`crate::in_validation`].
+    #[serde(skip_serializing_if = "is_default")]
+    pub validation_millionths: u32,
+    /// blake3 of the chat template, where a record used one.
+    #[serde(skip_serializing_if = "is_default")]
+    pub chat_template: Option<String>,
+    /// The date that the chat template wrote into the prompts (`2026-11-26`), where it asked for one.
+    #[serde(skip_serializing_if = "is_default")]
+    pub chat_date: Option<String>,
+    /// Columns that were named: field of the record form to column of the file.
+    #[serde(skip_serializing_if = "is_default")]
+    pub columns: BTreeMap<String, String>,
+}
+
+impl Preparation {
+    /// The share of the hash range that is kept for validation, 0 to 1.
+    pub fn validation(&self) -> f64 {
+        f64::from(self.validation_millionths) / 1e6
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// The text that the teacher read.
-#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
 #[serde(deny_unknown_fields)]
 pub struct DataInfo {
     /// Digest over the tokenised data.
@@ -175,6 +239,16 @@ pub struct DataInfo {
     pub skipped: u64,
     /// Name of the prompt form.
     pub prompt_form: String,
+    /// How the records were prepared.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub preparation: Preparation,
+}
+
+impl DataInfo {
+    /// Whether the sequence of this hash belongs to the validation split, which no training may see.
+    pub fn is_validation(&self, split_hash: u64) -> bool {
+        crate::in_validation(split_hash, self.preparation.validation())
+    }
 }
 
 /// Everything that decides the bytes of a cache: the same spec and the same sequences give the same files.
@@ -265,6 +339,12 @@ impl CacheSpec {
         }
         if self.data.sequences == 0 {
             return wrong("data.sequences", "the data holds no sequence".to_owned());
+        }
+        if self.data.preparation.validation_millionths > 1_000_000 {
+            return wrong(
+                "data.preparation.validation_millionths",
+                "more than the whole".to_owned(),
+            );
         }
         if self.num_shards() > 100_000 {
             return wrong(

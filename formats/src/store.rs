@@ -22,6 +22,8 @@ pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const PLAN: &str = "plan.json";
 pub(crate) const LOCK: &str = ".lock";
 pub(crate) const SHARDS: &str = "shards";
+pub(crate) const TASKS: &str = "tasks";
+pub(crate) const RECEIPTS: &str = "receipts";
 
 /// Begins the names of unfinished files.
 const TEMPORARY: &str = ".tmp-";
@@ -60,6 +62,15 @@ pub trait Storage: Debug + Send + Sync {
     /// # Errors
     /// [`Error::Locked`] where another builder has it.
     fn lock(&self) -> Result<Box<dyn Guard>>;
+
+    /// Locks the cache for one of many workers: they share it, and keep a single builder out.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] where a single builder has it.
+    fn share(&self) -> Result<Box<dyn Guard>>;
+
+    /// Removes a folder with all files in it, if it is there.
+    fn remove_folder(&self, folder: &str) -> Result<()>;
 }
 
 /// Holds a lock.
@@ -220,8 +231,19 @@ mod tests {
 
         let held = storage.lock().unwrap();
         assert!(matches!(storage.lock(), Err(Error::Locked { .. })));
+        assert!(matches!(storage.share(), Err(Error::Locked { .. })));
         drop(held);
         drop(storage.lock().unwrap());
+        let first = storage.share().unwrap();
+        let second = storage.share().unwrap();
+        drop(first);
+        assert!(matches!(storage.lock(), Err(Error::Locked { .. })));
+        drop(second);
+        drop(storage.lock().unwrap());
+
+        storage.remove_folder("shards").unwrap();
+        storage.remove_folder("shards").unwrap();
+        assert_eq!(storage.list("shards").unwrap(), Vec::<String>::new());
     }
 
     #[test]
@@ -239,7 +261,6 @@ mod tests {
             Arc::new(Memory::default()),
         ];
         for storage in storages {
-            // Temporary names are the writer's own only under the lock; here each has a name of its own to fight over.
             let winners: usize = std::thread::scope(|scope| {
                 let writers: Vec<_> = (0..8_u8)
                     .map(|writer| {

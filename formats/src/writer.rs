@@ -19,6 +19,10 @@ use crate::spec::{CacheSpec, CodeSpec, Tier};
 use crate::store::{Guard, LOCK, MANIFEST, PLAN, SHARDS, Storage, Store, is_temporary};
 use crate::transform::{self, Basis};
 
+mod work;
+
+pub use work::{SharedBuild, TaskInfo, Work};
+
 /// A build under way; holds an exclusive lock on the folder that dies with the process.
 #[derive(Debug)]
 pub struct CacheWriter {
@@ -156,32 +160,12 @@ impl CacheWriter {
     /// # Errors
     /// [`Error::InvalidSequence`] where a sequence does not fit the spec or holds NaN; [`Error::DiskFull`].
     pub fn write_shard(&mut self, shard: usize, sequences: &[Sequence]) -> Result<ShardInfo> {
-        let expected = self.spec.sequences_in_shard(shard);
-        if sequences.len() != expected || expected == 0 {
-            return Err(Error::InvalidRequest(format!(
-                "shard {shard} must hold {expected} sequences, not {}",
-                sequences.len()
-            )));
-        }
-        if self.spec.code.is_some() && self.basis.is_none() {
-            let message = "the basis must be written before the shards".to_owned();
-            return Err(Error::InvalidRequest(message));
-        }
-        let encoded = encode_shard(&self.spec, self.basis.as_deref(), shard, sequences)?;
-        let digest = blake3::hash(&encoded.bytes).to_hex().to_string();
-        let info = ShardInfo {
-            file: shard::file_name(shard, &digest),
-            digest,
-            bytes: encoded.bytes.len() as u64,
-            sequences: sequences.len() as u64,
-            positions: encoded.positions,
-            footer: encoded.footer,
-        };
+        let (bytes, info) = whole_shard(&self.spec, self.basis.as_deref(), shard, sequences)?;
         if let Some(before) = self.shards.get(&shard).filter(|before| **before == info) {
             return Ok(before.clone());
         }
         self.refuse_published(&info.file)?;
-        self.store.publish(&info.file, &[&encoded.bytes])?;
+        self.store.publish(&info.file, &[&bytes])?;
         self.shards.insert(shard, info.clone());
         Ok(info)
     }
@@ -257,18 +241,23 @@ impl CacheWriter {
             let message = format!("shard {shard} is not written yet");
             return Err(Error::InvalidRequest(message));
         };
-        let source = self.store.open(&info.file, info.bytes, Io::Read)?;
-        let spec = Arc::new(self.spec.clone());
-        let shard = Shard::open(&spec, shard, info, &source, self.basis.clone())?;
-        let mut workspace = Workspace::new(Compared::Page).map_err(|error| Error::Io {
-            action: "make a zstd context for",
-            path: self.store.root().to_owned(),
-            error,
-        })?;
-        let mut read = Vec::new();
-        shard.read(&mut workspace, &[row], columns, &mut read)?;
-        read.pop()
-            .ok_or_else(|| Error::damaged(&info.file, "a row is missing"))
+        read_row(
+            &self.store,
+            &self.spec,
+            self.basis.clone(),
+            (shard, info, row),
+            columns,
+        )
+    }
+
+    /// What the shards are to hold.
+    pub fn spec(&self) -> &CacheSpec {
+        &self.spec
+    }
+
+    /// The basis of a compact cache, once it is written.
+    pub fn basis(&self) -> Option<&Arc<Basis>> {
+        self.basis.as_ref()
     }
 
     /// The report that the manifest will carry; a finished cache keeps its own.
@@ -291,6 +280,7 @@ impl CacheWriter {
             None => self.publish()?,
         };
         self.store.remove(PLAN)?;
+        work::remove(&self.store)?;
         // Removed while locked: who opened it meanwhile finds out and tries again.
         self.store.remove(LOCK)?;
         self.store.sync("")?;
@@ -378,14 +368,11 @@ impl CacheWriter {
 
     /// Publishes a file that is named by its digest, unless an interrupted build has left it whole.
     fn put(&self, file: &str, digest: &str, parts: &[&[u8]]) -> Result<()> {
-        if self.store.length(file)?.is_some() {
-            if self.store.digest(file)? == digest {
-                return Ok(());
-            }
-            self.refuse_published(file)?;
-            self.store.remove(file)?;
+        if is_whole(&self.store, file, digest)? {
+            return Ok(());
         }
         self.refuse_published(file)?;
+        self.store.remove(file)?;
         self.store.publish(file, parts)
     }
 
@@ -398,6 +385,63 @@ impl CacheWriter {
             None => Ok(()),
         }
     }
+}
+
+/// Whether a file that is named by its digest is on disk, unchanged.
+fn is_whole(store: &Store, file: &str, digest: &str) -> Result<bool> {
+    Ok(store.length(file)?.is_some() && store.digest(file)? == digest)
+}
+
+/// A shard's bytes, and what the manifest will say of them.
+fn whole_shard(
+    spec: &CacheSpec,
+    basis: Option<&Basis>,
+    shard: usize,
+    sequences: &[Sequence],
+) -> Result<(Vec<u8>, ShardInfo)> {
+    let expected = spec.sequences_in_shard(shard);
+    if sequences.len() != expected || expected == 0 {
+        return Err(Error::InvalidRequest(format!(
+            "shard {shard} must hold {expected} sequences, not {}",
+            sequences.len()
+        )));
+    }
+    if spec.code.is_some() && basis.is_none() {
+        let message = "the basis must be written before the shards".to_owned();
+        return Err(Error::InvalidRequest(message));
+    }
+    let encoded = encode_shard(spec, basis, shard, sequences)?;
+    let digest = blake3::hash(&encoded.bytes).to_hex().to_string();
+    let info = ShardInfo {
+        file: shard::file_name(shard, &digest),
+        digest,
+        bytes: encoded.bytes.len() as u64,
+        sequences: sequences.len() as u64,
+        positions: encoded.positions,
+        footer: encoded.footer,
+    };
+    Ok((encoded.bytes, info))
+}
+
+/// Decodes a row of a shard that is on disk.
+fn read_row(
+    store: &Store,
+    spec: &CacheSpec,
+    basis: Option<Arc<Basis>>,
+    (number, info, row): (usize, &ShardInfo, u32),
+    columns: &Columns,
+) -> Result<Sequence> {
+    let source = store.open(&info.file, info.bytes, Io::Read)?;
+    let shard = Shard::open(&Arc::new(spec.clone()), number, info, &source, basis)?;
+    let mut workspace = Workspace::new(Compared::Page).map_err(|error| Error::Io {
+        action: "make a zstd context for",
+        path: store.root().to_owned(),
+        error,
+    })?;
+    let mut read = Vec::new();
+    shard.read(&mut workspace, &[row], columns, &mut read)?;
+    read.pop()
+        .ok_or_else(|| Error::damaged(&info.file, "a row is missing"))
 }
 
 /// Bytes a position of sequences in a shard of this spec, without the footer: what a fit tries out.

@@ -75,7 +75,9 @@ pub use lora::{ALL_LINEAR, LoraConfig, load_adapters, save_adapters};
 pub use network::{Forward, Network};
 pub use norm::Norm;
 pub use pad::pad_to_dense;
-pub use prune::{LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune};
+pub use prune::{
+    LayerPruning, Parts, PruneOptions, PruneReport, default_scope, prune, prune_block,
+};
 pub use rng::SeededRng;
 pub use saliency::{Saliencies, saliencies};
 pub use save::{save_model, save_peft};

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::block::Block;
+use crate::config::Config;
 use crate::importance::{Criterion, LayerEnergies};
 use crate::llama::LayerShape;
 use crate::{Error, LoadedModel, Result};
@@ -105,25 +106,8 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
     for index in scope.clone() {
         let shape = before[index];
         let block = &mut network.blocks[index];
-        let energies = options.criterion.of(index);
-        let heads = block.attention_coupling(shape, head_dim);
-        let mut kept_groups: Vec<i64> = (0..shape.kv_heads as i64).collect();
-        if let (Some(coupling), Parts::All | Parts::Heads) = (&heads, options.parts) {
-            let importance = importance(&energies, block, coupling, shape.kv_heads)?;
-            kept_groups = strongest(&importance, groups_removed(shape, options.ratio));
-            cut(block, coupling, &kept_groups, shape.kv_heads);
-        } else if heads.is_none() && options.parts == Parts::Heads {
-            return Err(refuse(
-                "the heads of this architecture have fixed places (their position biases), so none can go; prune its FFN channels",
-            ));
-        }
-        let mut kept_channels: Vec<i64> = (0..shape.intermediate_size as i64).collect();
-        if options.parts != Parts::Heads {
-            let coupling = block.ffn_coupling();
-            let importance = importance(&energies, block, &coupling, shape.intermediate_size)?;
-            kept_channels = strongest(&importance, channels_removed(shape, options.ratio));
-            cut(block, &coupling, &kept_channels, shape.intermediate_size);
-        }
+        let has_heads = block.attention_coupling(shape, head_dim).is_some();
+        let (kept_groups, kept_channels) = prune_one(block, index, shape, head_dim, options)?;
         after[index] = LayerShape {
             heads: kept_groups.len() * (shape.heads / shape.kv_heads),
             kv_heads: kept_groups.len(),
@@ -132,7 +116,7 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
         for &kept in kept_groups.iter().chain(&kept_channels) {
             digest.update(&kept.to_le_bytes());
         }
-        if index == scope.start && heads.is_none() && options.parts == Parts::All {
+        if index == scope.start && !has_heads && options.parts == Parts::All {
             notes.push(
                 "no head was removed: those of this architecture have fixed places; only FFN channels went".to_owned(),
             );
@@ -162,6 +146,53 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
             .collect(),
         notes,
     })
+}
+
+/// Does to a block that was loaded alone what [`prune`] does to it in its network.
+///
+/// # Errors
+/// Those of [`prune`].
+pub fn prune_block(
+    config: &Config,
+    index: usize,
+    block: &mut Block,
+    options: &PruneOptions,
+) -> Result<()> {
+    if check(config.num_layers(), options.ratio, options.scope.as_ref())?.contains(&index) {
+        let (shape, head_dim) = (config.layers()[index], config.head_dim());
+        prune_one(block, index, shape, head_dim, options)?;
+    }
+    Ok(())
+}
+
+/// Prunes a block of the scope; the groups and channels that stay.
+fn prune_one(
+    block: &mut Block,
+    index: usize,
+    shape: LayerShape,
+    head_dim: usize,
+    options: &PruneOptions,
+) -> Result<(Vec<i64>, Vec<i64>)> {
+    let energies = options.criterion.of(index);
+    let heads = block.attention_coupling(shape, head_dim);
+    let mut kept_groups: Vec<i64> = (0..shape.kv_heads as i64).collect();
+    if let (Some(coupling), Parts::All | Parts::Heads) = (&heads, options.parts) {
+        let importance = importance(&energies, block, coupling, shape.kv_heads)?;
+        kept_groups = strongest(&importance, groups_removed(shape, options.ratio));
+        cut(block, coupling, &kept_groups, shape.kv_heads);
+    } else if heads.is_none() && options.parts == Parts::Heads {
+        return Err(refuse(
+            "the heads of this architecture have fixed places (their position biases), so none can go; prune its FFN channels",
+        ));
+    }
+    let mut kept_channels: Vec<i64> = (0..shape.intermediate_size as i64).collect();
+    if options.parts != Parts::Heads {
+        let coupling = block.ffn_coupling();
+        let importance = importance(&energies, block, &coupling, shape.intermediate_size)?;
+        kept_channels = strongest(&importance, channels_removed(shape, options.ratio));
+        cut(block, &coupling, &kept_channels, shape.intermediate_size);
+    }
+    Ok((kept_groups, kept_channels))
 }
 
 impl LayerPruning {
@@ -283,7 +314,6 @@ fn refuse(message: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
     use crate::llama::{AttentionBias, Family, LlamaConfig};
 
     fn llama(layers: usize, width: usize, dense: LayerShape, vocab_size: usize) -> Config {

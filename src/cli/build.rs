@@ -4,7 +4,30 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DtypeArg, HiddenArg, TierArg};
+use super::{DataArgs, DtypeArg, HiddenArg, TierArg};
+
+/// What the plan has decided already.
+const PLANNED: [&str; 19] = [
+    "data",
+    "column",
+    "loss_on",
+    "prompt",
+    "chat_template",
+    "chat_date",
+    "pack",
+    "duplicates",
+    "validation",
+    "on_error",
+    "tier",
+    "top_k",
+    "rate",
+    "distortion",
+    "no_fidelity",
+    "layers",
+    "hidden",
+    "max_len",
+    "dtype",
+];
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -12,18 +35,38 @@ Examples:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
   caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
+  caskd build --teacher SmolLM2.gguf --data chats.parquet --out cache --validation 0.05 --on-error skip
+  caskd build --teacher SmolLM2.gguf --data pages.jsonl --column text=body --out cache --pack
 
-A JSONL record has Alpaca's fields (instruction, input, output), or input_ids and an optional loss_mask.")]
+What it will take, before it runs:
+  caskd build --teacher SmolLM2.gguf --data train.jsonl --estimate
+A teacher that is larger than memory:
+  caskd build --teacher llama-70b/ --data book.txt --out cache --dtype bf16 --memory-budget 20GiB
+
+On many machines that see one folder (deploy/ has scripts for Slurm and Kubernetes, docs/SCALE.md the arithmetic):
+  caskd build --plan --teacher llama-70b/ --data book.txt --out cache
+  caskd build --worker 0/4 --out cache        # to 3/4; or --worker alone, from the environment of Slurm arrays,
+                                              # Kubernetes Indexed Jobs and torchrun, in this order
+  caskd build --commit --out cache
+
+A record (a line of .jsonl, an entry of a .json list, a row of .parquet) has one of these forms, known by its names:
+  instruction, input, output          Alpaca's fields
+  messages: [{role, content}, ...]    a conversation, written by the teacher's own chat template
+  conversations: [{from, value}, ...] the same in ShareGPT's names
+  prompt, completion                  as they stand
+  text                                running text; long ones are cut into windows
+  input_ids, loss_mask                tokens made elsewhere")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "flags as the user types them"
+)]
 pub(crate) struct BuildArgs {
     /// The teacher: a Hugging Face folder, a GGUF file, or org/name on the Hugging Face hub
-    #[arg(long, value_name = "DIR|FILE.gguf")]
-    pub(crate) teacher: PathBuf,
-    /// Records (.jsonl) or running text (.txt); may be repeated
-    #[arg(long, required = true, value_name = "FILE")]
-    pub(crate) data: Vec<PathBuf>,
+    #[arg(long, value_name = "DIR|FILE.gguf", required_unless_present_any = ["worker", "commit"])]
+    pub(crate) teacher: Option<PathBuf>,
     /// The cache's folder; it must not exist, or hold an interrupted build
-    #[arg(long, value_name = "CACHE")]
-    pub(crate) out: PathBuf,
+    #[arg(long, value_name = "CACHE", required_unless_present = "estimate")]
+    pub(crate) out: Option<PathBuf>,
     /// sparse: top-k and statistics, for losses at temperature 1. compact: a transform code of the last hidden state, for
     /// any loss at a chosen rate. exact: the last hidden state in 8 bits, for any loss
     #[arg(long, value_enum, default_value = "exact")]
@@ -46,19 +89,37 @@ pub(crate) struct BuildArgs {
     /// How hidden states are stored
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) hidden: HiddenArg,
-    /// Longest sequence in tokens; longer records are cut, and counted
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub(crate) max_len: usize,
     /// The type the teacher computes in
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeArg,
-    /// cpu or cuda:N
-    #[arg(long, default_value = "cpu")]
+    /// cpu, cuda:N, or several that the layers are spread over: cuda:0,cuda:1
+    #[arg(long, default_value = "cpu", value_name = "LIST")]
     pub(crate) device: String,
+    /// Memory that the build may take, for instance 4GiB. A teacher that does not fit is read layer by layer, and many
+    /// positions go through each layer at a time; the bytes of the cache are the same. auto: what is free, on a CPU
+    #[arg(long, default_value = "auto", value_name = "SIZE")]
+    pub(crate) memory_budget: String,
+    /// Layer by layer, keep activations in a file in this folder instead of in memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) spill: Option<PathBuf>,
     /// Go on with an interrupted build
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Print expected bytes, memory and time, and build nothing
+    #[arg(long, group = "mode")]
+    pub(crate) estimate: bool,
+    /// Write the plan of the build into --out, for workers: LM head, basis, the tokens of every task
+    #[arg(long, group = "mode")]
+    pub(crate) plan: bool,
+    /// Do share I (from 0) of N of a planned build; without a value I and N come from the environment
+    #[arg(long, value_name = "I/N", num_args = 0..=1, default_missing_value = "auto", group = "mode", conflicts_with_all = PLANNED)]
+    pub(crate) worker: Option<String>,
+    /// Join what the workers did into one manifest
+    #[arg(long, group = "mode", conflicts_with_all = PLANNED)]
+    pub(crate) commit: bool,
     /// Print the report as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
 }

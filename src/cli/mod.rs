@@ -2,6 +2,7 @@
 
 mod build;
 mod cache;
+mod data;
 mod demo;
 mod model;
 mod search;
@@ -11,6 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 pub(crate) use build::BuildArgs;
 pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, VerifyArgs};
+pub(crate) use data::{DataArgs, DuplicatesArg, LossOnArg, OnErrorArg, PromptArg};
 pub(crate) use demo::DemoArgs;
 pub(crate) use model::{ExportModelArgs, MethodArg, PartsArg, PruneArgs, PrunedArg};
 pub(crate) use search::{
@@ -86,6 +88,13 @@ pub(crate) enum HiddenArg {
 pub(crate) enum DtypeArg {
     F32,
     Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SplitArg {
+    Validation,
+    Train,
+    All,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

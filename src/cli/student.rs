@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::DtypeArg;
+use super::{DtypeArg, SplitArg};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -82,6 +82,9 @@ pub(crate) struct EvalArgs {
     /// A teacher's cache for KL to the teacher and perplexity on its targets [default for a run without --text: its own cache]
     #[arg(long, value_name = "CACHE")]
     pub(crate) cache: Vec<PathBuf>,
+    /// Which sequences of a cache [default: validation where it was built with one, else all]
+    #[arg(long, value_enum)]
+    pub(crate) split: Option<SplitArg>,
     /// A task and its items; may be repeated. NAME= may be left out where the file is called NAME.jsonl
     #[arg(long, value_name = "NAME=FILE.jsonl")]
     pub(crate) task: Vec<String>,

@@ -1,12 +1,20 @@
 //! `caskd build`
 
-use caskd_cache_builder::{BuildOptions, BuildReport, Stage, build};
-use caskd_formats::{CodeTarget, HiddenCodec, Tier};
+mod placement;
+mod share;
 
-use super::{kind_of, parse_device, print_json};
+use caskd_cache_builder::{
+    BuildOptions, BuildReport, CommitOptions, Progress as BuildProgress, Share, Stage,
+    WorkerOptions, build, commit, estimate, plan, work,
+};
+use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
+
+use super::data::{data_options, say_data};
+use super::{kind_of, print_json, print_text};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{self, Progress, bytes, duration, say};
+use placement::placement;
 
 /// Padded tokens of a teacher batch. Fixed, because another batch shape rounds differently.
 pub(crate) const BATCH_TOKENS: usize = 2048;
@@ -15,15 +23,205 @@ pub(crate) const BATCH_TOKENS: usize = 2048;
 pub(crate) const DEFAULT_RATE: u32 = 130;
 
 pub(crate) fn run(args: &BuildArgs) -> Outcome {
+    if let Some(share) = &args.worker {
+        return run_worker(args, share);
+    }
+    if args.commit {
+        return run_commit(args);
+    }
+    let options = build_options(args)?;
+    if args.estimate {
+        return run_estimate(args, &options);
+    }
+    if args.plan {
+        return run_plan(args, &options);
+    }
+    let report = build_with_progress(&options, "building")?;
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn exit_of(completed: bool) -> Exit {
+    if completed { Exit::Done } else { Exit::Stopped }
+}
+
+fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
+    let Some(found) = estimate(options, &terminal::STOP)? else {
+        return Ok(Exit::Stopped);
+    };
+    if args.json {
+        print_json(&found)?;
+        return Ok(Exit::Done);
+    }
+    let mut lines = vec![
+        format!(
+            "{} sequences, {} positions ({} targets)\n",
+            found.sequences, found.positions, found.targets
+        ),
+        format!(
+            "{:8} {:>14} {:>10} {:>15}",
+            "tier", "bytes/position", "shards", "head and basis"
+        ),
+    ];
+    for (tier, bytes_of) in &found.tiers {
+        let mark = if *tier == tier_name(found.tier) {
+            "  <- --tier"
+        } else {
+            ""
+        };
+        lines.push(format!(
+            "{tier:8} {:>14.0} {:>10} {:>15}{mark}",
+            bytes_of.bytes_per_position,
+            bytes(bytes_of.shard_bytes),
+            bytes(bytes_of.shared_bytes)
+        ));
+    }
+    lines.push(if found.memory.layered {
+        format!(
+            "\nmemory: layer by layer in {}, {} positions at a time (whole it would take {})",
+            bytes(found.memory.bytes),
+            found.memory.block_positions,
+            bytes(found.in_memory_bytes)
+        )
+    } else {
+        format!(
+            "\nmemory: {} with all weights in it; layer by layer (--memory-budget) at least {}",
+            bytes(found.memory.bytes),
+            bytes(found.least_bytes)
+        )
+    });
+    let fit = if found.fit_seconds > 0.0 {
+        format!(", {} of it for the fit", duration(found.fit_seconds))
+    } else {
+        String::new()
+    };
+    lines.push(format!(
+        "time:   {} at {:.0} tokens/s{fit}\n        from one of {} layers and the head, measured on {} positions; {:.0}% of the batches is padding",
+        duration(found.seconds),
+        found.tokens_per_second,
+        found.measurement.layers,
+        found.measurement.positions,
+        100.0 * found.padding as f64 / (found.padding + found.positions) as f64,
+    ));
+    print_text(lines.join("\n"));
+    Ok(Exit::Done)
+}
+
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Sparse => "sparse",
+        Tier::Compact => "compact",
+        Tier::Exact => "exact",
+    }
+}
+
+fn run_plan(args: &BuildArgs, options: &BuildOptions) -> Outcome {
+    let report = with_progress("planning", |progress| {
+        plan(options, &terminal::STOP, progress)
+    })?;
+    if report.completed {
+        let out = options.out.display();
+        say(format!(
+            "plan `{out}`: {} sequences, {} positions in {} tasks",
+            report.sequences, report.positions, report.tasks
+        ));
+        say_data(&report.data, options.max_len);
+        say(format!(
+            "now: caskd build --worker I/N --out {out}, on as many machines as you like, then caskd build --commit --out {out}"
+        ));
+    } else {
+        say("stopped; go on with: --plan --resume");
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn run_worker(args: &BuildArgs, share: &str) -> Outcome {
+    let origin = share::resolve(share, &|name| std::env::var(name).ok())?;
+    let Share { index, count } = origin.share;
+    say(format!("worker {index}/{count}, says {}", origin.said_by));
+    for other in origin.overruled {
+        say(format!(
+            "warning: {other} is in the environment too, and was not asked"
+        ));
+    }
+    let options = WorkerOptions {
+        out: args.out.clone().unwrap_or_default(),
+        share: origin.share,
+        teacher: args.teacher.clone(),
+        placement: placement(args)?,
+    };
+    let report = with_progress(&format!("worker {index}/{count}"), |progress| {
+        work(&options, &terminal::STOP, progress)
+    })?;
+    if report.completed {
+        say(format!(
+            "{} of {} tasks done here, {} were done before; {:.0} tokens/s",
+            report.tasks_done, report.tasks, report.tasks_found, report.tokens_per_second
+        ));
+        if report.tasks_contradicted > 0 {
+            say(format!(
+                "warning: {} tasks had been done by another worker with other bytes, which stay: workers must have the same kind of processor and number of threads",
+                report.tasks_contradicted
+            ));
+        }
+        say(if report.tasks_left == 0 {
+            format!(
+                "nothing is left: caskd build --commit --out {}",
+                options.out.display()
+            )
+        } else {
+            format!("{} tasks of the plan are left", report.tasks_left)
+        });
+    } else {
+        say("stopped; the same command goes on");
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(exit_of(report.completed))
+}
+
+fn run_commit(args: &BuildArgs) -> Outcome {
+    let options = CommitOptions {
+        out: args.out.clone().unwrap_or_default(),
+        teacher: args.teacher.clone(),
+        placement: placement(args)?,
+    };
+    let report = with_progress("committing", |progress| commit(&options, progress))?;
+    say(format!(
+        "cache `{}`: {} sequences, {} positions in {} shards, {}",
+        options.out.display(),
+        report.sequences,
+        report.positions,
+        report.shards,
+        bytes(report.cache_bytes),
+    ));
+    if let Some(fidelity) = &report.fidelity {
+        say_fidelity(fidelity);
+    }
+    if args.json {
+        print_json(&report)?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The options of a build or of its plan.
+fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
     let layers = match (&args.layers, args.tier) {
         (Some(layers), _) => layers.as_str(),
         // A hidden state in 8 bits would cost several times the code.
         (None, TierArg::Compact) => "none",
         (None, _) => "last,middle",
     };
-    let options = BuildOptions {
-        teacher: args.teacher.clone(),
-        data: args.data.clone(),
+    Ok(BuildOptions {
+        teacher: args.teacher.clone().unwrap_or_default(),
+        data: args.data.data.clone(),
+        preparation: data_options(&args.data)?,
         tier: match args.tier {
             TierArg::Sparse => Tier::Sparse,
             TierArg::Compact => Tier::Compact,
@@ -41,22 +239,13 @@ pub(crate) fn run(args: &BuildArgs) -> Outcome {
             HiddenArg::Int8 => HiddenCodec::Int8,
             HiddenArg::F16 => HiddenCodec::F16,
         },
-        max_len: args.max_len,
+        max_len: args.data.max_len,
         kind: kind_of(args.dtype),
         batch_tokens: BATCH_TOKENS,
-        out: args.out.clone(),
-        device: parse_device(&args.device)?,
+        out: args.out.clone().unwrap_or_default(),
+        placement: placement(args)?,
         resume: args.resume,
         fidelity: !args.no_fidelity,
-    };
-    let report = build_with_progress(&options, "building")?;
-    if args.json {
-        print_json(&report)?;
-    }
-    Ok(if report.completed {
-        Exit::Done
-    } else {
-        Exit::Stopped
     })
 }
 
@@ -79,22 +268,15 @@ fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
     }
 }
 
+/// Bad records that are shown one by one.
+const NAMED_ON_TERMINAL: u64 = 20;
+
 /// Builds, shows how far it is, and says what was done.
 pub(crate) fn build_with_progress(
     options: &BuildOptions,
     label: &str,
 ) -> Result<BuildReport, Failure> {
-    let mut bar = Progress::new(label);
-    let report = build(options, &terminal::STOP, &mut |progress| {
-        let rate = format!("{:.0} tokens/s", progress.tokens_per_second);
-        let note = match progress.stage {
-            Stage::Fitting => format!("fitting the code, {rate}"),
-            Stage::Building => rate,
-            Stage::Measuring => "measuring the fidelity".to_owned(),
-        };
-        bar.update(progress.positions_done, progress.positions_total, &note);
-    })?;
-    bar.finish();
+    let report = with_progress(label, |progress| build(options, &terminal::STOP, progress))?;
     if !report.completed {
         say(format!(
             "stopped; go on with: --resume (out `{}`)",
@@ -111,18 +293,7 @@ pub(crate) fn build_with_progress(
         report.shards,
         bytes(report.cache_bytes),
     ));
-    if report.truncated > 0 {
-        say(format!(
-            "warning: {} records were longer than --max-len {} and were cut",
-            report.truncated, options.max_len
-        ));
-    }
-    if report.skipped > 0 {
-        say(format!(
-            "warning: {} records were dropped: nothing to learn within --max-len {}",
-            report.skipped, options.max_len
-        ));
-    }
+    say_data(&report, options.max_len);
     if report.shards_reused > 0 {
         say(format!(
             "{} of {} shards were there already",
@@ -136,24 +307,86 @@ pub(crate) fn build_with_progress(
         ));
     }
     if let Some(fidelity) = &report.fidelity {
-        let worst = fidelity
-            .gradient_error
-            .values()
-            .copied()
-            .fold(0.0, f64::max);
+        say_fidelity(fidelity);
+    }
+    if report.block_positions > 0 {
         say(format!(
-            "fidelity: KL {:.4} at temperature 1, gradient error at most {:.1}% over all temperatures",
-            fidelity.kl.get("1").copied().unwrap_or(f64::NAN),
-            100.0 * worst,
+            "layer by layer, {} positions at a time; {} of the time went into waiting for weights",
+            report.block_positions,
+            duration(report.waiting_seconds)
         ));
     }
     say(format!(
-        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it",
+        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it; with the disk {}",
         duration(report.teacher_seconds),
         report.teacher_positions,
         report.tokens_per_second,
         100.0 * (report.statistics_seconds + report.encoding_seconds)
             / report.teacher_seconds.max(1e-9),
+        duration(report.pass_seconds),
     ));
     Ok(report)
+}
+
+/// Runs work that tells how far it is: a bar for each stage, that of building headed by `label`.
+fn with_progress<T>(
+    label: &str,
+    work: impl FnOnce(&mut dyn FnMut(&BuildProgress<'_>)) -> caskd_cache_builder::Result<T>,
+) -> Result<T, Failure> {
+    let mut bar: Option<(Stage, Progress)> = None;
+    let mut named = 0;
+    let done = work(&mut |progress| {
+        let stage = progress.stage;
+        // Each stage has its own rate and its own end.
+        if bar.as_ref().is_none_or(|(of, _)| *of != stage) {
+            if let Some((_, finished)) = bar.take() {
+                finished.finish();
+            }
+            let label = match stage {
+                Stage::Reading => "reading the data",
+                Stage::Fitting => "fitting the code",
+                Stage::Building => label,
+                Stage::Measuring => "measuring the fidelity",
+            };
+            bar = Some((stage, Progress::new(label)));
+        }
+        let Some((_, bar)) = &mut bar else { return };
+        if let Some(bad) = progress.bad_record {
+            named += 1;
+            if named <= NAMED_ON_TERMINAL {
+                bar.say(&format!(
+                    "skipped `{}` {} {}: {}",
+                    bad.file.display(),
+                    bad.unit,
+                    bad.number,
+                    bad.problem
+                ));
+            } else if named == NAMED_ON_TERMINAL + 1 {
+                bar.say("further bad records are counted only");
+            }
+            return;
+        }
+        let note = match stage {
+            Stage::Measuring => String::new(),
+            _ => format!("{:.0} tokens/s", progress.tokens_per_second),
+        };
+        bar.update(progress.positions_done, progress.positions_total, &note);
+    })?;
+    if let Some((_, bar)) = bar {
+        bar.finish();
+    }
+    Ok(done)
+}
+
+fn say_fidelity(fidelity: &Fidelity) {
+    let worst = fidelity
+        .gradient_error
+        .values()
+        .copied()
+        .fold(0.0, f64::max);
+    say(format!(
+        "fidelity: KL {:.4} at temperature 1, gradient error at most {:.1}% over all temperatures",
+        fidelity.kl.get("1").copied().unwrap_or(f64::NAN),
+        100.0 * worst,
+    ));
 }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use caskd_cache_builder::{BuildOptions, LayerChoice};
+use caskd_cache_builder::{BuildOptions, DataOptions, LayerChoice, Placement};
 use caskd_formats::{Cache, CodeTarget, HiddenCodec, Io, Tier};
 use caskd_models::{LoadOptions, Method, Parts, load};
 use caskd_search::{Location, SamplerKind, Space, StudyConfig};
@@ -408,6 +408,7 @@ fn build_caches(args: &DemoArgs, places: &Places) -> Result<TeacherAccount, Halt
                 let options = BuildOptions {
                     teacher: teacher.clone(),
                     data: vec![places.data(data)],
+                    preparation: DataOptions::default(),
                     tier: Tier::Exact,
                     top_k: Some(64),
                     code_target: CodeTarget::Rate(DEFAULT_RATE),
@@ -419,7 +420,11 @@ fn build_caches(args: &DemoArgs, places: &Places) -> Result<TeacherAccount, Halt
                     resume: out.exists(),
                     fidelity: false,
                     out,
-                    device: Device::Cpu,
+                    placement: Placement {
+                        devices: vec![Device::Cpu],
+                        memory_budget: None,
+                        spill: None,
+                    },
                 };
                 let report = build_with_progress(&options, data)?;
                 if !report.completed {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use caskd_formats::{Cache, Io};
+use caskd_formats::{Cache, Io, RowInfo};
 use caskd_models::{LoadOptions, LoadedModel, load};
 use caskd_trainer::{
     CacheScore, ItemScore, Rolling, Task, TaskScore, TextScore, check_fit, evaluate_cache,
@@ -12,7 +12,7 @@ use caskd_trainer::{
 use serde::Serialize;
 
 use super::{kind_of, parse_device, print_json, print_text, write_file};
-use crate::cli::EvalArgs;
+use crate::cli::{EvalArgs, SplitArg};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{Progress, duration};
 
@@ -26,7 +26,7 @@ const WIKITEXT: &str = "wikitext";
 struct Scores {
     model: PathBuf,
     text: Vec<Scored<TextScore>>,
-    cache: Vec<Scored<CacheScore>>,
+    cache: Vec<ScoredCache>,
     tasks: Vec<Scored<AnyTaskScore>>,
 }
 
@@ -59,6 +59,16 @@ struct Scored<S> {
     path: PathBuf,
     #[serde(flatten)]
     score: S,
+}
+
+#[derive(Serialize)]
+struct ScoredCache {
+    path: PathBuf,
+    /// The sequences that were scored: `validation`, `train` or `all`.
+    split: &'static str,
+    sequences: usize,
+    #[serde(flatten)]
+    score: CacheScore,
 }
 
 pub(crate) fn run(args: &EvalArgs) -> Outcome {
@@ -122,14 +132,19 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         });
     }
     for path in &caches {
-        let score = score_cache(&model, path)?;
+        let scored = score_split(&model, path, args.split)?;
+        let score = &scored.score;
         if !args.json {
             let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| {
                 format!("{kl:.4} nats")
             });
             print_text(format!(
-                "{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets, calibration error {:.4} (teacher {:.4})",
+                "{}{}: perplexity {:.3} (teacher {:.3}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets, calibration error {:.4} (teacher {:.4})",
                 path.display(),
+                match scored.split {
+                    "all" => String::new(),
+                    split => format!(" ({split} split)"),
+                },
                 score.perplexity,
                 score.teacher_perplexity,
                 100.0 * score.top1_agreement,
@@ -138,10 +153,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 score.teacher_ece,
             ));
         }
-        scores.cache.push(Scored {
-            path: path.clone(),
-            score,
-        });
+        scores.cache.push(scored);
     }
     let mut per_item = Vec::new();
     for (task, path) in tasks {
@@ -305,10 +317,57 @@ fn with_rate(bar: &mut Progress) -> impl FnMut(u64, u64) {
 }
 
 pub(crate) fn score_cache(model: &LoadedModel, path: &Path) -> Result<CacheScore, Failure> {
+    Ok(score_split(model, path, Some(SplitArg::All))?.score)
+}
+
+/// Scores a model on one split of a cache: where none is named on the validation split, if there is one, for the rest
+/// may be what the model was trained on.
+fn score_split(
+    model: &LoadedModel,
+    path: &Path,
+    split: Option<SplitArg>,
+) -> Result<ScoredCache, Failure> {
     let cache = Cache::open(path, Io::Mmap)?;
     check_fit(model, &cache)?;
+    let data = &cache.manifest().data;
+    let has_split = data.preparation.validation_millionths > 0;
+    let split = split.unwrap_or(if has_split {
+        SplitArg::Validation
+    } else {
+        SplitArg::All
+    });
+    if split != SplitArg::All && !has_split {
+        return Err(Failure::user(
+            format!("cache `{}` has no validation split", path.display()),
+            "build it with --validation 0.05, or leave --split out",
+        ));
+    }
+    let rows: Vec<RowInfo> = cache
+        .rows()?
+        .into_iter()
+        .filter(|row| match split {
+            SplitArg::All => true,
+            SplitArg::Validation => data.is_validation(row.split_hash),
+            SplitArg::Train => !data.is_validation(row.split_hash),
+        })
+        .collect();
     let mut bar = Progress::new("evaluating on the cache");
-    let score = evaluate_cache(model, &cache, None, EVAL_TOKENS, &mut with_rate(&mut bar))?;
+    let score = evaluate_cache(
+        model,
+        &cache,
+        Some(&rows),
+        EVAL_TOKENS,
+        &mut with_rate(&mut bar),
+    )?;
     bar.finish();
-    Ok(score)
+    Ok(ScoredCache {
+        path: path.to_owned(),
+        split: match split {
+            SplitArg::All => "all",
+            SplitArg::Validation => "validation",
+            SplitArg::Train => "train",
+        },
+        sequences: rows.len(),
+        score,
+    })
 }

@@ -359,7 +359,13 @@ fn write_jsonl(source: &Source<'_>, sink: &mut dyn Write) -> Written {
     for (index, row) in source.rows.iter().enumerate() {
         let sequence = source.read(row, &columns)?;
         let logits = source.logits(&sequence)?;
-        let line = json_line(&sequence, logits.as_deref(), manifest.vocab_size);
+        let mut line = json_line(&sequence, logits.as_deref(), manifest.vocab_size);
+        line["split"] = if manifest.data.is_validation(row.split_hash) {
+            "validation"
+        } else {
+            "train"
+        }
+        .into();
         serde_json::to_writer(&mut *sink, &line).map_err(std::io::Error::from)?;
         sink.write_all(b"\n")?;
         let rate = (index + 1) as f64 / started.elapsed().as_secs_f64().max(1e-9);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use caskd_formats::{Cache, CodeTarget, Io, Manifest, Tier};
+use caskd_formats::{Cache, CodeTarget, DataInfo, Io, LossOn, Manifest, Tier};
 use serde::Serialize;
 
 use super::{print_json, print_text};
@@ -94,7 +94,36 @@ fn command(manifest: &Manifest) -> String {
         "--max-len {} --dtype {}",
         manifest.max_len, manifest.teacher.compute_dtype
     ));
+    words.extend(data_words(&manifest.data));
     words.join(" ")
+}
+
+/// The arguments that say how records became sequences, where they are not the usual ones.
+fn data_words(data: &DataInfo) -> Vec<String> {
+    let of = &data.preparation;
+    let mut words: Vec<String> = of
+        .columns
+        .iter()
+        .map(|(field, name)| format!("--column {}", word(&format!("{field}={name}"))))
+        .collect();
+    let mut when = |is_so: bool, argument: String| {
+        if is_so {
+            words.push(argument);
+        }
+    };
+    when(of.loss_on == LossOn::All, "--loss-on all".to_owned());
+    when(data.prompt_form == "chat", "--prompt chat".to_owned());
+    if let Some(date) = &of.chat_date {
+        when(true, format!("--chat-date {date}"));
+    }
+    when(of.packed, "--pack".to_owned());
+    when(of.keep_duplicates, "--duplicates keep".to_owned());
+    when(
+        of.validation_millionths > 0,
+        format!("--validation {}", of.validation()),
+    );
+    when(of.bad_records > 0, "--on-error skip".to_owned());
+    words
 }
 
 /// A word as a shell takes it.
@@ -205,16 +234,42 @@ fn as_text(card: &Card<'_>) -> String {
     line(
         "sequences",
         format!(
-            "{} with {} positions, {} of them targets; {} cut at {} tokens, {} dropped; prompts: {}",
+            "{} with {} positions, {} of them targets; prompts: {}{}",
             data.sequences,
             data.positions,
             data.targets,
-            data.truncated,
-            manifest.max_len,
-            data.skipped,
-            data.prompt_form
+            data.prompt_form,
+            if data.preparation.packed {
+                ", packed"
+            } else {
+                ""
+            },
         ),
     );
+    line(
+        "left out",
+        format!(
+            "{} cut at {} tokens ({} tokens lost), {} without a target, {} repeated, {} bad records",
+            data.truncated,
+            manifest.max_len,
+            data.preparation.truncated_tokens,
+            data.skipped,
+            data.preparation.duplicates,
+            data.preparation.bad_records,
+        ),
+    );
+    if let Some(template) = &data.preparation.chat_template {
+        line("chat", format!("template with digest {}", short(template)));
+    }
+    if data.preparation.validation_millionths > 0 {
+        line(
+            "validation",
+            format!(
+                "{} of the hash range; kept out of all training",
+                data.preparation.validation()
+            ),
+        );
+    }
     line("made by", card.command.clone());
     for layer in &manifest.layers {
         line(

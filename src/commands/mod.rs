@@ -2,6 +2,7 @@
 
 pub(crate) mod ask;
 pub(crate) mod build;
+mod data;
 pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod export;

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use caskd_cache_builder::{DataOptions, tokenize};
 use caskd_formats::{Cache, Columns, Io};
 use caskd_models::{
     Criterion, LoadOptions, LoadedModel, MaskOptions, MaskReport, Method, Parts, Pattern,
@@ -16,7 +17,7 @@ use serde::Serialize;
 use super::{print_json, refuse_existing};
 use crate::cli::{MethodArg, PartsArg, PruneArgs};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{Progress, say};
+use crate::terminal::{Progress, STOP, say};
 
 /// Longest piece of a calibration file, in tokens.
 const CALIBRATION_LENGTH: usize = 512;
@@ -268,7 +269,21 @@ fn measure(
     let (sequences, from) = match &request.data {
         Calibration::Nothing => (Vec::new(), String::new()),
         Calibration::Files(files) => {
-            let data = caskd_cache_builder::tokenize(model, files, CALIBRATION_LENGTH)?;
+            let opened = caskd_models::ModelFiles::open(&request.model)?;
+            let data = tokenize(
+                &opened,
+                files,
+                CALIBRATION_LENGTH,
+                &DataOptions::default(),
+                &STOP,
+                &mut |_| {},
+            )?
+            .ok_or_else(|| {
+                Failure::user(
+                    "stopped while the calibration data were read",
+                    "nothing was written; run the command again",
+                )
+            })?;
             let sequences = data.sequences.into_iter().map(|of| of.token_ids);
             let names: Vec<String> = files
                 .iter()

@@ -148,12 +148,22 @@ pub(crate) fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 /// Four layers, width 16, a byte-level tokenizer; `vocabulary` rows of which 256 are bytes.
 pub(crate) fn tiny_model(vocabulary: usize, seed: u64) -> LoadedModel {
+    model_of(&tiny_config(vocabulary), seed)
+}
+
+/// A random network with a byte-level tokenizer.
+pub(crate) fn model_of(config: &LlamaConfig, seed: u64) -> LoadedModel {
+    let network = Network::random(config, seed, &LoadOptions::default()).unwrap();
+    LoadedModel::new(network, byte_tokenizer(config.vocab_size), "tiny")
+}
+
+pub(crate) fn tiny_config(vocabulary: usize) -> LlamaConfig {
     let shape = LayerShape {
         heads: 4,
         kv_heads: 4,
         intermediate_size: 32,
     };
-    let config = LlamaConfig {
+    LlamaConfig {
         vocab_size: vocabulary,
         hidden_size: 16,
         head_dim: 4,
@@ -164,9 +174,7 @@ pub(crate) fn tiny_model(vocabulary: usize, seed: u64) -> LoadedModel {
         dense: shape,
         layers: vec![shape; 4],
         ..LlamaConfig::default()
-    };
-    let network = Network::random(&config, seed, &LoadOptions::default()).unwrap();
-    LoadedModel::new(network, byte_tokenizer(vocabulary), "tiny")
+    }
 }
 
 /// GPT-2's printable stand-ins for the 256 bytes, without merges.

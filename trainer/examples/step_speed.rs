@@ -188,6 +188,7 @@ fn write_cache(teacher: &LoadedModel, text: &str, steps: usize, path: &Path) -> 
             truncated: 0,
             skipped: 0,
             prompt_form: "none".to_owned(),
+            ..DataInfo::default()
         },
     };
     let mut writer = CacheWriter::open(path, &spec, false)?;

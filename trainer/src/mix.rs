@@ -108,7 +108,12 @@ impl CacheMix {
         let part = |(cache, weight): &(Arc<Cache>, f64)| {
             let shards = cache.manifest().shards.len() as u32;
             let cache = Arc::clone(cache);
-            let read: ReadShard = Arc::new(move |shard| Ok(cache.shard_rows(shard as usize)?));
+            // The cache's validation split is for judging, whatever the fraction.
+            let read: ReadShard = Arc::new(move |shard| {
+                let mut rows = cache.shard_rows(shard as usize)?;
+                rows.retain(|row| !cache.manifest().data.is_validation(row.split_hash));
+                Ok(rows)
+            });
             Part::new(shards, read, *weight, config.fraction)
         };
         let parts = self.0.iter().map(part).collect::<Result<_>>()?;

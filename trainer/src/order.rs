@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use caskd_formats::RowInfo;
+use caskd_formats::{RowInfo, in_fraction};
 use caskd_models::SeededRng;
 
 use crate::{Error, Result, TrainConfig};
@@ -83,8 +83,8 @@ impl Part {
     }
 
     fn of_use(&self, rows: Vec<RowInfo>) -> impl Iterator<Item = Row> + use<> {
-        let limit = (self.fraction * 2f64.powi(64)) as u128;
-        let kept = move |row: &RowInfo| u128::from(row.split_hash) < limit && row.targets > 0;
+        let fraction = self.fraction;
+        let kept = move |row: &RowInfo| row.targets > 0 && in_fraction(row.split_hash, fraction);
         rows.into_iter().filter(kept).map(|row| Row {
             shard: row.shard,
             row: row.row,

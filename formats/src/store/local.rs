@@ -1,6 +1,7 @@
 //! A folder of a local disk.
 
 use std::fs::{self, File, TryLockError};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,9 @@ use crate::unchecked::map_file;
 #[derive(Debug)]
 pub struct Local {
     root: PathBuf,
-    /// Tells apart what several threads of this process write at one time.
+    /// Tells apart what several processes write at one time, on this machine or another.
+    nonce: u64,
+    /// The same for the threads of this process.
     written: AtomicU64,
     /// Test only: how many more changes of the disk succeed before this process counts as killed.
     #[cfg(test)]
@@ -31,6 +34,7 @@ impl Local {
     pub fn new(root: &Path) -> Local {
         Local {
             root: root.to_owned(),
+            nonce: RandomState::new().hash_one(std::process::id()),
             written: AtomicU64::new(0),
             #[cfg(test)]
             fuse: None,
@@ -56,6 +60,36 @@ impl Local {
         }
         let _ = path;
         Ok(())
+    }
+
+    /// The lock is on the file `.lock`; the operating system ends it with the process.
+    fn lock_file(
+        &self,
+        try_lock: impl Fn(&File) -> std::result::Result<(), TryLockError>,
+    ) -> Result<Box<dyn Guard>> {
+        let path = self.path(LOCK);
+        loop {
+            self.step(&path)?;
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)
+                .map_err(|error| fault("create", &path, error))?;
+            match try_lock(&file) {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Locked {
+                        dir: self.root.clone(),
+                    });
+                }
+                Err(TryLockError::Error(error)) => return Err(fault("lock", &path, error)),
+            }
+            // A build that ended between our open and our lock has removed the file that we now hold.
+            if is_same_file(&file, &path) {
+                return Ok(Box::new(LockedFile { _file: file }));
+            }
+        }
     }
 
     fn write_whole(&self, path: &Path, parts: &[&[u8]]) -> Result<()> {
@@ -152,7 +186,7 @@ impl Storage for Local {
         let number = self.written.fetch_add(1, Ordering::Relaxed);
         let temporary = self
             .path(folder)
-            .join(format!("{TEMPORARY}{number}-{file_name}"));
+            .join(format!("{TEMPORARY}{:x}-{number}-{file_name}", self.nonce));
         let written = self
             .write_whole(&temporary, parts)
             .and_then(|()| self.step(&path));
@@ -183,30 +217,21 @@ impl Storage for Local {
         sync_folder(&self.path(folder))
     }
 
-    /// The lock is on the file `.lock`; the operating system ends it with the process.
     fn lock(&self) -> Result<Box<dyn Guard>> {
-        let path = self.path(LOCK);
-        loop {
-            self.step(&path)?;
-            let file = File::options()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(&path)
-                .map_err(|error| fault("create", &path, error))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Locked {
-                        dir: self.root.clone(),
-                    });
-                }
-                Err(TryLockError::Error(error)) => return Err(fault("lock", &path, error)),
-            }
-            // A build that ended between our open and our lock has removed the file that we now hold.
-            if is_same_file(&file, &path) {
-                return Ok(Box::new(LockedFile { _file: file }));
-            }
+        self.lock_file(File::try_lock)
+    }
+
+    fn share(&self) -> Result<Box<dyn Guard>> {
+        self.lock_file(File::try_lock_shared)
+    }
+
+    fn remove_folder(&self, folder: &str) -> Result<()> {
+        let path = self.path(folder);
+        self.step(&path)?;
+        match fs::remove_dir_all(&path) {
+            Ok(()) => Ok(()),
+            Err(error) if is_absent(&error) => Ok(()),
+            Err(error) => Err(fault("remove", &path, error)),
         }
     }
 }
@@ -272,9 +297,10 @@ mod tests {
     #[test]
     fn a_full_disk_is_an_error_of_its_own_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let local = Local::new(dir.path());
+        let mut local = Local::new(dir.path());
+        local.nonce = 7;
         // The temporary name leads to a device that is always full.
-        std::os::unix::fs::symlink("/dev/full", dir.path().join(".tmp-0-data")).unwrap();
+        std::os::unix::fs::symlink("/dev/full", dir.path().join(".tmp-7-0-data")).unwrap();
         let error = local.publish("data", &[&[1, 2, 3]]).unwrap_err();
         assert!(matches!(error, Error::DiskFull { .. }), "{error:?}");
         assert!(error.is_user() && error.hint().is_some());

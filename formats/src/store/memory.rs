@@ -15,7 +15,16 @@ use crate::source::Source;
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     files: Arc<Mutex<BTreeMap<String, Bytes>>>,
-    lock: Arc<Mutex<bool>>,
+    lock: Arc<Mutex<Lock>>,
+}
+
+/// Who holds a cache in memory.
+#[derive(Debug, Default)]
+enum Lock {
+    #[default]
+    Free,
+    One,
+    Many(usize),
 }
 
 impl Memory {
@@ -34,6 +43,12 @@ impl Memory {
             .iter()
             .map(|(name, bytes)| (name.clone(), bytes.clone()));
         pairs.collect()
+    }
+
+    fn is_locked(&self) -> Error {
+        Error::Locked {
+            dir: self.root().to_owned(),
+        }
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<String, Bytes>> {
@@ -85,23 +100,45 @@ impl Storage for Memory {
     }
 
     fn lock(&self) -> Result<Box<dyn Guard>> {
-        let mut is_locked = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::replace(&mut *is_locked, true) {
-            return Err(Error::Locked {
-                dir: self.root().to_owned(),
-            });
+        let mut lock = locked(&self.lock);
+        match *lock {
+            Lock::Free => *lock = Lock::One,
+            Lock::One | Lock::Many(_) => return Err(self.is_locked()),
         }
         Ok(Box::new(Held(self.lock.clone())))
+    }
+
+    fn share(&self) -> Result<Box<dyn Guard>> {
+        let mut lock = locked(&self.lock);
+        *lock = match *lock {
+            Lock::Free => Lock::Many(1),
+            Lock::Many(workers) => Lock::Many(workers + 1),
+            Lock::One => return Err(self.is_locked()),
+        };
+        Ok(Box::new(Held(self.lock.clone())))
+    }
+
+    fn remove_folder(&self, folder: &str) -> Result<()> {
+        self.held().retain(|name, _| split(name).0 != folder);
+        Ok(())
     }
 }
 
 #[derive(Debug)]
-struct Held(Arc<Mutex<bool>>);
+struct Held(Arc<Mutex<Lock>>);
 
 impl Guard for Held {}
 
 impl Drop for Held {
     fn drop(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        let mut lock = locked(&self.0);
+        *lock = match *lock {
+            Lock::Many(workers) if workers > 1 => Lock::Many(workers - 1),
+            _ => Lock::Free,
+        };
     }
+}
+
+fn locked(lock: &Mutex<Lock>) -> MutexGuard<'_, Lock> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }

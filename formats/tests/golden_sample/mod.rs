@@ -110,6 +110,7 @@ pub fn golden(tier: &str) -> Golden {
             truncated: 1,
             skipped: 2,
             prompt_form: "alpaca-v1".to_owned(),
+            ..DataInfo::default()
         },
         layers,
     };

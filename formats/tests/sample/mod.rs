@@ -204,6 +204,7 @@ pub fn sample(shape: &Shape) -> Sample {
             truncated: 0,
             skipped: 1,
             prompt_form: "alpaca".to_owned(),
+            ..DataInfo::default()
         },
     };
     let head = (shape.tier == Tier::Exact).then(|| {

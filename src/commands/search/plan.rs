@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use caskd_formats::{Cache, Io};
 use caskd_search::{
     Domain, Objective, Space, Study, StudyConfig, StudyView, Trial, TrialView, Value,
 };
@@ -15,6 +16,9 @@ use crate::exit::Failure;
 use crate::objective::{
     CommandObjective, Distillation, DistillationObjective, repeated, setting_text,
 };
+
+/// Share of the cache that judges the trials where neither the study nor the cache says.
+const DEFAULT_VALIDATION: f64 = 0.1;
 
 /// The note of a study that holds its plan.
 const NOTE: &str = "plan";
@@ -127,14 +131,23 @@ impl Plan {
             _ => read_config(args.config.as_deref(), &args.settings)?,
         };
         base.allow_low_fidelity |= args.allow_low_fidelity;
+        let validation = match args.validation.or(stored.map(|plan| plan.validation)) {
+            Some(share) => share,
+            None => match Cache::open(&cache, Io::Read)?
+                .manifest()
+                .data
+                .preparation
+                .validation()
+            {
+                share if share > 0.0 => share,
+                _ => DEFAULT_VALIDATION,
+            },
+        };
         Ok(Self::Distillation(Distillation {
             cache,
             student,
             base,
-            validation: args
-                .validation
-                .or(stored.as_ref().map(|plan| plan.validation))
-                .unwrap_or(0.1),
+            validation,
         }))
     }
 

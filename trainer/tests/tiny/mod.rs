@@ -246,6 +246,7 @@ fn write_cache(teacher: &LoadedModel, form: &CacheForm, path: &Path) {
             truncated: 0,
             skipped: 0,
             prompt_form: "none".into(),
+            ..DataInfo::default()
         },
     };
     let mut writer = CacheWriter::open(path, &spec, false).unwrap();
