@@ -89,7 +89,8 @@ fn exported(bench: &Bench, name: &str) -> Vec<Row> {
 }
 
 fn lines(records: &[Value]) -> String {
-    records.iter().map(|record| format!("{record}\n")).collect()
+    let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+    lines.join("\n") + "\n"
 }
 
 fn talk() -> Value {

@@ -19,7 +19,7 @@ fn a_flipped_bit_in_any_file_of_any_tier_is_found_and_named() {
     for (tier, least, options) in [
         ("sparse", 2, &[][..]),
         ("exact", 3, &[]),
-        ("compact", 4, &["--rate", "60"]),
+        ("compact", 4, &["--rate", "200"]),
     ] {
         let folder = bench.cache(tier, 12, &[&["--tier", tier], options].concat());
         let whole = files(&folder);

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caskd_models::{Block, LoadOptions, LoadedModel, ModelFiles, PruneOptions, prune_block};
+use caskd_models::{
+    Block, LoadOptions, LoadedModel, ModelFiles, PruneOptions, WideHead, prune_block,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -33,6 +35,12 @@ pub(crate) struct Teacher {
     /// Whether the head is kept in f32, or converted whenever it is used.
     wide_head: bool,
     pub(crate) digest: String,
+}
+
+/// The LM head [V, D], products with which come out in f32.
+pub(crate) enum StatisticsHead {
+    Packed(WideHead),
+    Plain(Tensor),
 }
 
 impl Teacher {
@@ -97,14 +105,18 @@ impl Teacher {
         Ok(self.files.load_head(rows, &self.options)?)
     }
 
-    /// The head as statistics are computed with it: in f32, where that fits.
-    pub(crate) fn head_for_statistics(&self) -> Result<Tensor> {
+    /// The head as statistics are computed with it: packed where the processor multiplies bf16, else in f32 where that
+    /// fits.
+    pub(crate) fn head_for_statistics(&self) -> Result<StatisticsHead> {
         let head = self.head()?;
-        Ok(if self.wide_head {
+        if let Some(packed) = WideHead::packed(&head) {
+            return Ok(StatisticsHead::Packed(packed));
+        }
+        Ok(StatisticsHead::Plain(if self.wide_head {
             head.to_kind(Kind::Float).contiguous()
         } else {
             head.contiguous()
-        })
+        }))
     }
 
     /// Runs batches [B, T] of ids through the network; `keep` names the hidden layers to return.

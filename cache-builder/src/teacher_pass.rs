@@ -12,7 +12,7 @@ use crate::data::TokenizedSequence;
 use crate::device_statistics::summarize_on_device;
 use crate::layers::Event;
 use crate::statistics::{round_statistics, snap_top_k, summarize_logits};
-use crate::teacher::Teacher;
+use crate::teacher::{StatisticsHead, Teacher};
 use crate::transform_fit::Coder;
 use crate::{Error, Result};
 
@@ -45,7 +45,7 @@ pub(crate) struct TeacherPass<'a> {
     teacher: &'a Teacher,
     /// `[V, D]`, products in f32: statistics of bf16-rounded logits would be off by up to 2⁻⁹ of a logit. Layer by layer it
     /// is in memory only while no block is.
-    head: Option<Tensor>,
+    head: Option<StatisticsHead>,
     vocab_size: usize,
     pub(crate) top_k: usize,
     pub(crate) layers: Vec<u32>,
@@ -326,18 +326,30 @@ impl<'a> TeacherPass<'a> {
         let mut bad = None;
         while first < rows && bad.is_none() {
             let count = HEAD_ROWS.min(rows - first);
-            let hidden = last_hidden.narrow(0, first, count).to_kind(Kind::Float);
-            let (summarized, seconds) = if head.device() == Device::Cpu {
-                let moving = fill_logits(&hidden, &head, &mut self.logits);
-                let started = Instant::now();
-                let summarized =
-                    summarize_logits(&self.logits, self.vocab_size, &mut statistics, &mut top_k);
-                (summarized, moving + started.elapsed().as_secs_f64())
-            } else {
-                let logits = logits_on_device(&hidden, &head);
-                let started = Instant::now();
-                let summarized = summarize_on_device(&logits, &mut statistics, &mut top_k)?;
-                (summarized, started.elapsed().as_secs_f64())
+            let hidden = last_hidden.narrow(0, first, count);
+            let (summarized, seconds) = match &head {
+                StatisticsHead::Plain(head) if head.device() != Device::Cpu => {
+                    let logits = logits_on_device(&hidden.to_kind(Kind::Float), head);
+                    let started = Instant::now();
+                    let summarized = summarize_on_device(&logits, &mut statistics, &mut top_k)?;
+                    (summarized, started.elapsed().as_secs_f64())
+                }
+                head => {
+                    let moving = match head {
+                        StatisticsHead::Plain(head) => {
+                            fill_logits(&hidden.to_kind(Kind::Float), head, &mut self.logits)
+                        }
+                        StatisticsHead::Packed(head) => {
+                            head.logits_into(&hidden, &mut self.logits);
+                            0.0
+                        }
+                    };
+                    let started = Instant::now();
+                    let logits = &self.logits;
+                    let summarized =
+                        summarize_logits(logits, self.vocab_size, &mut statistics, &mut top_k);
+                    (summarized, moving + started.elapsed().as_secs_f64())
+                }
             };
             bad = summarized.err().map(|row| first as usize + row);
             self.totals.statistics_seconds += seconds;

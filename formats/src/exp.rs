@@ -5,7 +5,7 @@
 /// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' `expf`); written
 /// without fused products, whose presence depends on the processor.
 #[inline(always)]
-#[expect(
+#[allow(
     clippy::inline_always,
     reason = "it must take on its caller's instruction set"
 )]

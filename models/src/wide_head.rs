@@ -27,12 +27,16 @@ enum Form {
 impl WideHead {
     /// Keeps the head in bf16 where it is in bf16 on a CPU that can multiply that, else in f32.
     pub fn new(head: &Tensor) -> WideHead {
-        let head = head.detach();
-        let form = match Matrix::new(&head) {
-            Some(matrix) => Form::Packed(matrix),
-            None => Form::Wide(head.to_kind(Kind::Float).contiguous()),
-        };
-        WideHead { form }
+        WideHead::packed(head).unwrap_or_else(|| WideHead {
+            form: Form::Wide(head.detach().to_kind(Kind::Float).contiguous()),
+        })
+    }
+
+    /// Only where the head stays in bf16, in as many bytes as it has.
+    pub fn packed(head: &Tensor) -> Option<WideHead> {
+        Matrix::new(&head.detach()).map(|matrix| WideHead {
+            form: Form::Packed(matrix),
+        })
     }
 
     /// V.

@@ -142,23 +142,21 @@ pub(crate) fn train_with_progress(
 
 /// What the progress line says of a step.
 fn live(report: &StepReport) -> String {
-    let mut line = format!("step {}  loss {:.4}", report.step, report.loss);
-    if report.terms.len() > 1 {
-        let terms: Vec<String> = report
-            .terms
-            .iter()
-            .map(|(name, value)| format!("{name} {value:.4}"))
-            .collect();
-        line += &format!(" ({})", terms.join(", "));
-    }
-    line += &format!(
-        "  |g| {:.3}  {:.0} tokens/s  wait {:.1}%",
-        report.grad_norm,
-        report.tokens_per_second,
-        100.0 * report.data_wait_seconds / report.seconds.max(1e-9)
-    );
-    if let Some(memory) = report.memory_bytes {
-        line += &format!("  {}", bytes(memory));
-    }
-    line
+    let mut parts = vec![format!("step {}", report.step)];
+    let terms: Vec<String> = report
+        .terms
+        .iter()
+        .map(|(name, value)| format!("{name} {value:.4}"))
+        .collect();
+    parts.push(if terms.len() > 1 {
+        format!("loss {:.4} ({})", report.loss, terms.join(", "))
+    } else {
+        format!("loss {:.4}", report.loss)
+    });
+    parts.push(format!("|g| {:.3}", report.grad_norm));
+    parts.push(format!("{:.0} tokens/s", report.tokens_per_second));
+    let wait = report.data_wait_seconds / report.seconds.max(1e-9);
+    parts.push(format!("wait {:.1}%", 100.0 * wait));
+    parts.extend(report.memory_bytes.map(bytes));
+    parts.join("  ")
 }

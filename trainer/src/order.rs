@@ -21,7 +21,7 @@ pub(crate) type ReadShard = Arc<dyn Fn(u32) -> Result<Vec<RowInfo>> + Send + Syn
 
 /// A sequence of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Row {
+pub(crate) struct Entry {
     pub(crate) shard: u32,
     /// In the shard.
     pub(crate) row: u32,
@@ -34,7 +34,7 @@ pub(crate) struct Row {
 pub(crate) struct Planned {
     /// The cache, as its place among those of the run.
     pub(crate) part: usize,
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<Entry>,
 }
 
 /// One cache of a run.
@@ -82,10 +82,10 @@ impl Part {
         shards.iter().map(|&shard| self.kept[shard as usize]).sum()
     }
 
-    fn of_use(&self, rows: Vec<RowInfo>) -> impl Iterator<Item = Row> + use<> {
+    fn of_use(&self, rows: Vec<RowInfo>) -> impl Iterator<Item = Entry> + use<> {
         let fraction = self.fraction;
         let kept = move |row: &RowInfo| row.targets > 0 && in_fraction(row.split_hash, fraction);
-        rows.into_iter().filter(kept).map(|row| Row {
+        rows.into_iter().filter(kept).map(|row| Entry {
             shard: row.shard,
             row: row.row,
             positions: row.positions,
@@ -176,7 +176,9 @@ impl Order {
             self.rng(part, pass, "order of shards").shuffle(&mut shards);
         }
         let mut windows: Vec<Vec<u32>> = shards.chunks(most).map(<[u32]>::to_vec).collect();
-        windows.iter_mut().for_each(|window| window.sort_unstable());
+        for window in &mut windows {
+            window.sort_unstable();
+        }
         windows
     }
 
@@ -208,13 +210,13 @@ struct Stream {
 struct Window {
     pass: u64,
     index: usize,
-    rows: Arc<Vec<Row>>,
+    rows: Arc<Vec<Entry>>,
 }
 
 struct Cut {
     epoch: u64,
     places: Range<u64>,
-    batches: Vec<Vec<Row>>,
+    batches: Vec<Vec<Entry>>,
 }
 
 impl Iterator for Batches {
@@ -259,10 +261,10 @@ impl Batches {
         (part, place)
     }
 
-    fn batch(&mut self, part: usize, epoch: u64, place: u64) -> Result<Vec<Row>> {
+    fn batch(&mut self, part: usize, epoch: u64, place: u64) -> Result<Vec<Entry>> {
         let stream = &self.streams[part];
-        let at_hand = |cut: &&Cut| cut.epoch == epoch && cut.places.contains(&place);
-        if stream.cut.as_ref().filter(at_hand).is_none() {
+        let at_hand = |cut: &Cut| cut.epoch == epoch && cut.places.contains(&place);
+        if !stream.cut.as_ref().is_some_and(at_hand) {
             let cut = self.cut(part, epoch, place)?;
             self.streams[part].cut = Some(cut);
         }
@@ -303,7 +305,8 @@ impl Batches {
         let size = size as usize;
         for bucket in rows.chunks_mut(self.order.bucket_batches * size) {
             bucket.sort_by_key(|row| row.positions);
-            let mut of_bucket: Vec<Vec<Row>> = bucket.chunks(size).map(<[Row]>::to_vec).collect();
+            let mut of_bucket: Vec<Vec<Entry>> =
+                bucket.chunks(size).map(<[Entry]>::to_vec).collect();
             // Length must not rise with the steps.
             rng.shuffle(&mut of_bucket);
             batches.append(&mut of_bucket);
@@ -316,7 +319,7 @@ impl Batches {
     }
 
     /// Sequences of a range counted from the first of the run, pass after pass.
-    fn rows(&mut self, part: usize, range: Range<u64>) -> Result<Vec<Row>> {
+    fn rows(&mut self, part: usize, range: Range<u64>) -> Result<Vec<Entry>> {
         let pass_size = self.order.parts[part].size();
         let mut rows = Vec::new();
         let mut pass = range.start / pass_size;
@@ -344,7 +347,7 @@ impl Batches {
         pass: u64,
         index: usize,
         shards: &[u32],
-    ) -> Result<Arc<Vec<Row>>> {
+    ) -> Result<Arc<Vec<Entry>>> {
         let windows = &self.streams[part].windows;
         let known = windows
             .iter()

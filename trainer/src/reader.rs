@@ -186,7 +186,24 @@ fn read_places(
     columns: &Columns,
     vocabulary: usize,
 ) -> Result<Batch> {
-    Batch::collate(&read_sequences(cache, rows, columns)?, columns, vocabulary)
+    let sequences = read_sequences(cache, rows, columns)?;
+    for sequence in &sequences {
+        top_k_within(sequence, vocabulary)?;
+    }
+    Batch::collate(&sequences, columns, vocabulary)
+}
+
+/// A teacher's padded head can keep tokens that the student's head has no row for; the losses index by them.
+fn top_k_within(sequence: &Sequence, vocabulary: usize) -> Result<()> {
+    let ids = sequence.top_k.as_ref().map_or(&[][..], |top_k| &top_k.ids);
+    match ids.iter().find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(&token) => Err(Error::TokenOutOfRange {
+            sequence: sequence.source.clone(),
+            token,
+            vocabulary,
+        }),
+    }
 }
 
 fn read_sequences(cache: &Cache, rows: &[(u32, u32)], columns: &Columns) -> Result<Vec<Sequence>> {
@@ -203,4 +220,30 @@ fn read_sequences(cache: &Cache, rows: &[(u32, u32)], columns: &Columns) -> Resu
         }
     }
     Ok(sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use caskd_formats::TopK;
+
+    use super::*;
+
+    #[test]
+    fn a_kept_token_without_a_row_is_refused() {
+        let sequence = |id: u32| Sequence {
+            source: "records.jsonl:3".into(),
+            top_k: Some(TopK {
+                k: 2,
+                ids: vec![4, id],
+                logits: vec![1.0, 0.5],
+            }),
+            ..Sequence::default()
+        };
+        assert!(top_k_within(&sequence(9), 10).is_ok());
+        let error = top_k_within(&sequence(10), 10).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "records.jsonl:3: token 10 is outside the vocabulary of 10"
+        );
+    }
 }

@@ -64,34 +64,36 @@ impl Retokenizer {
         of_student.ids.truncate(max_tokens);
         of_student.starts.truncate(max_tokens);
 
-        // Where the teacher's predicted tokens begin, with the position that predicts them.
-        let mut predicted: Vec<(usize, usize)> = Vec::new();
-        for (t, start) in of_teacher.iter().enumerate().skip(1) {
+        // Where the teacher's tokens begin, with their places.
+        let mut begun: Vec<(usize, usize)> = Vec::new();
+        for (t, start) in of_teacher.iter().enumerate() {
             let last = t + 1 == of_teacher.len();
             let start = start.or_else(|| (ended && last).then_some(text.len()));
-            if sequence.loss_mask[t]
-                && let Some(start) = start
-            {
-                predicted.push((start, t - 1));
-            }
+            begun.extend(start.map(|start| (start, t)));
         }
-        let from = predicted.first().map_or(usize::MAX, |(start, _)| *start);
         let tokens = of_student.ids.len();
         let mut loss_mask = vec![false; tokens];
         let mut rows = vec![0; tokens];
         let mut paired = vec![false; tokens];
-        for t in 1..tokens {
-            let Some(start) = of_student.starts[t] else {
+        for (t, start) in of_student.starts.iter().enumerate().skip(1) {
+            let Some(start) = *start else {
                 continue;
             };
-            loss_mask[t] = start >= from;
+            // The teacher's token that this one begins in says whether it is a target.
+            let after = begun.partition_point(|(of, _)| *of <= start);
+            let Some((_, within)) = after.checked_sub(1).map(|place| begun[place]) else {
+                continue;
+            };
+            loss_mask[t] = sequence.loss_mask[within];
             // Several tokens can begin at one byte, where a letter's bytes are split: the first one speaks for it.
-            let place = predicted.partition_point(|(of, _)| *of < start);
+            let place = begun.partition_point(|(of, _)| *of < start);
             let first_there = of_student.starts[..t].iter().all(|of| *of != Some(start));
-            if let Some((_, row)) = predicted.get(place).filter(|(of, _)| *of == start)
+            if let Some((_, of_teacher)) = begun.get(place).filter(|(of, _)| *of == start)
+                && *of_teacher > 0
+                && sequence.loss_mask[*of_teacher]
                 && first_there
             {
-                rows[t - 1] = *row;
+                rows[t - 1] = of_teacher - 1;
                 paired[t - 1] = true;
             }
         }
@@ -281,6 +283,12 @@ mod tests {
         let rows = &crossed.sequence.hidden[0].values;
         assert_eq!((rows[1], rows[4]), (0.0, 1.0));
         assert_eq!(rows.len(), 7);
+
+        let mut gap = sequence(&[1, 2, 3], 1);
+        gap.loss_mask[2] = false;
+        let crossed = retokenizer.retokenize(&gap, 99).unwrap();
+        assert_eq!(crossed.sequence.loss_mask, [no, no, yes, yes, yes, no, no]);
+        assert_eq!(crossed.paired, [no, yes, no, no, no, no, no]);
 
         let short = retokenizer.retokenize(&sequence(&[1, 2, 3], 1), 4).unwrap();
         assert_eq!(short.sequence.token_ids, [1, 2, 1, 3]);

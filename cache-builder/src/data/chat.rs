@@ -362,13 +362,13 @@ mod tests {
             let turns = turns.map(|(text, turns)| (text, trimmed(&turns)));
             if turns != Ok((text.clone(), trimmed(expected))) {
                 other += 1;
-                println!(
+                eprintln!(
                     "{plain} on {}: {turns:?} instead of {expected:?}\n",
                     case.conversation
                 );
             }
         }
-        println!(
+        eprintln!(
             "{} of {} texts differ, {} more are given where transformers refuse; {other} of {compared} conversations have other turns",
             wrong.len(),
             golden.cases.len(),

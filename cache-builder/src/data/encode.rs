@@ -200,7 +200,9 @@ impl<'a> Encoder<'a> {
     ) -> std::result::Result<TokenizedSequence, Problem> {
         let begin = prompt.len();
         let text = prompt + response;
-        let mut sequence = self.text_with_targets(source, &text, &[begin..text.len()], true)?;
+        let target = begin..text.len();
+        let mut sequence =
+            self.text_with_targets(source, &text, std::slice::from_ref(&target), true)?;
         self.end(&mut sequence);
         Ok(sequence)
     }

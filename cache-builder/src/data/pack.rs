@@ -17,19 +17,16 @@ pub(crate) fn pack(sequences: Vec<TokenizedSequence>, max_len: usize) -> Vec<Tok
     for index in order {
         let length = sequences[index].token_ids.len();
         let fitting = by_room.range(length..).next().map(|(&room, _)| room);
-        let (pack, room) = match fitting {
-            Some(room) => {
-                let waiting = by_room.get_mut(&room);
-                let pack = waiting.and_then(Vec::pop).unwrap_or_default();
-                if by_room.get(&room).is_some_and(Vec::is_empty) {
-                    by_room.remove(&room);
-                }
-                (pack, room)
+        let (pack, room) = if let Some(room) = fitting {
+            let waiting = by_room.get_mut(&room);
+            let pack = waiting.and_then(Vec::pop).unwrap_or_default();
+            if by_room.get(&room).is_some_and(Vec::is_empty) {
+                by_room.remove(&room);
             }
-            None => {
-                packs.push(Vec::new());
-                (packs.len() - 1, max_len)
-            }
+            (pack, room)
+        } else {
+            packs.push(Vec::new());
+            (packs.len() - 1, max_len)
         };
         packs[pack].push(index);
         by_room
