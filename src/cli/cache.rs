@@ -82,6 +82,10 @@ target_logprobs, target_mask; row t is about token t + 1), with everything else 
 
 Tensors: input_ids, loss_mask [B,T], lengths [B], statistics.* [B,T], top_k.ids and top_k.logits [B,T,K], \
 hidden.N [B,T,D], and with --logits the rebuilt logits [B,T,V] in f32. Shorter sequences are padded with 0.")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of the command line"
+)]
 pub(crate) struct ExportArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]

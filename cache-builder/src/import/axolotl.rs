@@ -241,8 +241,8 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn one(record: Value) -> Parsed {
-        let parsed = sequences(&record)
+    fn one(record: &Value) -> Parsed {
+        let parsed = sequences(record)
             .map_err(|problem| problem.problem)
             .unwrap();
         parsed.into_iter().next().unwrap()
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_prepared_row_is_about_the_next_token() {
-        let parsed = one(json!({
+        let parsed = one(&json!({
             "input_ids": [3, 5, 7, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 5, 7, -100],
             "target_token_ids": [[5, 6], [7, 8], [0, 1], [0, 0]],
             "target_logprobs": [[-0.5, -1.5], [-0.25, -2.5], [null, null], [-1e9, -1e9]],
@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn masked_rows_keep_values_and_give_no_target() {
-        let parsed = one(json!({
+        let parsed = one(&json!({
             "input_ids": [3, 5, 7], "target_token_ids": [[5, 6], [7, 8]],
             "target_logprobs": [[-0.5, -1.5], [-0.25, -2.5]], "target_mask": [0, 1],
         }));
@@ -282,12 +282,12 @@ mod tests {
     fn rows_of_an_answer_are_about_its_tokens() {
         let expected = [None, Some(vec![(7, -0.25), (8, -2.5)])];
         let with_ids = one(
-            json!({"messages": [], "input_ids": [3, 5, 7], "logprobs": [[-0.25, -2.5]], "target_token_ids": [[7, 8]]}),
+            &json!({"messages": [], "input_ids": [3, 5, 7], "logprobs": [[-0.25, -2.5]], "target_token_ids": [[7, 8]]}),
         );
         assert_eq!(with_ids.rows, expected);
         assert_eq!(with_ids.loss_mask, [false, false, true]);
         let older = one(
-            json!({"input_ids": [3, 5, 7], "logprobs": [[{"token": "token_id:7", "logprob": -0.25}, {"token": "token_id:8", "logprob": -2.5}]]}),
+            &json!({"input_ids": [3, 5, 7], "logprobs": [[{"token": "token_id:7", "logprob": -0.25}, {"token": "token_id:8", "logprob": -2.5}]]}),
         );
         assert_eq!(older.rows, expected);
     }

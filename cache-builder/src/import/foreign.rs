@@ -347,9 +347,9 @@ pub(crate) fn check_row(row: &Row, vocab_size: usize) -> std::result::Result<(),
     }
     let mut ids: Vec<u32> = row.iter().map(|(id, _)| *id).collect();
     ids.sort_unstable();
-    if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+    if let Some([id, _]) = ids.array_windows().find(|[id, next]| id == next) {
         return Err(Problem::new(
-            format!("token id {} comes twice", pair[0]),
+            format!("token id {id} comes twice"),
             "every token may come once in a position",
         ));
     }

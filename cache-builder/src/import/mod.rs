@@ -328,9 +328,10 @@ fn write(
     let reused = done.iter().filter(|done| **done).count();
     let last_pending = done.iter().rposition(|done| !done);
     let mut positions = 0;
-    for shard in 0..last_pending.map_or(0, |last| last + 1) {
+    let pending = last_pending.map_or(0, |last| last + 1);
+    for (shard, &is_done) in done.iter().enumerate().take(pending) {
         let count = spec.sequences_in_shard(shard);
-        let mut sequences: Vec<Sequence> = Vec::with_capacity(if done[shard] { 0 } else { count });
+        let mut sequences: Vec<Sequence> = Vec::with_capacity(if is_done { 0 } else { count });
         let mut taken = 0;
         while taken < count {
             if stop.load(Ordering::Relaxed) {
@@ -339,7 +340,7 @@ fn write(
                     reused,
                 });
             }
-            let Some(foreign) = reader.next(!done[shard])? else {
+            let Some(foreign) = reader.next(!is_done)? else {
                 return Err(Error::Changed {
                     path: options.files[0].clone(),
                 });
@@ -349,12 +350,12 @@ fn write(
             };
             taken += 1;
             positions += placed.positions() as u64;
-            if !done[shard] {
+            if !is_done {
                 sequences.push(placed.into_sequence(&found.layout)?);
             }
             progress(reader, positions);
         }
-        if !done[shard] {
+        if !is_done {
             writer.write_shard(shard, &sequences)?;
         }
     }

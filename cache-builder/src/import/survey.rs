@@ -362,14 +362,13 @@ fn kept_entries(whole: bool, seen: &Seen, setup: &Setup<'_>, vocab_size: usize) 
 
 fn kind_of_values(whole: bool, seen: &Seen, given: GivenValues) -> ValueKind {
     match given {
-        GivenValues::LogProbabilities => ValueKind::LogProbabilities,
         GivenValues::Renormalised => ValueKind::RenormalisedLogProbabilities,
         GivenValues::Logits => ValueKind::Logits,
         GivenValues::Auto if whole && seen.whole_log_mass > MASS_SLACK => ValueKind::Logits,
         GivenValues::Auto if !whole && seen.rows > 0 && seen.log_mass.1 > -RENORMALISED_SLACK => {
             ValueKind::RenormalisedLogProbabilities
         }
-        GivenValues::Auto => ValueKind::LogProbabilities,
+        GivenValues::LogProbabilities | GivenValues::Auto => ValueKind::LogProbabilities,
     }
 }
 

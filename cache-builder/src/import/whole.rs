@@ -37,7 +37,9 @@ impl Whole {
             self.log_mass = self.log_mass.max(log_sum_exp(row).abs());
         }
         if temperature != 1.0 {
-            values.iter_mut().for_each(|value| *value *= temperature);
+            for value in &mut *values {
+                *value *= temperature;
+            }
         }
         let before = self.statistics.mean.len();
         if summarize_logits(values, vocab_size, &mut self.statistics, &mut self.top_k).is_ok() {
