@@ -56,6 +56,15 @@ fn tree(bench: &Bench, out: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     files(&bench.path(out))
 }
 
+/// What Linux says of the file locks of a process.
+fn holds_a_lock(process: u32) -> bool {
+    let locks = std::fs::read_to_string("/proc/locks").unwrap();
+    let process = process.to_string();
+    locks
+        .lines()
+        .any(|lock| lock.contains("FLOCK") && lock.split_whitespace().any(|word| word == process))
+}
+
 fn refused(bench: &Bench, arguments: &[&str], part: &str) {
     let output = bench.run(arguments);
     let text = stderr(&output);
@@ -69,7 +78,7 @@ fn any_number_of_workers_makes_the_cache_of_one_build() {
     for (tier, more) in [
         ("sparse", &["--top-k", "8"][..]),
         ("exact", &[]),
-        ("compact", &["--rate", "100"]),
+        ("compact", &["--rate", "100", "--layers", "last,middle"]),
     ] {
         let more = [&["--tier", tier], more].concat();
         let whole = format!("whole-{tier}");
@@ -201,7 +210,10 @@ fn a_commit_says_what_is_missing_and_waits_for_the_living() {
         assert!(sent.unwrap().success());
     };
     // Stopped once it holds the lock, so that it cannot end before the commit has looked.
-    std::thread::sleep(Duration::from_millis(100));
+    while !holds_a_lock(living.id()) {
+        assert_eq!(living.try_wait().unwrap(), None, "the worker ended early");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     signal(&living, "-STOP");
     refused(&bench, &commit("cache"), "another process is building");
     signal(&living, "-TERM");
