@@ -123,6 +123,10 @@ fn inputs() -> Tensors {
         ),
         ("teacher_hidden".into(), random(&mut rng, &[2, 3, 6], 1.0)),
         ("student_hidden".into(), random(&mut rng, &[2, 3, 4], 1.0)),
+        (
+            "of_student".into(),
+            Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1]).view([2, 3]),
+        ),
     ]
 }
 
@@ -319,7 +323,11 @@ fn config(entries: &[String]) -> TrainConfig {
 #[test]
 fn caches_serve_what_they_can_and_refuse_the_rest() {
     let tiny = Tiny::new();
-    let exact = tiny.cache("exact", &CacheForm::default());
+    let exact_form = CacheForm {
+        student_responses: true,
+        ..CacheForm::default()
+    };
+    let exact = tiny.cache("exact", &exact_form);
     let sparse_form = CacheForm {
         tier: Tier::Sparse,
         layers: vec![4],
