@@ -748,6 +748,18 @@ fn llama_cpp_s_windows_are_known_in_their_second_half() {
     let loss = train(&bench, "llama", "run", &["--set", "tail=ghost"]);
     assert!(loss.is_finite());
 
+    refused(
+        &bench,
+        &import("logits.bin", "warm", &["--temperature", "2"]),
+        "warm",
+        "computes at temperature 1",
+    );
+    // The file's values are normalised, whatever the clipped ones add up to.
+    for sequence in sequences(&bench, "llama") {
+        let statistics = sequence.statistics.unwrap();
+        assert!(statistics.log_sum_exp.iter().all(|sum| *sum == 0.0));
+    }
+
     std::fs::write(bench.path("cut.bin"), &file[..file.len() - 100]).unwrap();
     let left = whole.len() - 1;
     let hint = format!("--limit {left}");

@@ -318,8 +318,11 @@ impl<'a> Filled<'a> {
                 .log_sum_exp
                 .extend_from_slice(&statistics.log_sum_exp);
         } else {
+            // What was clipped to a floor weighs too much in a sum over the row; the values themselves were normalised
+            // before.
             for (max, log_sum_exp) in statistics.max.iter().zip(&statistics.log_sum_exp) {
-                self.push_statistics(*max, *log_sum_exp);
+                let normalised = self.layout.normalised;
+                self.push_statistics(*max, if normalised { 0.0 } else { *log_sum_exp });
             }
         }
     }

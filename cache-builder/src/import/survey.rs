@@ -384,6 +384,14 @@ fn apply_temperature(
     if temperature == 1.0 {
         return Ok(());
     }
+    if !layout.whole_statistics {
+        return Err(Error::Option {
+            problem: format!(
+                "--temperature {temperature}, but llama.cpp computes at temperature 1"
+            ),
+            hint: "leave --temperature out".into(),
+        });
+    }
     if !whole && values == ValueKind::LogProbabilities {
         return Err(Error::Option {
             problem: format!(
