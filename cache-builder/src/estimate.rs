@@ -14,7 +14,7 @@ use crate::Result;
 use crate::data::tokenize;
 use crate::footprint::{Footprint, MemoryPlan};
 use crate::options::{BuildOptions, USUAL_TOP_K};
-use crate::prepare::{cache_spec, check_options};
+use crate::prepare::{cache_spec, check_options, warn_beyond_context};
 use crate::statistics::summarize_logits;
 use crate::teacher_pass::{HEAD_ROWS, padded_shapes};
 use crate::transform_fit::{FIT_POSITIONS, HELD_OUT_POSITIONS};
@@ -116,6 +116,7 @@ pub fn estimate(options: &BuildOptions, stop: &AtomicBool) -> Result<Option<Esti
     let Some(data) = read else {
         return Ok(None);
     };
+    warn_beyond_context(&files, &data.sequences);
     let shapes = padded_shapes(&data.sequences, options.batch_tokens);
     let mut spec = cache_spec(options, &files, String::new(), data.info)?;
     if options.tier == Tier::Compact && options.top_k.is_none() {
