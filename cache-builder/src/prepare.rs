@@ -103,7 +103,7 @@ pub(crate) fn prepare(
 }
 
 /// Reads the data; `None` when stopped.
-fn read_data(
+pub(crate) fn read_data(
     options: &BuildOptions,
     teacher: &ModelFiles,
     stop: &AtomicBool,

@@ -15,7 +15,7 @@ Examples:
   caskd import logits.npy --tokens ids.npy --tokenizer teacher --out cache
 
 Formats: vllm (JSONL of responses with prompt_logprobs; SGLang's and the OpenAI completions form too), axolotl (JSONL with \
-target_token_ids and target_logprobs), llama-cpp (--save-all-logits), distillkit (Parquet), numpy (.npy, .npz) and \
+target_token_ids and target_logprobs, or messages with logprobs), llama-cpp (--save-all-logits), distillkit (Parquet), numpy (.npy, .npz) and \
 safetensors (logits beside input_ids). docs/IMPORT.md shows how to make each of them.
 
 The files are read twice: once to check everything, and then to write. If the values fit the tokens better one place \

@@ -48,7 +48,10 @@ fn exit_of(completed: bool) -> Exit {
 }
 
 fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
-    let Some(found) = estimate(options, &terminal::STOP)? else {
+    let found = with_progress("estimating", |progress| {
+        estimate(options, &terminal::STOP, progress)
+    })?;
+    let Some(found) = found else {
         return Ok(Exit::Stopped);
     };
     if args.json {
