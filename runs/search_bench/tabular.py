@@ -15,7 +15,8 @@ from scipy.stats import wilcoxon
 
 def optuna_needed(table, threshold, run):
     """Optuna's TPE on the table; a configuration that it repeats costs a trial, as it would in earnest."""
-    space = tomllib.loads(table["space_toml"])["param"]
+    # A parameter comes after those that its condition names; one level of conditions is all that tables have.
+    space = sorted(tomllib.loads(table["space_toml"])["param"], key=lambda p: "when" in p)
     values = {key(row["params"]): row["value"] for row in table["rows"]}
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=run))
     limit = 4 * len(values)
@@ -23,7 +24,8 @@ def optuna_needed(table, threshold, run):
         trial = study.ask()
         params = {}
         for p in space:
-            if any(params[name] not in allowed for name, allowed in p.get("when", {}).items()):
+            allowed = {name: v if isinstance(v, list) else [v] for name, v in p.get("when", {}).items()}
+            if any(params[name] not in levels for name, levels in allowed.items()):
                 params[p["name"]] = p.get("inactive", p.get("values", [None])[0])
             elif p["kind"] == "int":
                 params[p["name"]] = trial.suggest_int(p["name"], p["low"], p["high"])
