@@ -104,6 +104,15 @@ pub(crate) fn positions_per_blob(bytes: usize) -> usize {
     (BLOB_LIMIT / bytes.max(1)).max(1)
 }
 
+/// What the sections of a blob are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Favour {
+    /// zstd wherever it saves a twentieth.
+    Size,
+    /// zstd only where it halves a section: the others are read faster than it unpacks.
+    Speed,
+}
+
 /// Writes a blob: the header first, the payload by [`Encoder`]'s methods, the checksum by [`Encoder::finish`].
 pub(crate) struct Encoder {
     compressor: Compressor<'static>,
@@ -147,16 +156,13 @@ impl Encoder {
     }
 
     /// Two sections: low bytes, high bytes.
-    pub(crate) fn planes(&mut self, values: &[u16]) -> std::io::Result<()> {
-        let (low, high) = planes_of(values);
-        self.section(&low)?;
-        self.section(&high)
-    }
-
-    /// The same for values that are read faster than zstd unpacks: a plane stays as it is unless zstd halves it.
-    pub(crate) fn fast_planes(&mut self, values: &[u16]) -> std::io::Result<()> {
+    pub(crate) fn planes(&mut self, values: &[u16], favour: Favour) -> std::io::Result<()> {
+        let least = match favour {
+            Favour::Size => values.len() / 20,
+            Favour::Speed => values.len() / 2,
+        };
         for plane in <[Vec<u8>; 2]>::from(planes_of(values)) {
-            self.section_saving(&plane, plane.len() / 2)?;
+            self.section_saving(&plane, least)?;
         }
         Ok(())
     }
@@ -396,6 +402,7 @@ pub(crate) mod tests {
                         logits,
                     },
                     80_000,
+                    Favour::Size,
                 )
                 .unwrap()
             }
