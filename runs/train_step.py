@@ -20,6 +20,7 @@ import tempfile
 
 BATCH, POSITIONS = 8, 128
 WARM_UP = 2
+SHORTEST = 60_000  # characters of text
 
 
 def main():
@@ -45,6 +46,10 @@ def main():
 
 def compare(args, work):
     work.mkdir(exist_ok=True, parents=True)
+    # Every step must find eight full sequences: a short text comes several times (its windows then begin elsewhere).
+    text = args.text.read_text()
+    args.text = work / "text.txt"
+    args.text.write_text(text * -(-SHORTEST // len(text)))
     me = [sys.executable, __file__, str(args.teacher), "--text", str(args.text), "--steps", str(args.steps)]
     for dtype in args.dtypes:
         if not (work / f"model-{dtype}").exists():

@@ -14,6 +14,7 @@ use cli::{Cli, Command};
 use exit::Outcome;
 
 fn main() -> ExitCode {
+    caskd_models::keep_freed_memory();
     let cli = Cli::parse();
     terminal::show_warnings();
     run(&cli.command)

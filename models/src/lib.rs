@@ -23,6 +23,7 @@
 //! numbers and that it does not implement.
 
 mod activation;
+mod allocator;
 mod attention;
 mod bf16_product;
 mod block;
@@ -61,6 +62,7 @@ use tch::{Device, Kind};
 use tokenizers::Tokenizer;
 
 pub use activation::{ActivationNorms, activation_norms};
+pub use allocator::keep_freed_memory;
 pub use block::{Block, Context};
 pub use bloom::BloomConfig;
 pub use config::Config;
