@@ -384,6 +384,14 @@ fn the_row_kernel_lays_exact_logits_over_products() {
     }
 }
 
+fn loss(loss: &dyn LogitLoss, norm: Normalization) -> ScaledLoss<'_> {
+    ScaledLoss {
+        loss,
+        norm,
+        scale: 1.0,
+    }
+}
+
 /// Rebuilt logits are spread wider than the teacher's: what divides by σ goes by the cached one, in both ways of the head.
 #[test]
 fn the_compact_tier_scales_by_the_cached_spread() {
@@ -453,13 +461,6 @@ fn the_compact_tier_scales_by_the_cached_spread() {
         ..DualScaling::default()
     };
     let kl = Kl::default();
-    fn loss(loss: &dyn LogitLoss, norm: Normalization) -> ScaledLoss<'_> {
-        ScaledLoss {
-            loss,
-            norm,
-            scale: 1.0,
-        }
-    }
     let check = |losses: &[ScaledLoss<'_>], expected: &[f64]| {
         let done = fused_head(&hidden, &batch, &heads, losses, 2).unwrap();
         for (got, expected) in done.sums.iter().zip(expected) {
@@ -483,7 +484,7 @@ fn the_compact_tier_scales_by_the_cached_spread() {
     let largest = by_hand.abs().max().double_value(&[]);
     assert!(error < 1e-5 * largest, "{error} of {largest}");
     // Dual-Scaling has the same value whatever stands ahead of it.
-    check(
+    let _ = check(
         &[
             loss(&dual, Normalization::Standardize),
             loss(&dual, Normalization::MaxMin),
