@@ -132,6 +132,71 @@ fn a_teacher_that_is_none() {
     build("other", &["mamba"]);
 }
 
+/// What is wrong with a teacher shows before the data are read, as far as it stands in its small files and headers.
+#[test]
+fn a_teacher_that_is_damaged() {
+    let bench = Bench::new();
+    let build = |data: &str, expected: &[&str]| {
+        let arguments = ["--teacher", "teacher", "--data", data, "--out", "cache"];
+        refused(&bench, &[&["build"][..], &arguments].concat(), expected);
+        assert!(!bench.path("cache/manifest.json").exists());
+    };
+    let config = std::fs::read_to_string(bench.path("teacher/config.json")).unwrap();
+    let with = |key: &str, value: serde_json::Value| {
+        let mut changed: serde_json::Value = serde_json::from_str(&config).unwrap();
+        changed[key] = value;
+        bench.write("teacher/config.json", &changed.to_string());
+    };
+    with("num_hidden_layers", 6.into());
+    build("missing.jsonl", &["no tensor `model.layers.4."]);
+    with("vocab_size", (1 << 29).into());
+    build(
+        "missing.jsonl",
+        &["`model.embed_tokens.weight` has shape [256, 16]"],
+    );
+    with("eos_token_id", 999.into());
+    build("missing.jsonl", &["`eos_token_id` = 999"]);
+    with("num_attention_heads", 0.into());
+    build("missing.jsonl", &["`num_attention_heads` = 0"]);
+    bench.write("teacher/config.json", "{\"model_type\": ");
+    build("missing.jsonl", &["teacher/config.json", "not the JSON"]);
+    bench.write("teacher/config.json", &config);
+
+    let weights = bench.path("teacher/model.safetensors");
+    let tensors = tch::Tensor::read_safetensors(&weights).unwrap();
+    let bad = tensors
+        .iter()
+        .find(|(name, _)| name == "model.layers.2.mlp.down_proj.weight");
+    let _ = bad.unwrap().1.get(3).get(5).fill_(f64::NAN);
+    tch::Tensor::write_safetensors(&tensors, &weights).unwrap();
+    bench.records("good.jsonl", 3);
+    build(
+        "good.jsonl",
+        &["not finite: the teacher's logits of good.jsonl:"],
+    );
+
+    let mut gguf = b"GGUF".to_vec();
+    gguf.extend(3_u32.to_le_bytes());
+    gguf.extend([0_u64, 1].map(u64::to_le_bytes).concat());
+    gguf.extend(17_u64.to_le_bytes());
+    gguf.extend(b"general.alignment");
+    gguf.extend([4_u32, 0].map(u32::to_le_bytes).concat());
+    std::fs::write(bench.path("flat.gguf"), gguf).unwrap();
+    refused(
+        &bench,
+        &[
+            "build",
+            "--teacher",
+            "flat.gguf",
+            "--data",
+            "good.jsonl",
+            "--out",
+            "none",
+        ],
+        &["flat.gguf", "its alignment is 0"],
+    );
+}
+
 #[test]
 fn an_output_that_exists_is_never_written_over() {
     let bench = Bench::new();

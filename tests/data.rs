@@ -171,6 +171,7 @@ fn parquet_and_json_hold_the_same_records() {
         .map(|text| json!({"body": text, "id": 7}))
         .collect();
     bench.write("text.jsonl", &lines(&records));
+    bench.write("lines.json", &lines(&records));
     bench.write("text.json", &Value::from(records).to_string());
     let column = Arc::new(StringArray::from(texts.to_vec())) as ArrayRef;
     let other = Arc::new(StringArray::from(vec!["x"; 3])) as ArrayRef;
@@ -193,6 +194,9 @@ fn parquet_and_json_hold_the_same_records() {
         assert_eq!(row.source, format!("text.parquet:{number}"));
     }
     assert_eq!((lines.len(), list.len(), table.len()), (3, 3, 3));
+    let by_line = of("lines.json");
+    assert_eq!(by_line[2].source, "lines.json:3");
+    assert_eq!(by_line[2].text, lines[2].text);
 
     parquet(
         &bench.path("chat.parquet"),

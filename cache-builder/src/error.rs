@@ -142,8 +142,8 @@ impl Error {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::DataFile { .. } => Some("check the path given to --data".into()),
-            Self::DataKind { .. } => Some("records are .jsonl, .json or .parquet, running text is .txt or .md; rename the file or make a link".into()),
+            Self::DataFile { .. } => Some("check the path, and whether it may be read".into()),
+            Self::DataKind { .. } => Some("records are .jsonl, .json or .parquet, running text is .txt or .md, .gz or .zst may stand behind it (not behind .parquet); rename the file or make a link".into()),
             Self::Record { hint, .. } | Self::Damaged { hint, .. } | Self::Foreign { hint, .. } | Self::Option { hint, .. } => Some(hint.clone()),
             Self::Changed { .. } => Some("let nobody write to it meanwhile, and run the command again".into()),
             Self::Stopped | Self::Tokenizer { .. } => None,
@@ -153,7 +153,7 @@ impl Error {
             Self::NotFinite { .. } => Some("a compute type with a wider range may help (--dtype f32); if it does not, the teacher's weights are damaged".into()),
             Self::Model(error) => error.hint(),
             Self::Cache(error) => error.hint(),
-            Self::Torch { .. } => Some("out of memory? a smaller --max-len or --batch-tokens needs less".into()),
+            Self::Torch { .. } => Some("out of memory? a smaller --max-len needs less, and --memory-budget reads the teacher layer by layer".into()),
         }
     }
 

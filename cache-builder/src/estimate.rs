@@ -11,10 +11,10 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
-use crate::data::tokenize;
+use crate::build::Progress;
 use crate::footprint::{Footprint, MemoryPlan};
 use crate::options::{BuildOptions, USUAL_TOP_K};
-use crate::prepare::{cache_spec, check_options};
+use crate::prepare::{cache_spec, check_options, read_data, warn_beyond_context};
 use crate::statistics::summarize_logits;
 use crate::teacher_pass::{HEAD_ROWS, padded_shapes};
 use crate::transform_fit::{FIT_POSITIONS, HELD_OUT_POSITIONS};
@@ -102,20 +102,17 @@ pub struct Estimate {
 ///
 /// # Errors
 /// Bad data, options that don't fit the teacher, a budget that is too small.
-pub fn estimate(options: &BuildOptions, stop: &AtomicBool) -> Result<Option<Estimate>> {
+pub fn estimate(
+    options: &BuildOptions,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Option<Estimate>> {
     check_options(options)?;
     let files = ModelFiles::open(&options.teacher)?;
-    let read = tokenize(
-        &files,
-        &options.data,
-        options.max_len,
-        &options.preparation,
-        stop,
-        &mut |_| {},
-    )?;
-    let Some(data) = read else {
+    let Some(data) = read_data(options, &files, stop, progress)? else {
         return Ok(None);
     };
+    warn_beyond_context(&files, &data.sequences);
     let shapes = padded_shapes(&data.sequences, options.batch_tokens);
     let mut spec = cache_spec(options, &files, String::new(), data.info)?;
     if options.tier == Tier::Compact && options.top_k.is_none() {

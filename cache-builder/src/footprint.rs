@@ -162,11 +162,12 @@ impl Footprint {
         if fixed + self.position * self.batch_positions > budget {
             return Err(Error::Option {
                 problem: format!(
-                    "--memory-budget {} MiB is too little: even layer by layer the build takes {} MiB",
+                    "{} MiB of memory are too little: even layer by layer the build takes {} MiB",
                     budget >> 20,
                     self.least().div_ceil(1 << 20)
                 ),
-                hint: "give more, a smaller --max-len, or fewer --layers".into(),
+                hint: "give more with --memory-budget, a smaller --max-len, or fewer --layers"
+                    .into(),
             });
         }
         let block_positions = if placement.spill.is_some() {

@@ -39,8 +39,8 @@ pub use estimate::{Estimate, Measurement, TierEstimate, estimate};
 pub use fidelity::{measure_cache, pruned_teacher};
 pub use footprint::{Footprint, MemoryPlan};
 pub use import::{
-    Format, GivenValues, ImportOptions, ImportProgress, ImportReport, ImportStage, WindowStart,
-    import,
+    BadPlace, Format, GivenValues, ImportOptions, ImportProgress, ImportReport, ImportStage,
+    WindowStart, import,
 };
 pub use memory::available_memory;
 pub use options::{BuildOptions, LayerChoice};

@@ -49,10 +49,12 @@ pub(crate) fn prepare(
 ) -> Result<Option<Prepared>> {
     let started = Instant::now();
     check_options(options)?;
+    CacheWriter::check_folder(&options.out, options.resume)?;
     let files = ModelFiles::open(&options.teacher)?;
     let Some(data) = read_data(options, &files, stop, progress)? else {
         return Ok(None);
     };
+    warn_beyond_context(&files, &data.sequences);
     let digest = files.digest();
     let spec = cache_spec(options, &files, digest.clone(), data.info)?;
     let footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
@@ -77,7 +79,6 @@ pub(crate) fn prepare(
     let mut basis = None;
     if options.tier == Tier::Compact {
         let fitting = Instant::now();
-        CacheWriter::check_folder(&options.out, options.resume)?;
         let fitted = fit_code(
             options,
             &prepared.teacher,
@@ -102,7 +103,7 @@ pub(crate) fn prepare(
 }
 
 /// Reads the data; `None` when stopped.
-fn read_data(
+pub(crate) fn read_data(
     options: &BuildOptions,
     teacher: &ModelFiles,
     stop: &AtomicBool,
@@ -138,6 +139,18 @@ fn read_data(
             }),
         },
     )
+}
+
+/// Rotary embeddings go on beyond the positions that a network was trained for, but its logits lose their sense there.
+pub(crate) fn warn_beyond_context(files: &ModelFiles, sequences: &[TokenizedSequence]) {
+    let context = files.config().max_position_embeddings();
+    let lengths = sequences.iter().map(|sequence| sequence.token_ids.len());
+    let beyond = lengths.filter(|length| *length > context).count();
+    if beyond > 0 && files.config().architecture() != "bloom" {
+        tracing::warn!(
+            "{beyond} sequences are longer than the {context} positions that the teacher was made for (--max-len {context} cuts them)"
+        );
+    }
 }
 
 /// Hidden-state bytes (as f32) that one shard may hold in memory.

@@ -49,12 +49,18 @@ impl CacheWriter {
         CacheWriter::begin(Store::local(dir), spec, resume)
     }
 
-    /// Refuses early what [`CacheWriter::open`] would refuse later: a folder that holds something else.
+    /// Refuses early what [`CacheWriter::open`] would refuse later: a folder that holds something else, or that another
+    /// process is building in.
     ///
     /// # Errors
-    /// [`Error::CacheExists`].
+    /// [`Error::CacheExists`], [`Error::Locked`].
     pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
-        let what = match contents(&Store::local(dir))? {
+        let store = Store::local(dir);
+        let contents = contents(&store)?;
+        if contents == Contents::Unfinished {
+            drop(store.lock()?);
+        }
+        let what = match contents {
             Contents::Foreign => "other files",
             Contents::Finished if !resume => "a finished cache",
             Contents::Unfinished if !resume => "an unfinished build",

@@ -173,6 +173,15 @@ impl Error {
             Error::MissingTensor { .. } | Error::Shape { .. } => {
                 "config.json and the weight files do not belong together; fetch them again".to_owned()
             }
+            Error::Json { .. } | Error::MissingField { .. } => {
+                "fetch or copy the model's small files again, or save it anew with transformers".to_owned()
+            }
+            Error::Tokenizer { .. } => {
+                "fetch or copy tokenizer.json again; older tokenizers become one by transformers' save_pretrained".to_owned()
+            }
+            Error::Unsupported { .. } => {
+                "this model cannot be run as it is; README names architectures and files that can".to_owned()
+            }
             Error::Exists { .. } => "choose another output folder, or remove this one".to_owned(),
             _ => return None,
         };

@@ -39,7 +39,7 @@ use crate::linear::Pass;
 use crate::norm::Norm;
 use crate::sparsity::Sparsity;
 use crate::tokenizer::read_json;
-use crate::weights::{SafetensorsFolder, WeightSource};
+use crate::weights::{Checked, SafetensorsFolder, WeightSource};
 use crate::{
     Error, LoadOptions, LoadedModel, LoadedTokenizer, Network, Result, is_gguf, load_tokenizer,
 };
@@ -105,6 +105,7 @@ impl ModelFiles {
             let config = Config::from_json(&config_path, &config)?;
             (config, Box::new(SafetensorsFolder::open(path)?))
         };
+        check_parts(&config, source.as_ref())?;
         let mut tokenizer = load_tokenizer(path)?;
         if let Some(id) = tokenizer.tokenizer.get_vocab(true).into_values().max()
             && id as usize >= config.vocab_size()
@@ -117,9 +118,16 @@ impl ModelFiles {
                 ),
             });
         }
-        tokenizer.bos = tokenizer.bos.or(config.bos_token_id());
-        let eos = config.eos_token_ids().first().copied();
-        tokenizer.eos = tokenizer.eos.or(eos);
+        let known = |name: &str, id: Option<u32>| match id {
+            Some(id) if id as usize >= config.vocab_size() => {
+                Err(Error::unsupported(path, name, id))
+            }
+            id => Ok(id),
+        };
+        let bos = known("bos_token_id", config.bos_token_id());
+        tokenizer.bos = tokenizer.bos.map_or_else(|| bos, |id| Ok(Some(id)))?;
+        let eos = known("eos_token_id", config.eos_token_ids().first().copied());
+        tokenizer.eos = tokenizer.eos.map_or_else(|| eos, |id| Ok(Some(id)))?;
         Ok(ModelFiles {
             path: path.to_owned(),
             config,
@@ -243,6 +251,18 @@ impl ModelFiles {
             tokenizer_config: tokenizer.tokenizer_config,
         })
     }
+}
+
+/// Refuses files that lack a part, before anything is read of them.
+fn check_parts(config: &Config, source: &dyn WeightSource) -> Result<()> {
+    let (source, options) = (Checked(source), LoadOptions::default());
+    Embedding::load(config, &source, &options)?;
+    for index in 0..config.num_layers() {
+        Block::load(config, index, &source, &options)?;
+    }
+    config.final_norm(&source, &options)?;
+    let _ = config.head_rows(0..config.vocab_size(), &source, &options)?;
+    Ok(())
 }
 
 /// The token embedding.

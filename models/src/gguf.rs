@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use candle_core::{Device, Storage, cpu_backend::CpuStorage};
 use tch::{Kind, Tensor};
 
@@ -27,6 +27,9 @@ impl GgufFile {
     /// Maps the file and checks its header: no length or offset in it leads beyond its end.
     pub(crate) fn open(path: &Path) -> Result<GgufFile> {
         let file = MappedFile::open(path)?;
+        if alignment(file.bytes()) == Some(0) {
+            return Err(damaged(path, "its alignment is 0"));
+        }
         let content = Content::read(&mut Cursor::new(file.bytes()))
             .map_err(|e| damaged(path, first_line(&e.to_string())))?;
         for (name, tensor) in &content.tensor_infos {
@@ -141,14 +144,8 @@ impl GgufFile {
         self.read(stored, shape, rows, &LoadOptions::default())
     }
 
-    /// Rows of a tensor by the file's own name.
-    fn read(
-        &self,
-        stored: &str,
-        shape: &[i64],
-        rows: Range<usize>,
-        options: &LoadOptions,
-    ) -> Result<Tensor> {
+    /// What the file says of a tensor of this shape, and where its bytes begin.
+    fn find(&self, stored: &str, shape: &[i64]) -> Result<(&TensorInfo, usize)> {
         let path = self.path();
         let info = self.content.tensor_infos.get(stored);
         let info = info.ok_or_else(|| Error::MissingTensor {
@@ -171,6 +168,21 @@ impl GgufFile {
             let message = format!("tensor `{stored}` does not lie on whole blocks");
             return Err(damaged(path, message));
         }
+        Ok((info, start))
+    }
+
+    /// Rows of a tensor by the file's own name.
+    fn read(
+        &self,
+        stored: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
+        let path = self.path();
+        let (info, start) = self.find(stored, shape)?;
+        let dtype = info.ggml_dtype;
+        let row_elements = info.shape.elem_count() / info.shape.dims()[0].max(1);
         let row_bytes = row_elements / dtype.block_size() * dtype.type_size();
         let bytes = start + row_bytes * rows.start..start + row_bytes * rows.end;
         let mut dims = info.shape.dims().to_vec();
@@ -206,6 +218,15 @@ impl GgufFile {
     }
 }
 
+impl GgufFile {
+    fn stored_name(&self, name: &str) -> Result<String> {
+        gguf_name(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path().to_owned(),
+            name: name.to_owned(),
+        })
+    }
+}
+
 impl WeightSource for GgufFile {
     fn rows(
         &self,
@@ -214,12 +235,12 @@ impl WeightSource for GgufFile {
         rows: Range<usize>,
         options: &LoadOptions,
     ) -> Result<Tensor> {
-        let stored = gguf_name(name).ok_or_else(|| Error::MissingTensor {
-            path: self.path().to_owned(),
-            name: name.to_owned(),
-        })?;
-        let tensor = self.read(&stored, shape, rows, options)?;
+        let tensor = self.read(&self.stored_name(name)?, shape, rows, options)?;
         self.reorder(name, tensor)
+    }
+
+    fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+        self.find(&self.stored_name(name)?, shape).map(|_| ())
     }
 
     fn keep_mapped(&mut self) {
@@ -229,6 +250,53 @@ impl WeightSource for GgufFile {
     fn digest(&self) -> String {
         blake3::hash(self.file.bytes()).to_hex().to_string()
     }
+}
+
+/// `general.alignment` of a file of version 2 or 3. candle divides by it, whatever it is.
+fn alignment(file: &[u8]) -> Option<u64> {
+    const VALUE_BYTES: [usize; 13] = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8];
+    const STRING: u32 = 8;
+    const ARRAY: u32 = 9;
+    let mut rest = file;
+    let mut take = |count: usize| {
+        let (taken, behind) = rest.split_at_checked(count)?;
+        rest = behind;
+        Some(taken)
+    };
+    let number = |bytes: &[u8]| {
+        let mut wide = [0; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(wide)
+    };
+    // Magic, version, number of tensors.
+    let head = take(16)?;
+    if number(&head[4..8]) < 2 {
+        return None;
+    }
+    for _ in 0..number(take(8)?) {
+        let length = number(take(8)?) as usize;
+        let key = take(length)?;
+        let mut kind = number(take(4)?) as u32;
+        let mut count = 1;
+        if kind == ARRAY {
+            kind = number(take(4)?) as u32;
+            count = number(take(8)?) as usize;
+        }
+        if kind == STRING {
+            for _ in 0..count {
+                let length = number(take(8)?) as usize;
+                take(length)?;
+            }
+            continue;
+        }
+        // Lists of lists stand in no known file.
+        let size = *VALUE_BYTES.get(kind as usize).filter(|size| **size > 0)?;
+        let value = take(count.checked_mul(size)?)?;
+        if key == b"general.alignment" && count == 1 {
+            return Some(number(value));
+        }
+    }
+    None
 }
 
 pub(crate) fn damaged(path: &Path, message: impl Into<String>) -> Error {

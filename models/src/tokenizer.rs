@@ -59,9 +59,9 @@ fn load_folder(folder: &Path) -> Result<LoadedTokenizer> {
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     let config_path = folder.join("tokenizer_config.json");
     let mut config = read_json(&config_path)?.unwrap_or_else(|| serde_json::json!({}));
-    // Newer folders keep the chat template beside the configuration.
+    // Newer folders keep the chat template beside the configuration; it counts before one inside.
     let template = folder.join("chat_template.jinja");
-    if template.is_file() && config.get("chat_template").is_none() {
+    if template.is_file() {
         let text = std::fs::read_to_string(&template).map_err(Error::io("read", &template))?;
         config["chat_template"] = Value::String(text);
     }

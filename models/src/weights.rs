@@ -28,11 +28,38 @@ pub(crate) trait WeightSource: Send + Sync {
         self.rows(name, shape, 0..shape[0] as usize, options)
     }
 
+    /// Refuses what [`WeightSource::rows`] would refuse, without reading any of it.
+    fn check(&self, name: &str, shape: &[i64]) -> Result<()>;
+
     /// From now on tensors may be the mapped bytes of the files themselves.
     fn keep_mapped(&mut self) {}
 
     /// blake3 (hex) of the bytes that the weights are read from.
     fn digest(&self) -> String;
+}
+
+/// The same tensors, checked and not read: what is loaded from it is empty.
+pub(crate) struct Checked<'a>(pub(crate) &'a dyn WeightSource);
+
+impl WeightSource for Checked<'_> {
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        _: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
+        self.check(name, shape)?;
+        Ok(Tensor::zeros([0], (options.kind, options.device)))
+    }
+
+    fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+        self.0.check(name, shape)
+    }
+
+    fn digest(&self) -> String {
+        self.0.digest()
+    }
 }
 
 /// Normal weights with standard deviation 0.02, norms near one; each tensor has its own stream, so
@@ -64,6 +91,10 @@ impl WeightSource for RandomWeights {
             .narrow(0, rows.start as i64, rows.len() as i64)
             .to_kind(options.kind)
             .to_device(options.device))
+    }
+
+    fn check(&self, _: &str, _: &[i64]) -> Result<()> {
+        Ok(())
     }
 
     fn digest(&self) -> String {
@@ -134,14 +165,9 @@ impl SafetensorsFolder {
     }
 }
 
-impl WeightSource for SafetensorsFolder {
-    fn rows(
-        &self,
-        name: &str,
-        shape: &[i64],
-        rows: Range<usize>,
-        options: &LoadOptions,
-    ) -> Result<Tensor> {
+impl SafetensorsFolder {
+    /// Where a tensor of this shape lies, and its type.
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&Location, Kind)> {
         // Some files hold the network without its head, whose names lack the first part.
         let bare = || self.tensors.get(name.split_once('.')?.1);
         let location =
@@ -173,11 +199,28 @@ impl WeightSource for SafetensorsFolder {
                 ));
             }
         };
+        Ok((location, kind))
+    }
+}
+
+impl WeightSource for SafetensorsFolder {
+    fn rows(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<usize>,
+        options: &LoadOptions,
+    ) -> Result<Tensor> {
+        let (location, kind) = self.find(name, shape)?;
         let row = (location.end - location.start) / shape[0] as usize;
         let bytes = location.start + row * rows.start..location.start + row * rows.end;
         let mut shape = shape.to_vec();
         shape[0] = rows.len() as i64;
-        file.tensor(bytes, &shape, kind, options)
+        self.files[location.file].tensor(bytes, &shape, kind, options)
+    }
+
+    fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+        self.find(name, shape).map(|_| ())
     }
 
     fn keep_mapped(&mut self) {

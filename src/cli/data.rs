@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Data")]
 pub(crate) struct DataArgs {
-    /// Records (.jsonl, .json, .parquet) or running text (.txt, .md); may be repeated
+    /// Records (.jsonl, .json, .parquet) or running text (.txt, .md), also as .gz or .zst; may be repeated
     #[arg(long, value_name = "FILE", required_unless_present_any = ["worker", "commit"])]
     pub(crate) data: Vec<PathBuf>,
     /// Another name for a field of the record forms, for instance text=body; may be repeated

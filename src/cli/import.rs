@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::data::OnErrorArg;
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -13,7 +15,7 @@ Examples:
   caskd import logits.npy --tokens ids.npy --tokenizer teacher --out cache
 
 Formats: vllm (JSONL of responses with prompt_logprobs; SGLang's and the OpenAI completions form too), axolotl (JSONL with \
-target_token_ids and target_logprobs), llama-cpp (--save-all-logits), distillkit (Parquet), numpy (.npy, .npz) and \
+target_token_ids and target_logprobs, or messages with logprobs), llama-cpp (--save-all-logits), distillkit (Parquet), numpy (.npy, .npz) and \
 safetensors (logits beside input_ids). docs/IMPORT.md shows how to make each of them.
 
 The files are read twice: once to check everything, and then to write. If the values fit the tokens better one place \
@@ -58,6 +60,15 @@ pub(crate) struct ImportArgs {
     /// llama.cpp: the token that every window began with, or `recorded` [default: the tokenizer's BOS if the text begins with it]
     #[arg(long, value_name = "ID|recorded")]
     pub(crate) window_start: Option<String>,
+    /// A chat template instead of the tokenizer's own, for records of messages without token ids
+    #[arg(long, value_name = "FILE.jinja")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// The date that chat templates which ask for today's are told [default: 2024-07-26]
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub(crate) chat_date: Option<chrono::NaiveDate>,
+    /// What a bad record does: stop the import, or be named, counted and skipped
+    #[arg(long, value_enum, default_value = "stop")]
+    pub(crate) on_error: OnErrorArg,
     /// Rows of the teacher's LM head, where it has more than the tokenizer has tokens
     #[arg(long, value_name = "V")]
     pub(crate) vocab_size: Option<usize>,

@@ -9,7 +9,7 @@ use caskd_cache_builder::{
 };
 use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
 
-use super::data::{data_options, say_data};
+use super::data::{BadRecordTalk, data_options, say_data};
 use super::{kind_of, print_json, print_text};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
@@ -48,7 +48,10 @@ fn exit_of(completed: bool) -> Exit {
 }
 
 fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
-    let Some(found) = estimate(options, &terminal::STOP)? else {
+    let found = with_progress("estimating", |progress| {
+        estimate(options, &terminal::STOP, progress)
+    })?;
+    let Some(found) = found else {
         return Ok(Exit::Stopped);
     };
     if args.json {
@@ -268,9 +271,6 @@ fn code_target(args: &BuildArgs) -> Result<CodeTarget, Failure> {
     }
 }
 
-/// Bad records that are shown one by one.
-const NAMED_ON_TERMINAL: u64 = 20;
-
 /// Builds, shows how far it is, and says what was done.
 pub(crate) fn build_with_progress(
     options: &BuildOptions,
@@ -334,7 +334,7 @@ fn with_progress<T>(
     work: impl FnOnce(&mut dyn FnMut(&BuildProgress<'_>)) -> caskd_cache_builder::Result<T>,
 ) -> Result<T, Failure> {
     let mut bar: Option<(Stage, Progress)> = None;
-    let mut named = 0;
+    let mut talk = BadRecordTalk::default();
     let done = work(&mut |progress| {
         let stage = progress.stage;
         // Each stage has its own rate and its own end.
@@ -352,18 +352,8 @@ fn with_progress<T>(
         }
         let Some((_, bar)) = &mut bar else { return };
         if let Some(bad) = progress.bad_record {
-            named += 1;
-            if named <= NAMED_ON_TERMINAL {
-                bar.say(&format!(
-                    "skipped `{}` {} {}: {}",
-                    bad.file.display(),
-                    bad.unit,
-                    bad.number,
-                    bad.problem
-                ));
-            } else if named == NAMED_ON_TERMINAL + 1 {
-                bar.say("further bad records are counted only");
-            }
+            let place = format!("{} {}", bad.unit, bad.number);
+            talk.say(bar, &bad.file, &place, &bad.problem);
             return;
         }
         let note = match stage {

@@ -1,11 +1,13 @@
 //! The data options of a build, and what is said about its data.
 
+use std::path::Path;
+
 use caskd_cache_builder::{BuildReport, DataOptions, OnError, PromptForm};
 use caskd_formats::LossOn;
 
 use crate::cli::{DataArgs, DuplicatesArg, LossOnArg, OnErrorArg, PromptArg};
 use crate::exit::Failure;
-use crate::terminal::say;
+use crate::terminal::{Progress, say};
 
 /// What the arguments ask for.
 pub(crate) fn data_options(args: &DataArgs) -> Result<DataOptions, Failure> {
@@ -15,13 +17,6 @@ pub(crate) fn data_options(args: &DataArgs) -> Result<DataOptions, Failure> {
             "0.05 keeps a twentieth of the sequences apart",
         ));
     }
-    let chat_template = args
-        .chat_template
-        .as_deref()
-        .map(|path| {
-            std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))
-        })
-        .transpose()?;
     let mut options = DataOptions {
         loss_on: match args.loss_on {
             LossOnArg::Response => LossOn::Response,
@@ -31,19 +26,51 @@ pub(crate) fn data_options(args: &DataArgs) -> Result<DataOptions, Failure> {
             PromptArg::Alpaca => PromptForm::Alpaca,
             PromptArg::Chat => PromptForm::Chat,
         },
-        chat_template,
+        chat_template: template_text(args.chat_template.as_deref())?,
         chat_date: args.chat_date,
         pack: args.pack,
         keep_duplicates: args.duplicates == DuplicatesArg::Keep,
         validation_millionths: (args.validation * 1e6).round() as u32,
-        on_error: match args.on_error {
-            OnErrorArg::Stop => OnError::Stop,
-            OnErrorArg::Skip => OnError::Skip,
-        },
+        on_error: on_error(args.on_error),
         ..DataOptions::default()
     };
     options.set_columns(&args.column)?;
     Ok(options)
+}
+
+/// The text of `--chat-template`.
+pub(crate) fn template_text(path: Option<&Path>) -> Result<Option<String>, Failure> {
+    path.map(|path| {
+        std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))
+    })
+    .transpose()
+}
+
+pub(crate) fn on_error(argument: OnErrorArg) -> OnError {
+    match argument {
+        OnErrorArg::Stop => OnError::Stop,
+        OnErrorArg::Skip => OnError::Skip,
+    }
+}
+
+/// Bad records that are shown one by one.
+const NAMED_ON_TERMINAL: u64 = 20;
+
+/// Names bad records above a bar, the first of them.
+#[derive(Default)]
+pub(crate) struct BadRecordTalk {
+    named: u64,
+}
+
+impl BadRecordTalk {
+    pub(crate) fn say(&mut self, bar: &Progress, file: &Path, place: &str, problem: &str) {
+        self.named += 1;
+        if self.named <= NAMED_ON_TERMINAL {
+            bar.say(&format!("skipped `{}` {place}: {problem}", file.display()));
+        } else if self.named == NAMED_ON_TERMINAL + 1 {
+            bar.say("further bad records are counted only");
+        }
+    }
 }
 
 /// Says what became of the records.

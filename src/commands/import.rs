@@ -6,6 +6,7 @@ use caskd_cache_builder::{
 use caskd_formats::{Statistic, ValueKind};
 use serde::Serialize;
 
+use super::data::{BadRecordTalk, on_error, template_text};
 use super::print_json;
 use crate::cli::{ImportArgs, ImportFormat, ValuesArg};
 use crate::exit::{Exit, Failure, Outcome};
@@ -47,6 +48,9 @@ pub(crate) fn run(args: &ImportArgs) -> Outcome {
         },
         shift: args.shift,
         window_start: window_start(args.window_start.as_deref())?,
+        chat_template: template_text(args.chat_template.as_deref())?,
+        chat_date: args.chat_date,
+        on_error: on_error(args.on_error),
         out: args.out.clone(),
         resume: args.resume,
     };
@@ -54,6 +58,7 @@ pub(crate) fn run(args: &ImportArgs) -> Outcome {
         Some(Progress::new("reading")),
         Some(Progress::new("writing")),
     ];
+    let mut talk = BadRecordTalk::default();
     let started = std::time::Instant::now();
     let report = import(&options, &terminal::STOP, &mut |progress| {
         let index = usize::from(progress.stage == ImportStage::Writing);
@@ -63,6 +68,9 @@ pub(crate) fn run(args: &ImportArgs) -> Outcome {
             bar.finish();
         }
         if let Some(bar) = &mut bars[index] {
+            if let Some(bad) = progress.bad_record {
+                talk.say(bar, &bad.file, &bad.place, &bad.problem);
+            }
             let rate = progress.bytes_done as f64 / started.elapsed().as_secs_f64().max(1e-9);
             let note = format!("{} positions, {}/s", progress.positions, bytes(rate as u64));
             bar.update(progress.bytes_done, progress.bytes_total, &note);
@@ -115,6 +123,12 @@ fn tell(report: &ImportReport, options: &ImportOptions) {
             options.out.display()
         ));
         return;
+    }
+    if report.bad_records > 0 {
+        say(format!(
+            "warning: {} records were bad and were skipped",
+            report.bad_records
+        ));
     }
     if report.truncated > 0 {
         say(format!(

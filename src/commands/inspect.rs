@@ -113,6 +113,7 @@ fn import_command(manifest: &Manifest, origin: &Origin) -> String {
     if origin.temperature != 1.0 {
         words.push(format!("--temperature {}", origin.temperature));
     }
+    words.extend(data_words(&manifest.data));
     words.join(" ")
 }
 

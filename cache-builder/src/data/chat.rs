@@ -34,9 +34,7 @@ pub(crate) fn render_chat(
     tools: &Value,
     special: &[String],
 ) -> Result<RenderedChat, String> {
-    let marked = template
-        .render(messages, tools, false)
-        .map_err(|problem| format!("the chat template refuses it: {problem}"))?;
+    let marked = render(template, messages, tools, false)?;
     if template.marks_generation {
         return Ok(without_marks(&marked));
     }
@@ -57,6 +55,29 @@ pub(crate) fn render_chat(
         turns.push(turn.start..end_of_turn(&text, &turn, special));
     }
     Ok(RenderedChat { text, turns })
+}
+
+/// A conversation with the header of the answer that it asks for.
+///
+/// # Errors
+/// What the template refuses.
+pub(crate) fn render_question(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: &Value,
+) -> Result<String, String> {
+    Ok(without_marks(&render(template, messages, tools, true)?).text)
+}
+
+fn render(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: &Value,
+    add_generation_prompt: bool,
+) -> Result<String, String> {
+    template
+        .render(messages, tools, add_generation_prompt)
+        .map_err(|problem| format!("the chat template refuses it: {problem}"))
 }
 
 fn role(message: &Value) -> Option<String> {

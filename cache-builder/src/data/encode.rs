@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use caskd_formats::LossOn;
-use caskd_models::ModelFiles;
+use caskd_models::LoadedTokenizer;
 use tokenizers::Tokenizer;
 
 use super::TokenizedSequence;
-use super::chat::render_chat;
+use super::chat::{render_chat, render_question};
 use super::jinja::ChatTemplate;
 use super::options::{DataOptions, PromptForm, USUAL_CHAT_DATE};
 use super::record::{FORMS, Problem, RecordBody, message};
@@ -26,6 +26,9 @@ pub fn alpaca_prompt(instruction: &str, input: &str) -> String {
     }
 }
 
+const TEMPLATE_HINT: &str =
+    "look at the roles and their order; another template: --chat-template FILE.jinja";
+
 /// What turns records into sequences.
 pub(crate) struct Encoder<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
@@ -35,6 +38,7 @@ pub(crate) struct Encoder<'a> {
     loss_on: LossOn,
     prompt: PromptForm,
     template: std::result::Result<ChatTemplate, Problem>,
+    date: chrono::NaiveDate,
     special: Vec<String>,
 }
 
@@ -47,13 +51,14 @@ pub(crate) struct EncodedRecord {
 
 impl<'a> Encoder<'a> {
     pub(crate) fn new(
-        teacher: &'a ModelFiles,
+        tokenizer: &'a LoadedTokenizer,
+        vocab_size: usize,
         max_len: usize,
         options: &DataOptions,
     ) -> Result<Self> {
         let source = match &options.chat_template {
             Some(source) => Some(source.clone()),
-            None => template_of(&teacher.tokenizer.tokenizer_config),
+            None => template_of(&tokenizer.tokenizer_config),
         };
         let date = options.chat_date.unwrap_or(USUAL_CHAT_DATE);
         let template = match source {
@@ -61,13 +66,14 @@ impl<'a> Encoder<'a> {
                 "the teacher's tokenizer has no chat template for this conversation",
                 "give one: --chat-template FILE.jinja",
             )),
-            Some(source) => ChatTemplate::new(&source, &teacher.tokenizer.tokenizer_config, date)
-                .map_err(|problem| {
+            Some(source) => {
+                ChatTemplate::new(&source, &tokenizer.tokenizer_config, date).map_err(|problem| {
                     Problem::new(
                         format!("the chat template can't be read: {problem}"),
                         "give another one: --chat-template FILE.jinja",
                     )
-                }),
+                })
+            }
         };
         // The tokenizer's own matters only once there is a conversation.
         if let (Some(_), Err(problem)) = (&options.chat_template, &template) {
@@ -76,8 +82,7 @@ impl<'a> Encoder<'a> {
                 hint: problem.hint.clone(),
             });
         }
-        let mut special: Vec<String> = teacher
-            .tokenizer
+        let mut special: Vec<String> = tokenizer
             .tokenizer
             .get_added_tokens_decoder()
             .into_values()
@@ -86,19 +91,27 @@ impl<'a> Encoder<'a> {
             .collect();
         special.sort_unstable();
         Ok(Self {
-            tokenizer: &teacher.tokenizer.tokenizer,
-            eos: teacher.tokenizer.eos,
-            vocab_size: teacher.config().vocab_size(),
+            tokenizer: &tokenizer.tokenizer,
+            eos: tokenizer.eos,
+            vocab_size,
             max_len,
             loss_on: options.loss_on,
             prompt: options.prompt,
             template,
+            date,
             special,
         })
     }
 
-    pub(crate) fn template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref().ok()
+    /// Digest of the chat template and the date that it was told, as far as a record has used them.
+    pub(crate) fn used_template(&self) -> (Option<String>, Option<String>) {
+        let used = self.template.as_ref().ok();
+        let used = used.filter(|template| template.was_used());
+        let dated = used.filter(|template| template.asked_for_date());
+        (
+            used.map(|template| template.digest.clone()),
+            dated.map(|_| self.date.to_string()),
+        )
     }
 
     /// The special tokens that the tokenizer puts before and behind a text.
@@ -160,10 +173,40 @@ impl<'a> Encoder<'a> {
         let length = sequence.token_ids.len();
         sequence.token_ids.truncate(self.max_len);
         sequence.loss_mask.truncate(self.max_len);
+        // All sequences wait in memory: none may hold on to what was cut off.
+        sequence.token_ids.shrink_to_fit();
+        sequence.loss_mask.shrink_to_fit();
         Ok(EncodedRecord {
             cut_tokens: (length - sequence.token_ids.len()) as u64,
             sequences: vec![sequence],
         })
+    }
+
+    /// The tokens of a conversation with the header of the answer that it asks for.
+    pub(crate) fn question(&self, body: &RecordBody) -> std::result::Result<Vec<u32>, Problem> {
+        let RecordBody::Chat { messages, tools } = body else {
+            return Err(Problem::new("it is no conversation", FORMS));
+        };
+        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let text = render_question(template, messages, tools)
+            .map_err(|message| Problem::new(message, TEMPLATE_HINT))?;
+        self.tokens(&text, false)
+    }
+
+    /// The tokens of a text as it stands, with the special tokens that the tokenizer puts around it.
+    pub(crate) fn plain(&self, text: &str) -> std::result::Result<Vec<u32>, Problem> {
+        self.tokens(text, true)
+    }
+
+    fn tokens(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> std::result::Result<Vec<u32>, Problem> {
+        let whole = 0..text.len();
+        let targets = std::slice::from_ref(&whole);
+        let sequence = self.text_with_targets(String::new(), text, targets, add_special_tokens)?;
+        Ok(sequence.token_ids)
     }
 
     fn given(
@@ -214,12 +257,8 @@ impl<'a> Encoder<'a> {
         tools: &minijinja::Value,
     ) -> std::result::Result<TokenizedSequence, Problem> {
         let template = self.template.as_ref().map_err(Clone::clone)?;
-        let chat = render_chat(template, messages, tools, &self.special).map_err(|message| {
-            Problem::new(
-                message,
-                "look at the roles and their order; another template: --chat-template FILE.jinja",
-            )
-        })?;
+        let chat = render_chat(template, messages, tools, &self.special)
+            .map_err(|message| Problem::new(message, TEMPLATE_HINT))?;
         if chat.turns.is_empty() && self.loss_on == LossOn::Response {
             return Err(Problem::new(
                 "the conversation has no turn of the assistant to learn from",

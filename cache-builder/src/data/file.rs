@@ -12,14 +12,15 @@ use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchR
 
 use super::options::DataOptions;
 use super::record::FIELDS;
+use super::stream::{READ_BYTES, Stream, unpacked_name, unreadable};
 use crate::{Error, Result};
 
-/// The kinds of data file, known by the ending of their names.
+/// The kinds of data file, known by the ending of their names; all but Parquet may be packed (.gz, .zst).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FileKind {
     /// One JSON object a line.
     Jsonl,
-    /// A list of JSON objects.
+    /// A list of JSON objects, or one a line.
     Json,
     /// One record a row.
     Parquet,
@@ -29,70 +30,27 @@ pub(crate) enum FileKind {
 
 impl FileKind {
     pub(crate) fn of(path: &Path) -> Result<Self> {
-        let ending = path.extension().and_then(|ending| ending.to_str());
+        let ending = unpacked_name(path).extension();
+        let ending = ending.and_then(|ending| ending.to_str());
         match ending.map(str::to_ascii_lowercase).as_deref() {
             Some("jsonl" | "ndjson") => Ok(Self::Jsonl),
             Some("json") => Ok(Self::Json),
-            Some("parquet") => Ok(Self::Parquet),
+            Some("parquet") if unpacked_name(path) == path => Ok(Self::Parquet),
             Some("txt" | "md") => Ok(Self::Text),
             _ => Err(Error::DataKind { path: path.into() }),
         }
     }
 }
 
-/// The name that sources and the manifest call a file by: without its folders.
-pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name().map_or_else(
-        || path.display().to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
-}
-
-/// A reader that knows how many bytes have gone through it, and their digest.
-pub(crate) struct Hashed<R> {
-    inner: R,
-    hasher: blake3::Hasher,
-    bytes: u64,
-}
-
-impl<R: Read> Hashed<R> {
-    fn new(inner: R) -> Self {
-        Self {
-            inner,
-            hasher: blake3::Hasher::new(),
-            bytes: 0,
-        }
-    }
-
-    fn count(&self) -> u64 {
-        self.bytes
-    }
-
-    fn identity(&self, path: &Path) -> DataFile {
-        DataFile {
-            name: file_name(path),
-            bytes: self.bytes,
-            digest: self.hasher.finalize().to_hex().to_string(),
-        }
-    }
-}
-
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..count]);
-        self.bytes += count as u64;
-        Ok(count)
-    }
-}
-
-/// Bytes that are read at a time.
-const READ_BYTES: usize = 1 << 20;
+/// Some editors begin a file with it.
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// A text file, block by block.
 pub(crate) struct TextBlocks {
     path: PathBuf,
-    reader: Hashed<File>,
+    reader: Stream,
+    /// Unpacked bytes that have been read.
+    read: u64,
     /// Bytes of a character that the last block cut.
     rest: Vec<u8>,
 }
@@ -101,7 +59,8 @@ impl TextBlocks {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         Ok(Self {
             path: path.into(),
-            reader: Hashed::new(open(path)?),
+            reader: Stream::open(path)?,
+            read: 0,
             rest: Vec::new(),
         })
     }
@@ -110,11 +69,15 @@ impl TextBlocks {
     pub(crate) fn next_block(&mut self, size: usize) -> Result<Option<String>> {
         let mut bytes = std::mem::take(&mut self.rest);
         let wanted = size.saturating_sub(bytes.len()).max(4);
-        let before = self.reader.count() - bytes.len() as u64;
-        (&mut self.reader)
+        let before = self.read - bytes.len() as u64;
+        let count = (&mut self.reader)
             .take(wanted as u64)
             .read_to_end(&mut bytes)
             .map_err(|source| unreadable(&self.path, source))?;
+        if self.read == 0 && bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
+        }
+        self.read += count as u64;
         if bytes.is_empty() {
             return Ok(None);
         }
@@ -142,11 +105,11 @@ impl TextBlocks {
     }
 
     pub(crate) fn bytes_done(&self) -> u64 {
-        self.reader.count()
+        self.reader.bytes_done()
     }
 
     pub(crate) fn identity(&self) -> DataFile {
-        self.reader.identity(&self.path)
+        self.reader.identity()
     }
 }
 
@@ -179,13 +142,12 @@ impl RawBody {
 /// The records of a file.
 pub(crate) struct Records {
     path: PathBuf,
-    kind: FileKind,
     reader: Reader,
     number: u64,
 }
 
 enum Reader {
-    Lines(Box<BufReader<Hashed<File>>>),
+    Lines(Box<BufReader<Stream>>),
     List {
         entries: std::vec::IntoIter<Value>,
         identity: DataFile,
@@ -202,15 +164,14 @@ impl Records {
     pub(crate) fn open(path: &Path, kind: FileKind, options: &DataOptions) -> Result<Self> {
         let reader = match kind {
             FileKind::Parquet => open_parquet(path, options)?,
-            FileKind::Json => open_list(path)?,
+            FileKind::Json if !begins_with_object(path)? => open_list(path)?,
             _ => Reader::Lines(Box::new(BufReader::with_capacity(
                 READ_BYTES,
-                Hashed::new(open(path)?),
+                Stream::open(path)?,
             ))),
         };
         Ok(Self {
             path: path.into(),
-            kind,
             reader,
             number: 0,
         })
@@ -218,10 +179,10 @@ impl Records {
 
     /// What a place in this kind of file is called.
     pub(crate) fn unit(&self) -> &'static str {
-        match self.kind {
-            FileKind::Parquet => "row",
-            FileKind::Json => "record",
-            _ => "line",
+        match self.reader {
+            Reader::Rows { .. } => "row",
+            Reader::List { .. } => "record",
+            Reader::Lines(_) => "line",
         }
     }
 
@@ -269,7 +230,7 @@ impl Records {
     /// Bytes of the file that have been read, or the share of the rows that corresponds to them.
     pub(crate) fn bytes_done(&self) -> u64 {
         match &self.reader {
-            Reader::Lines(reader) => reader.get_ref().count(),
+            Reader::Lines(reader) => reader.get_ref().bytes_done(),
             Reader::List { identity, .. } => identity.bytes,
             Reader::Rows {
                 total, identity, ..
@@ -283,43 +244,38 @@ impl Records {
     /// The identity of the whole file; only right after the last record.
     pub(crate) fn identity(&self) -> DataFile {
         match &self.reader {
-            Reader::Lines(reader) => reader.get_ref().identity(&self.path),
+            Reader::Lines(reader) => reader.get_ref().identity(),
             Reader::List { identity, .. } | Reader::Rows { identity, .. } => identity.clone(),
         }
     }
 }
 
-fn open(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|source| unreadable(path, source))?;
-    let is_folder = file.metadata().is_ok_and(|data| data.is_dir());
-    if is_folder {
-        let source = std::io::Error::from(std::io::ErrorKind::IsADirectory);
-        return Err(unreadable(path, source));
+/// Many files called .json hold an object a line.
+fn begins_with_object(path: &Path) -> Result<bool> {
+    for byte in BufReader::new(Stream::open(path)?).bytes() {
+        let byte = byte.map_err(|source| unreadable(path, source))?;
+        if !byte.is_ascii_whitespace() && !BYTE_ORDER_MARK.contains(&byte) {
+            return Ok(byte == b'{');
+        }
     }
-    Ok(file)
-}
-
-fn unreadable(path: &Path, source: std::io::Error) -> Error {
-    Error::DataFile {
-        path: path.into(),
-        source,
-    }
+    Ok(false)
 }
 
 fn open_list(path: &Path) -> Result<Reader> {
-    let mut reader = Hashed::new(open(path)?);
+    let mut reader = Stream::open(path)?;
     let mut bytes = Vec::new();
     reader
         .read_to_end(&mut bytes)
         .map_err(|source| unreadable(path, source))?;
-    let entries: Vec<Value> = serde_json::from_slice(&bytes).map_err(|error| Error::Damaged {
+    let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
+    let entries: Vec<Value> = serde_json::from_slice(text).map_err(|error| Error::Damaged {
         path: path.into(),
         message: format!("it is no JSON list of records ({error})"),
-        hint: "one JSON object a line is called .jsonl".into(),
+        hint: "a list of objects, or one object a line".into(),
     })?;
     Ok(Reader::List {
         entries: entries.into_iter(),
-        identity: reader.identity(path),
+        identity: reader.identity(),
     })
 }
 
@@ -327,19 +283,16 @@ fn open_list(path: &Path) -> Result<Reader> {
 const BATCH_ROWS: usize = 1024;
 
 fn open_parquet(path: &Path, options: &DataOptions) -> Result<Reader> {
-    let mut hashed = Hashed::new(open(path)?);
+    let mut stream = Stream::open(path)?;
     std::io::copy(
-        &mut BufReader::with_capacity(READ_BYTES, &mut hashed),
+        &mut BufReader::with_capacity(READ_BYTES, &mut stream),
         &mut std::io::sink(),
     )
     .map_err(|source| unreadable(path, source))?;
-    let identity = hashed.identity(path);
-    let damaged = |message: String| Error::Damaged {
-        path: path.into(),
-        message,
-        hint: "is it a Parquet file, and whole?".into(),
-    };
-    let builder = ParquetRecordBatchReaderBuilder::try_new(open(path)?)
+    let identity = stream.identity();
+    let damaged = |message: String| damaged_parquet(path, message);
+    let file = File::open(path).map_err(|source| unreadable(path, source))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file)
         .map_err(|error| damaged(error.to_string()))?;
     let schema = builder.parquet_schema();
     let names: Vec<String> = schema
@@ -393,6 +346,20 @@ fn open_parquet(path: &Path, options: &DataOptions) -> Result<Reader> {
     })
 }
 
+fn damaged_parquet(path: &Path, message: String) -> Error {
+    // Brotli is the one codec that is left out.
+    let hint = if message.contains("Disabled feature") {
+        "write it with zstd, snappy, gzip or lz4"
+    } else {
+        "is it a Parquet file, and whole?"
+    };
+    Error::Damaged {
+        path: path.into(),
+        message,
+        hint: hint.into(),
+    }
+}
+
 fn json_rows(
     path: &Path,
     batch: std::result::Result<arrow::record_batch::RecordBatch, arrow::error::ArrowError>,
@@ -403,11 +370,7 @@ fn json_rows(
         writer.finish()?;
         Ok(writer.into_inner())
     });
-    let bytes = written.map_err(|error| Error::Damaged {
-        path: path.into(),
-        message: error.to_string(),
-        hint: "is it a Parquet file, and whole?".into(),
-    })?;
+    let bytes = written.map_err(|error| damaged_parquet(path, error.to_string()))?;
     let rows: Vec<String> = bytes
         .split(|byte| *byte == b'\n')
         .filter(|row| !row.is_empty())

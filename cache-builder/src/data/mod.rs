@@ -7,6 +7,7 @@ mod jinja;
 mod options;
 mod pack;
 mod record;
+mod stream;
 mod text;
 
 use std::collections::HashSet;
@@ -21,9 +22,14 @@ use rayon::prelude::*;
 pub use encode::alpaca_prompt;
 pub use options::{DataOptions, OnError, PromptForm, USUAL_CHAT_DATE};
 
-use encode::{EncodedRecord, Encoder};
-use file::{FileKind, RawBody, RawRecord, Records, TextBlocks, file_name};
-use record::{Problem, parse_json, parse_record, response_mark};
+pub(crate) use encode::Encoder;
+pub(crate) use file::BYTE_ORDER_MARK;
+pub(crate) use record::{Problem, RecordBody, message_fields, not_json};
+pub(crate) use stream::{READ_BYTES, Stream, file_name};
+
+use encode::EncodedRecord;
+use file::{FileKind, RawBody, RawRecord, Records, TextBlocks};
+use record::{parse_json, parse_record, response_mark};
 use text::TextEncoder;
 
 use crate::{Error, Result};
@@ -105,7 +111,12 @@ pub fn tokenize(
     stop: &AtomicBool,
     watch: &mut dyn FnMut(DataEvent<'_>),
 ) -> Result<Option<TokenizedData>> {
-    let encoder = Encoder::new(teacher, max_len, options)?;
+    let encoder = Encoder::new(
+        &teacher.tokenizer,
+        teacher.config().vocab_size(),
+        max_len,
+        options,
+    )?;
     let mut total = 0;
     for path in files {
         FileKind::of(path)?;
@@ -332,9 +343,7 @@ impl Reading<'_> {
         if options.pack {
             sequences = pack::pack(sequences, self.max_len);
         }
-        let template = self.encoder.template();
-        let used_chat = template.filter(|template| template.was_used());
-        let date = options.chat_date.unwrap_or(USUAL_CHAT_DATE);
+        let (chat_template, chat_date) = self.encoder.used_template();
         let info = DataInfo {
             digest: digest(&sequences),
             sequences: sequences.len() as u64,
@@ -349,10 +358,8 @@ impl Reading<'_> {
                 loss_on: options.loss_on,
                 packed: options.pack,
                 validation_millionths: options.validation_millionths,
-                chat_template: used_chat.map(|template| template.digest.clone()),
-                chat_date: used_chat
-                    .filter(|template| template.asked_for_date())
-                    .map(|_| date.to_string()),
+                chat_template,
+                chat_date,
                 columns: options.columns.clone(),
                 ..self.info.preparation
             },

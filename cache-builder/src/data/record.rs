@@ -42,6 +42,19 @@ pub(crate) enum RecordBody {
     },
 }
 
+impl RecordBody {
+    /// Whether the assistant has spoken last.
+    pub(crate) fn ends_with_answer(&self) -> bool {
+        match self {
+            Self::Chat { messages, .. } => messages
+                .last()
+                .and_then(|message| message.get_attr("role").ok())
+                .is_some_and(|role| role.as_str() == Some("assistant")),
+            _ => false,
+        }
+    }
+}
+
 /// Every field that a form has; `--column` may give any of them another name.
 pub(crate) const FIELDS: [&str; 12] = [
     "text",
@@ -81,13 +94,31 @@ impl Problem {
             hint: hint.into(),
         }
     }
+
+    /// The same at a place within the record.
+    pub(crate) fn at(self, place: impl std::fmt::Display) -> Self {
+        Self::new(format!("{place}: {}", self.message), self.hint)
+    }
 }
 
 /// Reads the JSON of a record.
 pub(crate) fn parse_json(json: &str) -> Result<Value, Problem> {
     // Some editors begin a file with a byte-order mark.
-    serde_json::from_str(json.trim_start_matches('\u{feff}'))
-        .map_err(|error| Problem::new(format!("not JSON ({error})"), FORMS))
+    serde_json::from_str(json.trim_start_matches('\u{feff}')).map_err(|error| not_json(&error))
+}
+
+/// What is wrong with a record of one line: the parser's own line number would be taken for the file's.
+pub(crate) fn not_json(error: &serde_json::Error) -> Problem {
+    let text = error.to_string();
+    let what = text.split(" at line ").next().unwrap_or_default();
+    let place = match (error.is_eof(), error.column()) {
+        (true, _) => " at the line's end".to_owned(),
+        (false, column) => format!(" at column {column}"),
+    };
+    Problem::new(
+        format!("not JSON: {what}{place}"),
+        "a record is one JSON object a line; NaN and Infinity are no values",
+    )
 }
 
 /// Reads a record.
@@ -111,6 +142,23 @@ pub(crate) fn parse_record(record: &Value, options: &DataOptions) -> Result<Reco
         }
     };
     parse(&record).map_err(|message| Problem::new(message, FORMS))
+}
+
+/// The conversation in a record whose other fields are not looked at; `None` where it holds none.
+pub(crate) fn message_fields(
+    record: &serde_json::Map<String, serde_json::Value>,
+) -> Result<Option<RecordBody>, Problem> {
+    let fields: serde_json::Map<String, serde_json::Value> = ["messages", "conversations", "tools"]
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), record.get(*name)?.clone())))
+        .collect();
+    let is_set = |name: &str| fields.get(name).is_some_and(|value| !value.is_null());
+    if !is_set("messages") && !is_set("conversations") {
+        return Ok(None);
+    }
+    let fields: Value = serde_json::from_value(fields.into())
+        .map_err(|error| Problem::new(format!("not a conversation ({error})"), FORMS))?;
+    parse_record(&fields, &DataOptions::default()).map(Some)
 }
 
 /// What a record's `response_by` adds to its source: a cache tells the student's own responses, which `distillm-2`
@@ -369,7 +417,9 @@ mod tests {
             "{} lacks {expected}",
             problem.message
         );
-        assert_eq!(problem.hint, FORMS);
+        if !problem.message.starts_with("not JSON") {
+            assert_eq!(problem.hint, FORMS);
+        }
     }
 
     #[test]

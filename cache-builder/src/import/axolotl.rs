@@ -7,36 +7,37 @@
 //! | chat, older | `logprobs` \[N\] of lists of `{"token": "token_id:5", "logprob": …}` | token T − N + i |
 //!
 //! The plugin's loss compares row i with the student's logits at position i, which is the convention of the prepared
-//! form. Rows of a mask of 0 that are padding (no probability, or the same token twice) hold no values. The chat forms
-//! carry `messages`; their token ids depend on a chat template, so the record must have `input_ids` too.
+//! form. Rows of a mask of 0 that are padding (no probability, or the same token twice) hold no values. Where the chat
+//! forms carry `messages` and no `input_ids`, the tokenizer's chat template gives the tokens, as it does in the plugin,
+//! and the values must fit them.
 
 use serde_json::Value;
 
-use super::foreign::{NOTHING, Problem, Row};
-use super::jsonl::{Fields, Parsed, entries, ids, number, targets, token_id};
+use super::chat::Texts;
+use super::foreign::{NOTHING, Row};
+use super::jsonl::{Fields, Keys, Parsed, entries, ids, number, targets, token_id};
+use crate::data::Problem;
 
 type Result<T> = std::result::Result<T, Problem>;
 
-const FORMS: &str = "a record has input_ids, target_token_ids, target_logprobs and target_mask; or input_ids and logprobs";
+const FORMS: &str = "a record has input_ids, target_token_ids, target_logprobs and target_mask; or logprobs beside input_ids or messages";
 
 /// The one sequence of a record.
-pub(crate) fn sequences(record: &Value) -> Result<Vec<Parsed>> {
+pub(crate) fn sequences(record: &Value, texts: &Texts<'_>) -> Result<Vec<Parsed>> {
     let fields = record
         .as_object()
         .ok_or_else(|| Problem::new("not a JSON object", FORMS))?;
     let Some(given) = fields.get("input_ids") else {
-        let hint = if fields.contains_key("messages") || fields.contains_key("conversations") {
-            "the ids of `messages` depend on the chat template: add `input_ids` to the record, as the tokenizer's apply_chat_template gives them"
-        } else {
-            FORMS
-        };
-        return Err(Problem::new("the record has no `input_ids`", hint));
+        return of_conversation(fields, texts).map(|parsed| vec![parsed]);
     };
     let token_ids = ids(given, "input_ids")?;
     let tokens = real_tokens(fields, token_ids.len())?;
     let parsed = match (fields.get("target_logprobs"), fields.get("logprobs")) {
         (Some(values), _) => prepared(fields, token_ids, values)?,
-        (None, Some(values)) => of_last_tokens(fields, token_ids, values)?,
+        (None, Some(values)) => {
+            let all = vec![true; token_ids.len()];
+            of_last_tokens(fields, token_ids, &all, values)?
+        }
         (None, None) => {
             return Err(Problem::new(
                 "the record has neither `target_logprobs` nor `logprobs`",
@@ -49,6 +50,22 @@ pub(crate) fn sequences(record: &Value) -> Result<Vec<Parsed>> {
         loss_mask: parsed.loss_mask[..tokens].to_vec(),
         rows: parsed.rows.into_iter().take(tokens).collect(),
     }])
+}
+
+/// A record whose tokens the chat template gives.
+fn of_conversation(fields: &Fields, texts: &Texts<'_>) -> Result<Parsed> {
+    let Some(values) = fields.get("logprobs") else {
+        return Err(Problem::new("the record has no `input_ids`", FORMS));
+    };
+    let Some(spoken) = texts.conversation(fields)? else {
+        return Err(Problem::new(
+            "the record has neither `input_ids` nor `messages`",
+            FORMS,
+        ));
+    };
+    let parsed = of_last_tokens(fields, spoken.token_ids, &spoken.loss_mask, values)?;
+    texts.check_fit(&parsed)?;
+    Ok(parsed)
 }
 
 /// Tokens before the padding that `attention_mask` shows.
@@ -111,9 +128,8 @@ fn prepared(fields: &Fields, token_ids: Vec<u32>, values: &Value) -> Result<Pars
     let mut rows = Vec::with_capacity(values.len());
     for (index, ((values, of_tokens), used)) in values.iter().zip(of_tokens).zip(&used).enumerate()
     {
-        let row = zipped(values, of_tokens).map_err(|problem| {
-            Problem::new(format!("row {index}: {}", problem.problem), problem.hint)
-        })?;
+        let row =
+            zipped(values, of_tokens).map_err(|problem| problem.at(format!("row {index}")))?;
         rows.push(row.filter(|row| *used || is_plausible(row)));
     }
     // Without labels the mask says which rows predict a target.
@@ -131,13 +147,19 @@ fn prepared(fields: &Fields, token_ids: Vec<u32>, values: &Value) -> Result<Pars
 }
 
 /// Rows of the last N tokens: row i is about the token itself.
-fn of_last_tokens(fields: &Fields, token_ids: Vec<u32>, values: &Value) -> Result<Parsed> {
+/// Without labels those of them are targets that `spoken` \[T\] marks.
+fn of_last_tokens(
+    fields: &Fields,
+    token_ids: Vec<u32>,
+    spoken: &[bool],
+    values: &Value,
+) -> Result<Parsed> {
     let tokens = token_ids.len();
     let values = rows_of(values, "logprobs")?;
     if values.len() > tokens {
         return Err(Problem::new(
             format!("{} rows of `logprobs` for {tokens} token ids", values.len()),
-            "there is one row for each of the last tokens",
+            "there is one row for each of the last tokens; did the teacher read the conversation in another chat template (--chat-template)?",
         ));
     }
     let mut foreseen: Vec<Option<Row>> = match fields.get("target_token_ids") {
@@ -159,12 +181,17 @@ fn of_last_tokens(fields: &Fields, token_ids: Vec<u32>, values: &Value) -> Resul
                 .map(|(values, ids)| zipped(values, ids))
                 .collect::<Result<_>>()?
         }
-        None => values.iter().map(entries).collect::<Result<_>>()?,
+        None => values
+            .iter()
+            .map(|values| entries(values, Keys::Names))
+            .collect::<Result<_>>()?,
     };
     let first = tokens - values.len();
     let loss_mask = match targets(fields, tokens)? {
         Some(mask) => mask,
-        None => (0..tokens).map(|position| position >= first).collect(),
+        None => (0..tokens)
+            .map(|position| position >= first && spoken[position])
+            .collect(),
     };
     let mut before = vec![None; first];
     before.append(&mut foreseen);
@@ -214,7 +241,7 @@ fn zipped(values: &Value, of_tokens: &Value) -> Result<Option<Row>> {
     }
     let mut row = Vec::with_capacity(values.len());
     for (value, id) in values.iter().zip(of_tokens) {
-        let id = token_id(id).ok_or_else(|| {
+        let id = token_id(id, Keys::Ids).ok_or_else(|| {
             Problem::new(
                 format!("{id} is no token id"),
                 "token ids are whole numbers",
@@ -239,11 +266,12 @@ fn is_plausible(row: &Row) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::import::chat::tests::with_texts;
     use serde_json::json;
 
     fn one(record: &Value) -> Parsed {
-        let parsed = sequences(record)
-            .map_err(|problem| problem.problem)
+        let parsed = with_texts(None, |texts| sequences(record, texts))
+            .map_err(|problem| problem.message)
             .unwrap();
         parsed.into_iter().next().unwrap()
     }
@@ -292,13 +320,66 @@ mod tests {
         assert_eq!(older.rows, expected);
     }
 
+    /// `w1 w10 … w3 w2 w20 w21 … w3`: the assistant says the numbers from 20 on and ends its turn.
+    fn talk(answers: u32) -> Value {
+        let words = |ids: std::ops::Range<u32>| {
+            ids.map(|id| format!("w{id}")).collect::<Vec<_>>().join(" ")
+        };
+        json!([{"role": "user", "content": words(10..14)}, {"role": "assistant", "content": words(20..20 + answers)}])
+    }
+
+    #[test]
+    fn the_chat_template_gives_the_tokens_of_messages() {
+        let said: Vec<u32> = (20..36).chain([3]).collect();
+        let rows: Vec<[f32; 2]> = said.iter().map(|_| [-0.25, -2.5]).collect();
+        let ids: Vec<[u32; 2]> = said.iter().map(|id| [*id, 40]).collect();
+        let parsed = one(
+            &json!({"messages": talk(16), "logprobs": rows, "target_token_ids": ids, "labels": null}),
+        );
+        let asked = [1, 10, 11, 12, 13, 3, 2];
+        assert_eq!(parsed.token_ids, [&asked[..], &said].concat());
+        let targets = parsed.loss_mask.iter().filter(|target| **target).count();
+        assert_eq!(targets, said.len());
+        assert!(parsed.rows[..6].iter().all(Option::is_none));
+        assert_eq!(parsed.rows[6], Some(vec![(20, -0.25), (40, -2.5)]));
+        let older: Vec<Value> = said
+            .iter()
+            .map(|id| json!([{"token": format!("token_id:{id}"), "logprob": -0.25}, {"token": "token_id:40", "logprob": -2.5}]))
+            .collect();
+        let older = one(&json!({"messages": talk(16), "logprobs": older}));
+        assert_eq!(older.rows, parsed.rows);
+    }
+
+    #[test]
+    fn values_of_another_conversation_are_refused() {
+        let rows = vec![[-0.25, -2.5]; 17];
+        let ids: Vec<[u32; 2]> = (20..37).map(|id| [id + 5, 41]).collect();
+        let record = json!({"messages": talk(16), "logprobs": rows, "target_token_ids": ids});
+        let problem = with_texts(None, |texts| sequences(&record, texts)).unwrap_err();
+        assert!(
+            problem.message.contains("about other tokens"),
+            "{}",
+            problem.message
+        );
+        assert!(problem.hint.contains("--chat-template"));
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let refused = |record: Value, part: &str| {
-            let problem = sequences(&record).unwrap_err().problem;
+            let problem = with_texts(None, |texts| sequences(&record, texts));
+            let problem = problem.unwrap_err().message;
             assert!(problem.contains(part), "{problem}");
         };
-        refused(json!({"messages": [], "logprobs": []}), "no `input_ids`");
+        refused(
+            json!({"messages": [], "logprobs": []}),
+            "`messages` is empty",
+        );
+        refused(json!({"messages": []}), "no `input_ids`");
+        refused(
+            json!({"logprobs": []}),
+            "neither `input_ids` nor `messages`",
+        );
         refused(json!({"input_ids": [1, 2]}), "neither");
         refused(
             json!({"input_ids": [1, 2], "target_logprobs": [], "target_token_ids": []}),

@@ -7,9 +7,10 @@
 use std::io::Read;
 use std::path::PathBuf;
 
-use super::foreign::{Foreign, Place, Problem, Values};
+use super::foreign::{Foreign, Place, Values};
 use super::whole::Whole;
-use super::{GivenValues, Reader, Setup, file_name};
+use super::{GivenValues, Reader, Setup};
+use crate::data::{Problem, file_name};
 use crate::{Error, Result};
 
 /// Positions whose logits exist at one time.
@@ -122,7 +123,7 @@ impl DenseReader {
         })
     }
 
-    /// Statistics and top-k of the next `count` rows of the stream.
+    /// Statistics and top-k of the next `count` rows of the stream; all of them are read, whatever they hold.
     fn summarize(&mut self, group: usize, count: usize, place: &Place) -> Result<Whole> {
         let file = self.groups[group].file;
         let failed = |path: &PathBuf| {
@@ -147,7 +148,7 @@ impl DenseReader {
             return Err(failed(&path)(std::io::ErrorKind::UnexpectedEof.into()));
         }
         self.behind = 0;
-        let mut whole = Whole::new(self.top_k);
+        let mut whole = Ok(Whole::new(self.top_k));
         let mut first = 0;
         while first < count {
             let rows = ROWS.min(count - first);
@@ -156,22 +157,25 @@ impl DenseReader {
             stream.read_exact(&mut self.buffer).map_err(failed(&path))?;
             to_f32(&self.buffer, element, &mut self.values);
             let looked_at = if first == 0 { LOOKED_AT } else { 0 };
-            whole
-                .add(
-                    &mut self.values,
-                    self.vocab_size,
-                    self.temperature,
-                    looked_at,
-                )
-                .map_err(|(row, problem)| {
-                    place.error(Problem::new(
-                        format!("position {}: {problem}", first + row),
-                        "the model that computed it is at fault; compute it again in a wider type",
-                    ))
-                })?;
+            whole = whole.and_then(|mut whole: Whole| {
+                whole
+                    .add(
+                        &mut self.values,
+                        self.vocab_size,
+                        self.temperature,
+                        looked_at,
+                    )
+                    .map(|()| whole)
+                    .map_err(|(row, problem)| {
+                        place.error(Problem::new(
+                            format!("position {}: {problem}", first + row),
+                            "the model that computed it is at fault; compute it again in a wider type",
+                        ))
+                    })
+            });
             first += rows;
         }
-        Ok(whole)
+        whole
     }
 }
 
@@ -207,13 +211,14 @@ impl Reader for DenseReader {
             place: format!("`{name}`"),
         };
         let summary = if values {
-            Some(self.summarize(at, count, &place)?)
+            Some(self.summarize(at, count, &place))
         } else {
             self.behind += count as u64 * row_bytes;
             None
         };
         self.behind += padding;
         self.bytes += count as u64 * row_bytes + padding;
+        let summary = summary.transpose()?;
         Ok(Some(Foreign {
             source,
             place,

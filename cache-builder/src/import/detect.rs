@@ -1,6 +1,5 @@
 //! Which format a file has.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use serde::Serialize;
 
 use super::jsonl::first_record;
 use super::llama_cpp::MAGIC;
+use crate::data::{BYTE_ORDER_MARK, Stream};
 use crate::{Error, Result};
 
 /// The formats that can be imported.
@@ -52,8 +52,7 @@ pub(crate) fn detect(path: &Path) -> Result<Format> {
         source,
     };
     let mut start = Vec::new();
-    File::open(path)
-        .map_err(failed)?
+    Stream::open(path)?
         .take(16)
         .read_to_end(&mut start)
         .map_err(failed)?;
@@ -69,9 +68,15 @@ pub(crate) fn detect(path: &Path) -> Result<Format> {
         start if start.starts_with(b"PAR1") => Format::Distillkit,
         start if start.starts_with(b"PK") && has_ending("npz") => Format::Numpy,
         _ if is_tensors || has_ending("safetensors") => Format::Safetensors,
-        start if matches!(start.trim_ascii_start().first(), Some(b'{' | b'[')) => of_records(path)?,
+        start if matches!(text(start).first(), Some(b'{' | b'[')) => of_records(path)?,
         _ => return Err(unknown(path, "it is no format that can be imported")),
     })
+}
+
+/// Without what may stand before the first record.
+fn text(start: &[u8]) -> &[u8] {
+    let start = start.strip_prefix(BYTE_ORDER_MARK).unwrap_or(start);
+    start.trim_ascii_start()
 }
 
 fn of_records(path: &Path) -> Result<Format> {

@@ -21,8 +21,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use self::codec::{Codec, read_codec};
-use super::foreign::{Foreign, NOTHING, Place, Problem, Row, Values};
-use super::{Reader, Setup, file_name};
+use super::foreign::{Foreign, NOTHING, Place, Row, Values};
+use super::{Reader, Setup};
+use crate::data::{Problem, file_name};
 use crate::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::compute::cast;
@@ -289,12 +290,7 @@ fn position_rows(
         same_length(values.len(), packed.len())?;
         let mut rows = Vec::with_capacity(values.len());
         for (position, (values, packed)) in values.iter().zip(&packed).enumerate() {
-            let of_position = |problem: Problem| {
-                Problem::new(
-                    format!("position {position}: {}", problem.problem),
-                    problem.hint,
-                )
-            };
+            let of_position = |problem: Problem| problem.at(format!("position {position}"));
             let ids = codec.indices(packed).map_err(of_position)?;
             rows.push(as_row(&ids, &codec.values(values).map_err(of_position)?));
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use caskd_formats::{Sequence, Statistics, TopK};
 
+use crate::data::Problem;
 use crate::{Error, Result};
 
 /// Values at or below this stand for "no probability": servers write −9999 or −1e9 where JSON has no −inf.
@@ -19,22 +20,6 @@ pub(crate) struct Place {
     pub(crate) place: String,
 }
 
-/// What is wrong with a record, and what to do.
-#[derive(Debug)]
-pub(crate) struct Problem {
-    pub(crate) problem: String,
-    pub(crate) hint: String,
-}
-
-impl Problem {
-    pub(crate) fn new(problem: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self {
-            problem: problem.into(),
-            hint: hint.into(),
-        }
-    }
-}
-
 impl Place {
     /// The error of a problem here.
     pub(crate) fn error(&self, problem: Problem) -> Error {
@@ -45,7 +30,7 @@ impl Place {
             } else {
                 format!(" {}", self.place)
             },
-            problem: problem.problem,
+            problem: problem.message,
             hint: problem.hint,
         }
     }
@@ -204,10 +189,8 @@ impl Placed {
                     match row {
                         None => filled.push_unknown(),
                         Some(row) => filled.push_row(row).map_err(|problem| {
-                            foreign.place.error(Problem {
-                                problem: format!("position {position}: {}", problem.problem),
-                                hint: problem.hint,
-                            })
+                            let place = format!("position {position}");
+                            foreign.place.error(problem.at(place))
                         })?,
                     }
                 }

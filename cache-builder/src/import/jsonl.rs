@@ -1,14 +1,15 @@
 //! Lines of JSON, one or more sequences each.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::foreign::{Foreign, NOTHING, Place, Problem, Row, Values};
-use super::{Reader, file_name};
+use super::Reader;
+use super::chat::Texts;
+use super::foreign::{Foreign, NOTHING, Place, Row, Values};
+use crate::data::{BYTE_ORDER_MARK, Problem, READ_BYTES, Stream, file_name, not_json};
 use crate::{Error, Result};
 
 /// A JSON object's members.
@@ -24,45 +25,46 @@ pub(crate) struct Parsed {
 }
 
 /// What a format makes of one record.
-pub(crate) type Interpret = fn(&Value) -> std::result::Result<Vec<Parsed>, Problem>;
+pub(crate) type Interpret = fn(&Value, &Texts<'_>) -> std::result::Result<Vec<Parsed>, Problem>;
 
 /// Reads the lines of files one after the other.
-pub(crate) struct JsonlReader {
+pub(crate) struct JsonlReader<'a> {
     interpret: Interpret,
-    files: VecDeque<PathBuf>,
-    current: Option<(PathBuf, BufReader<File>)>,
-    line: usize,
-    bytes: u64,
+    texts: &'a Texts<'a>,
+    lines: Lines,
     waiting: VecDeque<Foreign>,
     teacher: Option<String>,
 }
 
-impl JsonlReader {
-    pub(crate) fn new(files: &[PathBuf], interpret: Interpret) -> Self {
+/// The lines of files that are not empty.
+struct Lines {
+    files: VecDeque<PathBuf>,
+    current: Option<(PathBuf, BufReader<Stream>)>,
+    number: usize,
+    /// Of the files that are done.
+    bytes: u64,
+}
+
+impl Lines {
+    fn new(files: &[PathBuf]) -> Self {
         Self {
-            interpret,
             files: files.iter().cloned().collect(),
             current: None,
-            line: 0,
+            number: 0,
             bytes: 0,
-            waiting: VecDeque::new(),
-            teacher: None,
         }
     }
 
-    /// The next line that is not empty, with its file; the number is in `self.line`.
-    fn next_line(&mut self) -> Result<Option<(PathBuf, Vec<u8>)>> {
+    /// The next line, and where it is.
+    fn next(&mut self) -> Result<Option<(Place, Vec<u8>)>> {
         loop {
             if self.current.is_none() {
                 let Some(path) = self.files.pop_front() else {
                     return Ok(None);
                 };
-                let file = File::open(&path).map_err(|source| Error::DataFile {
-                    path: path.clone(),
-                    source,
-                })?;
-                self.current = Some((path, BufReader::with_capacity(1 << 20, file)));
-                self.line = 0;
+                let stream = BufReader::with_capacity(READ_BYTES, Stream::open(&path)?);
+                self.current = Some((path, stream));
+                self.number = 0;
             }
             let Some((path, file)) = &mut self.current else {
                 return Ok(None);
@@ -75,32 +77,44 @@ impl JsonlReader {
                     source,
                 })?;
             if read == 0 {
+                self.bytes += file.get_ref().bytes_done();
                 self.current = None;
                 continue;
             }
-            self.bytes += read as u64;
-            self.line += 1;
+            self.number += 1;
             if !line.trim_ascii().is_empty() {
-                return Ok(Some((path.clone(), line)));
+                let place = Place {
+                    path: path.clone(),
+                    place: format!("line {}", self.number),
+                };
+                return Ok(Some((place, line)));
             }
         }
     }
 }
 
-impl Reader for JsonlReader {
+impl<'a> JsonlReader<'a> {
+    pub(crate) fn new(files: &[PathBuf], interpret: Interpret, texts: &'a Texts<'a>) -> Self {
+        Self {
+            interpret,
+            texts,
+            lines: Lines::new(files),
+            waiting: VecDeque::new(),
+            teacher: None,
+        }
+    }
+}
+
+impl Reader for JsonlReader<'_> {
     fn next(&mut self, _values: bool) -> Result<Option<Foreign>> {
         loop {
             if let Some(sequence) = self.waiting.pop_front() {
                 return Ok(Some(sequence));
             }
-            let Some((path, line)) = self.next_line()? else {
+            let Some((place, line)) = self.lines.next()? else {
                 return Ok(None);
             };
-            let number = self.line;
-            let place = Place {
-                place: format!("line {number}"),
-                path,
-            };
+            let number = self.lines.number;
             let record = parse(&line).map_err(|problem| place.error(problem))?;
             if self.teacher.is_none() {
                 self.teacher = record
@@ -108,7 +122,8 @@ impl Reader for JsonlReader {
                     .and_then(Value::as_str)
                     .map(str::to_owned);
             }
-            let parsed = (self.interpret)(&record).map_err(|problem| place.error(problem))?;
+            let parsed =
+                (self.interpret)(&record, self.texts).map_err(|problem| place.error(problem))?;
             let name = file_name(&place.path);
             let several = parsed.len() > 1;
             for (index, parsed) in parsed.into_iter().enumerate() {
@@ -129,7 +144,8 @@ impl Reader for JsonlReader {
     }
 
     fn bytes_read(&self) -> u64 {
-        self.bytes
+        let current = self.lines.current.as_ref();
+        self.lines.bytes + current.map_or(0, |(_, file)| file.get_ref().bytes_done())
     }
 
     fn teacher(&self) -> Option<String> {
@@ -139,13 +155,8 @@ impl Reader for JsonlReader {
 
 /// The first record of a file, to tell its format by; `None` where the file is empty.
 pub(crate) fn first_record(path: &Path) -> Result<Option<Value>> {
-    let mut reader = JsonlReader::new(&[path.to_owned()], |_| Ok(Vec::new()));
-    let Some((path, line)) = reader.next_line()? else {
+    let Some((place, line)) = Lines::new(&[path.to_owned()]).next()? else {
         return Ok(None);
-    };
-    let place = Place {
-        path,
-        place: format!("line {}", reader.line),
     };
     parse(&line)
         .map(Some)
@@ -154,16 +165,12 @@ pub(crate) fn first_record(path: &Path) -> Result<Option<Value>> {
 
 /// Python's JSON writes −inf as `-Infinity`, which is no JSON; it stands for "no probability", as null does.
 fn parse(line: &[u8]) -> std::result::Result<Value, Problem> {
+    let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
     match serde_json::from_slice(line) {
         Ok(value) => Ok(value),
         Err(error) => {
             let without = replace_infinities(line);
-            serde_json::from_slice(&without).map_err(|_| {
-                Problem::new(
-                    format!("not JSON ({error})"),
-                    "a record is one JSON object a line; NaN and Infinity are no values",
-                )
-            })
+            serde_json::from_slice(&without).map_err(|_| not_json(&error))
         }
     }
 }
@@ -193,22 +200,45 @@ fn replace_infinities(line: &[u8]) -> Vec<u8> {
 
 /// A list of token ids.
 pub(crate) fn ids(value: &Value, name: &str) -> std::result::Result<Vec<u32>, Problem> {
+    ids_as(value, name, Keys::Ids)
+}
+
+/// A list of token ids, or of strings that stand for them.
+pub(crate) fn ids_as(
+    value: &Value,
+    name: &str,
+    keys: Keys,
+) -> std::result::Result<Vec<u32>, Problem> {
     let wrong = |what: String| Problem::new(what, "token ids are a list of whole numbers");
     let list = value
         .as_array()
         .ok_or_else(|| wrong(format!("`{name}` is not a list")))?;
     list.iter()
         .map(|id| {
-            token_id(id).ok_or_else(|| wrong(format!("`{name}` holds {id}, which is no token id")))
+            token_id(id, keys)
+                .ok_or_else(|| wrong(format!("`{name}` holds {id}, which is no token id")))
         })
         .collect()
 }
 
-/// A number, or a string like `5` or `token_id:5`.
-pub(crate) fn token_id(value: &Value) -> Option<u32> {
+/// What strings that stand for tokens are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keys {
+    /// Ids: `5`, or `token_id:5`.
+    Ids,
+    /// Texts, where `5` is a digit; only `token_id:5` is an id.
+    Names,
+}
+
+/// A number, or a string that stands for an id.
+pub(crate) fn token_id(value: &Value, keys: Keys) -> Option<u32> {
     match value {
         Value::Number(number) => number.as_u64().and_then(|id| u32::try_from(id).ok()),
-        Value::String(text) => text.strip_prefix("token_id:").unwrap_or(text).parse().ok(),
+        Value::String(text) => match text.strip_prefix("token_id:") {
+            Some(id) => id.parse().ok(),
+            None if keys == Keys::Ids => text.parse().ok(),
+            None => None,
+        },
         _ => None,
     }
 }
@@ -252,15 +282,15 @@ pub(crate) fn targets(
 }
 
 /// The entries of one position in any of the forms that servers write: `{"5": {"logprob": …, "rank": …}}`,
-/// `{"token_id:5": …}`, `[[logprob, 5, text], …]`, `[{"token": "token_id:5", "logprob": …}, …]`. `None` for null and
-/// for a position without any probability.
-pub(crate) fn entries(value: &Value) -> std::result::Result<Option<Row>, Problem> {
+/// `{"token_id:5": …}`, `[[logprob, 5, text], …]`, `[{"token": "token_id:5", "logprob": …}, …]`; `keys` are those of
+/// objects. `None` for null and for a position without any probability.
+pub(crate) fn entries(value: &Value, keys: Keys) -> std::result::Result<Option<Row>, Problem> {
     let entries: Vec<(u32, Option<f32>, Option<u64>)> = match value {
         Value::Null => return Ok(None),
         Value::Object(fields) => fields
             .iter()
             .map(|(id, value)| {
-                let id = token_id(&Value::String(id.clone())).ok_or_else(|| no_id(id))?;
+                let id = token_id(&Value::String(id.clone()), keys).ok_or_else(|| no_id(id))?;
                 match value {
                     Value::Object(entry) => Ok((
                         id,
@@ -275,12 +305,13 @@ pub(crate) fn entries(value: &Value) -> std::result::Result<Option<Row>, Problem
             .iter()
             .map(|entry| match entry {
                 Value::Array(parts) if parts.len() >= 2 => {
-                    let id = token_id(&parts[1]).ok_or_else(|| no_id(&parts[1].to_string()))?;
+                    let id = token_id(&parts[1], Keys::Ids).ok_or_else(|| no_id(&parts[1].to_string()))?;
                     Ok((id, number(parts.first())?, None))
                 }
                 Value::Object(fields) => {
                     let id = ["token_id", "id", "token"].iter().find_map(|name| fields.get(*name));
-                    let id = id.and_then(token_id).ok_or_else(|| no_id(&entry.to_string()))?;
+                    let id = id.and_then(|id| token_id(id, Keys::Names));
+                    let id = id.ok_or_else(|| no_id(&entry.to_string()))?;
                     Ok((id, number(fields.get("logprob"))?, fields.get("rank").and_then(Value::as_u64)))
                 }
                 other => Err(Problem::new(
@@ -344,7 +375,7 @@ mod tests {
         assert!(
             parse(br#"{"a": NaN}"#)
                 .unwrap_err()
-                .problem
+                .message
                 .starts_with("not JSON")
         );
         assert!(parse(br#"{"a": Infinity}"#).is_err());
@@ -361,11 +392,11 @@ mod tests {
             json!([{"token": "token_id:5", "logprob": -0.5}, {"token": "token_id:7", "logprob": -2.0}]),
             json!([{"token_id": 5, "logprob": -0.5}, {"token_id": 7, "logprob": -2.0}]),
         ] {
-            assert_eq!(entries(&form).unwrap(), expected, "{form}");
+            assert_eq!(entries(&form, Keys::Ids).unwrap(), expected, "{form}");
         }
-        assert_eq!(entries(&json!(null)).unwrap(), None);
-        assert_eq!(entries(&json!({})).unwrap(), None);
-        assert_eq!(entries(&json!([[null, 5, "a"]])).unwrap(), None);
+        assert_eq!(entries(&json!(null), Keys::Ids).unwrap(), None);
+        assert_eq!(entries(&json!({}), Keys::Ids).unwrap(), None);
+        assert_eq!(entries(&json!([[null, 5, "a"]]), Keys::Ids).unwrap(), None);
         for wrong in [
             json!(3),
             json!({"the": -1.0}),
@@ -373,16 +404,39 @@ mod tests {
             json!({"5": "x"}),
             json!([{"token": "the", "logprob": -1.0}]),
         ] {
-            assert!(entries(&wrong).is_err(), "{wrong}");
+            assert!(entries(&wrong, Keys::Ids).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_token_of_digits_is_no_id() {
+        let named = json!([{"token": "5", "logprob": -0.5}]);
+        assert!(entries(&named, Keys::Ids).is_err());
+        assert!(entries(&json!({"5": -0.5}), Keys::Names).is_err());
+        let by_id = json!({"token_id:5": -0.5});
+        assert_eq!(entries(&by_id, Keys::Names).unwrap(), Some(vec![(5, -0.5)]));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        assert_eq!(
+            parse(b"\xEF\xBB\xBF{\"a\": 1}\r\n").unwrap(),
+            json!({"a": 1})
+        );
     }
 
     #[test]
     fn a_prompt_token_of_low_rank_is_not_one_of_the_largest() {
         let form = json!({"5": {"logprob": -0.5, "rank": 1}, "7": {"logprob": -2.0, "rank": 2}, "9": {"logprob": -8.0, "rank": 412}});
-        assert_eq!(entries(&form).unwrap(), Some(vec![(5, -0.5), (7, -2.0)]));
+        assert_eq!(
+            entries(&form, Keys::Ids).unwrap(),
+            Some(vec![(5, -0.5), (7, -2.0)])
+        );
         let third = json!({"5": {"logprob": -0.5, "rank": 1}, "7": {"logprob": -2.0, "rank": 2}, "9": {"logprob": -2.5, "rank": 3}});
-        assert_eq!(entries(&third).unwrap().map(|row| row.len()), Some(3));
+        assert_eq!(
+            entries(&third, Keys::Ids).unwrap().map(|row| row.len()),
+            Some(3)
+        );
     }
 
     #[test]

@@ -19,9 +19,10 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use super::foreign::{Foreign, Place, Problem, Values};
+use super::foreign::{Foreign, Place, Values};
 use super::whole::Whole;
-use super::{Reader, Setup, WindowStart, file_name};
+use super::{Reader, Setup, WindowStart};
+use crate::data::{Problem, file_name};
 use crate::{Error, Result};
 
 /// What the file begins with.
@@ -149,11 +150,11 @@ impl Windows {
         if context < 4 {
             return Err(wrong(format!("windows of {context} tokens hold no values")));
         }
-        let token_bytes = 4 * chunks * context;
+        let token_bytes = chunks.saturating_mul(4 * context);
         let window_bytes = rows(context as usize) as u64 * row_bytes(vocab_size as usize);
         let wanted = chunks.min(limit.map_or(u64::MAX, |limit| limit as u64));
-        let whole = length.saturating_sub(HEADER + token_bytes) / window_bytes;
-        if HEADER + token_bytes > length || whole < wanted {
+        let whole = length.saturating_sub(HEADER.saturating_add(token_bytes)) / window_bytes;
+        if token_bytes > length - HEADER || whole < wanted {
             return Err(place.error(Problem::new(
                 format!("the file holds {whole} of its {chunks} windows"),
                 if whole == 0 {
@@ -220,9 +221,10 @@ impl Reader for LlamaCppReader {
             path: place.path.clone(),
             source,
         };
+        self.bytes += (count * stride) as u64;
         let mut whole = None;
         if values {
-            let mut read = Whole::new(self.top_k);
+            let mut read = Ok(Whole::new(self.top_k));
             for start in (0..count).step_by(ROWS) {
                 let rows = ROWS.min(count - start);
                 self.buffer.resize(rows * stride, 0);
@@ -232,25 +234,28 @@ impl Reader for LlamaCppReader {
                     dequantize(row, windows.vocab_size, &mut self.values);
                 }
                 let looked_at = if start == 0 { LOOKED_AT } else { 0 };
-                read.add(
-                    &mut self.values,
-                    windows.vocab_size,
-                    self.temperature,
-                    looked_at,
-                )
-                .map_err(|(row, problem)| {
-                    place.error(Problem::new(
-                        format!("position {}: {problem}", first + start + row),
-                        "the file is damaged, or the model that computed it is at fault",
-                    ))
-                })?;
+                // Behind a bad row the window is read on: the next one may be whole.
+                read = read.and_then(|mut read: Whole| {
+                    read.add(
+                        &mut self.values,
+                        windows.vocab_size,
+                        self.temperature,
+                        looked_at,
+                    )
+                    .map(|()| read)
+                    .map_err(|(row, problem)| {
+                        place.error(Problem::new(
+                            format!("position {}: {problem}", first + start + row),
+                            "the file is damaged, or the model that computed it is at fault",
+                        ))
+                    })
+                });
             }
-            whole = Some(read);
+            whole = Some(read?);
         } else {
             let bytes = (count * stride) as i64;
             windows.file.seek_relative(bytes).map_err(failed)?;
         }
-        self.bytes += (count * stride) as u64;
         let mut loss_mask = vec![false; windows.context];
         loss_mask[first + 1..].fill(true);
         Ok(Some(Foreign {

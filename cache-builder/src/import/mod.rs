@@ -6,6 +6,7 @@
 //! them hand on [`Foreign`] sequences, whose row t says what follows token t.
 
 mod axolotl;
+mod chat;
 mod dense;
 mod detect;
 mod distillkit;
@@ -29,8 +30,11 @@ use caskd_formats::{
 use caskd_models::LoadedTokenizer;
 use serde::Serialize;
 
+use self::chat::Texts;
 use self::foreign::{Foreign, Layout};
+use self::jsonl::JsonlReader;
 use self::survey::{Survey, survey};
+use crate::data::{DataOptions, Encoder, OnError, file_name};
 use crate::options::USUAL_TOP_K;
 use crate::{Error, Result};
 
@@ -102,6 +106,12 @@ pub struct ImportOptions {
     pub shift: Option<i64>,
     /// The first token of llama.cpp's windows.
     pub window_start: WindowStart,
+    /// A chat template (Jinja) in place of the tokenizer's own, for records of messages without token ids.
+    pub chat_template: Option<String>,
+    /// The date that chat templates are told, in place of [`crate::USUAL_CHAT_DATE`].
+    pub chat_date: Option<chrono::NaiveDate>,
+    /// What a bad record does.
+    pub on_error: OnError,
     /// The cache's folder.
     pub out: PathBuf,
     /// Go on with an interrupted import.
@@ -118,9 +128,20 @@ pub enum ImportStage {
     Writing,
 }
 
+/// A record that was passed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BadPlace {
+    /// The file.
+    pub file: PathBuf,
+    /// `line 17`, `row 3`, `window 2`, or the name of an array.
+    pub place: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
 /// How far the import is; counts are those of its stage.
 #[derive(Debug, Clone, Copy)]
-pub struct ImportProgress {
+pub struct ImportProgress<'a> {
     /// What it is at.
     pub stage: ImportStage,
     /// Bytes of the files read.
@@ -129,6 +150,8 @@ pub struct ImportProgress {
     pub bytes_total: u64,
     /// Positions read.
     pub positions: u64,
+    /// A record that is passed over just now.
+    pub bad_record: Option<&'a BadPlace>,
 }
 
 /// What an import did.
@@ -150,6 +173,10 @@ pub struct ImportReport {
     pub truncated: u64,
     /// Sequences without a target, left out.
     pub skipped: u64,
+    /// Records, or single sequences of them, that could not be used and were passed over.
+    pub bad_records: u64,
+    /// The first [`crate::NAMED_BAD_RECORDS`] of them.
+    pub bad: Vec<BadPlace>,
     /// Kept entries K.
     pub top_k: usize,
     /// What the manifest says of the values.
@@ -173,6 +200,7 @@ pub struct ImportReport {
 /// One source of sequences, read from front to back.
 pub(crate) trait Reader {
     /// The next sequence; `None` at the end. Where `values` is false, a reader of a whole vocabulary passes over them.
+    /// An error that names a place in the file is about what stands there; the next call reads on behind it.
     fn next(&mut self, values: bool) -> Result<Option<Foreign>>;
 
     /// Bytes read so far, of all files.
@@ -198,15 +226,16 @@ pub(crate) trait Reader {
 pub(crate) struct Setup<'a> {
     pub(crate) options: &'a ImportOptions,
     pub(crate) tokenizer: &'a LoadedTokenizer,
+    pub(crate) texts: &'a Texts<'a>,
     /// K of readers that summarise a whole vocabulary.
     pub(crate) top_k: usize,
 }
 
-fn open(format: Format, setup: &Setup<'_>) -> Result<Box<dyn Reader>> {
-    let options = setup.options;
+fn open<'a>(format: Format, setup: &Setup<'a>) -> Result<Box<dyn Reader + 'a>> {
+    let lines = |interpret| JsonlReader::new(&setup.options.files, interpret, setup.texts);
     Ok(match format {
-        Format::Vllm => Box::new(jsonl::JsonlReader::new(&options.files, served::sequences)),
-        Format::Axolotl => Box::new(jsonl::JsonlReader::new(&options.files, axolotl::sequences)),
+        Format::Vllm => Box::new(lines(served::sequences)),
+        Format::Axolotl => Box::new(lines(axolotl::sequences)),
         Format::LlamaCpp => Box::new(llama_cpp::LlamaCppReader::open(setup)?),
         Format::Distillkit => Box::new(distillkit::DistillkitReader::open(setup)?),
         Format::Numpy => Box::new(numpy::open(setup)?),
@@ -223,7 +252,7 @@ fn open(format: Format, setup: &Setup<'_>) -> Result<Box<dyn Reader>> {
 pub fn import(
     options: &ImportOptions,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&ImportProgress),
+    progress: &mut dyn FnMut(&ImportProgress<'_>),
 ) -> Result<ImportReport> {
     let started = Instant::now();
     check_options(options)?;
@@ -233,19 +262,32 @@ pub fn import(
         None => detect::detect(&options.files[0])?,
     };
     let tokenizer = caskd_models::load_tokenizer(&options.tokenizer)?;
+    let encoder = Encoder::new(
+        &tokenizer,
+        tokenizer.tokenizer.get_vocab_size(true),
+        usize::MAX,
+        &DataOptions {
+            chat_template: options.chat_template.clone(),
+            chat_date: options.chat_date,
+            ..DataOptions::default()
+        },
+    )?;
+    let texts = Texts::new(encoder, options.shift);
     let setup = Setup {
         options,
         tokenizer: &tokenizer,
+        texts: &texts,
         top_k: options.top_k.unwrap_or(USUAL_TOP_K),
     };
     let files = describe_files(options)?;
     let bytes_total = files.iter().map(|file| file.bytes).sum();
-    let mut report = |stage, reader: &dyn Reader, positions| {
+    let mut report = |stage, reader: &dyn Reader, positions, bad_record: Option<&BadPlace>| {
         progress(&ImportProgress {
             stage,
             bytes_done: reader.bytes_read().min(bytes_total),
             bytes_total,
             positions,
+            bad_record,
         });
     };
 
@@ -255,15 +297,13 @@ pub fn import(
         reader.as_mut(),
         &setup,
         stop,
-        &mut |reader, positions| {
-            report(ImportStage::Reading, reader, positions);
-        },
+        &mut |reader, positions, bad| report(ImportStage::Reading, reader, positions, bad),
     )?;
     let Some(found) = found else {
         return Err(Error::Stopped);
     };
     let notes = [found.notes.clone(), reader.notes()].concat();
-    let spec = cache_spec(format, options, &tokenizer, &found, reader.as_ref(), files)?;
+    let spec = cache_spec(format, &setup, &found, reader.as_ref(), files)?;
     drop(reader);
 
     let mut reader = open(
@@ -279,9 +319,7 @@ pub fn import(
         reader.as_mut(),
         options,
         stop,
-        &mut |reader, positions| {
-            report(ImportStage::Writing, reader, positions);
-        },
+        &mut |reader, positions| report(ImportStage::Writing, reader, positions, None),
     )?;
     Ok(ImportReport {
         completed: written.manifest.is_some(),
@@ -292,6 +330,8 @@ pub fn import(
         targets_without_values: found.targets_without_values,
         truncated: spec.data.truncated,
         skipped: spec.data.skipped,
+        bad_records: found.bad.len() as u64,
+        bad: found.named,
         top_k: spec.top_k,
         origin: found.origin,
         shift: found.layout.shift,
@@ -327,7 +367,7 @@ fn write(
         .collect();
     let reused = done.iter().filter(|done| **done).count();
     let last_pending = done.iter().rposition(|done| !done);
-    let mut positions = 0;
+    let (mut positions, mut item) = (0, 0);
     let pending = last_pending.map_or(0, |last| last + 1);
     for (shard, &is_done) in done.iter().enumerate().take(pending) {
         let count = spec.sequences_in_shard(shard);
@@ -340,7 +380,12 @@ fn write(
                     reused,
                 });
             }
-            let Some(foreign) = reader.next(!is_done)? else {
+            let next = reader.next(!is_done);
+            item += 1;
+            if found.bad.contains(&(item - 1)) {
+                continue;
+            }
+            let Some(foreign) = next? else {
                 return Err(Error::Changed {
                     path: options.files[0].clone(),
                 });
@@ -425,28 +470,21 @@ fn describe_file(path: &Path) -> Result<DataFile> {
     })
 }
 
-/// The file's name without its folders.
-pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name().map_or_else(
-        || path.display().to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
-}
-
 fn cache_spec(
     format: Format,
-    options: &ImportOptions,
-    tokenizer: &LoadedTokenizer,
+    setup: &Setup<'_>,
     found: &Survey,
     reader: &dyn Reader,
     files: Vec<DataFile>,
 ) -> Result<CacheSpec> {
+    let (options, tokenizer) = (setup.options, setup.tokenizer);
     let layout: &Layout = &found.layout;
+    let (chat_template, chat_date) = setup.texts.used_template();
     let bytes_a_sequence = found.longest * (layout.top_k * 16 + 32);
     if found.sequences == 0 {
         return Err(Error::EmptyData {
             records: found.read,
-            bad_records: 0,
+            bad_records: found.bad.len() as u64,
             skipped: found.skipped,
             max_len: found.longest,
         });
@@ -489,7 +527,12 @@ fn cache_spec(
             truncated: found.truncated,
             skipped: found.skipped,
             prompt_form: PROMPT_FORM.to_owned(),
-            preparation: Preparation::default(),
+            preparation: Preparation {
+                bad_records: found.bad.len() as u64,
+                chat_template,
+                chat_date,
+                ..Preparation::default()
+            },
         },
     })
 }

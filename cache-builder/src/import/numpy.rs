@@ -11,7 +11,8 @@ use npyz::{DType, Endianness, NpyHeader, Order, TypeChar};
 
 use super::Setup;
 use super::dense::{ArrayInfo, Arrays, DenseReader, Element};
-use super::foreign::{Place, Problem};
+use super::foreign::Place;
+use crate::data::Problem;
 use crate::{Error, Result};
 
 /// Opens all files.

@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use super::Setup;
 use super::dense::{ArrayInfo, Arrays, DenseReader, Element};
-use super::foreign::{Place, Problem};
+use super::foreign::Place;
+use crate::data::Problem;
 use crate::{Error, Result};
 
 /// Far above the header of any file with a tensor for each sequence.

@@ -12,11 +12,16 @@
 //! All of them tell of a token what was known before it, so entry i belongs to position i − 1 of the cache. vLLM gives
 //! the prompt's own token beside the k largest, whatever its rank; an entry whose rank is beyond the number of entries
 //! is such a one and is left out.
+//!
+//! Where the token ids of the prompt were not asked for, but its `messages` or its text `prompt` stand in the record,
+//! the tokenizer gives them: there must be as many as entries, and they must fit these.
 
 use serde_json::Value;
 
-use super::foreign::{Problem, Row};
-use super::jsonl::{Fields, Parsed, entries, ids, targets};
+use super::chat::{Spoken, Texts};
+use super::foreign::Row;
+use super::jsonl::{Fields, Keys, Parsed, entries, ids, ids_as, targets};
+use crate::data::Problem;
 
 type Result<T> = std::result::Result<T, Problem>;
 
@@ -25,19 +30,33 @@ type Result<T> = std::result::Result<T, Problem>;
 struct Foreseen {
     tokens: Vec<u32>,
     before: Vec<Option<Row>>,
+    targets: Vec<bool>,
+}
+
+impl Foreseen {
+    fn append(&mut self, mut answer: Foreseen) {
+        self.tokens.append(&mut answer.tokens);
+        self.before.append(&mut answer.before);
+        self.targets.append(&mut answer.targets);
+    }
 }
 
 const IDS_HINT: &str = "keep the token ids beside the log-probabilities: vLLM returns `prompt_token_ids` with \
-                        `return_token_ids`, or put them into the record as `input_ids`";
+                        `return_token_ids`; or put them into the record as `input_ids`, or the `messages` that the \
+                        server was asked with";
+
+const NAMES_HINT: &str =
+    "have the server name tokens by id: vLLM with --return-tokens-as-token-ids";
 
 /// The sequences of one record: a saved request, a response, or a list of them.
-pub(crate) fn sequences(record: &Value) -> Result<Vec<Parsed>> {
+pub(crate) fn sequences(record: &Value, texts: &Texts<'_>) -> Result<Vec<Parsed>> {
     match record {
         Value::Array(list) => {
-            let nested: Result<Vec<Vec<Parsed>>> = list.iter().map(sequences).collect();
+            let nested: Result<Vec<Vec<Parsed>>> =
+                list.iter().map(|record| sequences(record, texts)).collect();
             Ok(nested?.into_iter().flatten().collect())
         }
-        Value::Object(fields) => of_object(fields),
+        Value::Object(fields) => of_object(fields, texts),
         _ => Err(Problem::new(
             "not a JSON object",
             "a record is one server response, or a list of them",
@@ -45,7 +64,7 @@ pub(crate) fn sequences(record: &Value) -> Result<Vec<Parsed>> {
     }
 }
 
-fn of_object(fields: &Fields) -> Result<Vec<Parsed>> {
+fn of_object(fields: &Fields, texts: &Texts<'_>) -> Result<Vec<Parsed>> {
     let list = |name: &str| {
         fields
             .get(name)
@@ -65,7 +84,7 @@ fn of_object(fields: &Fields) -> Result<Vec<Parsed>> {
                 })?;
                 // A chat response keeps the prompt's values beside its choices.
                 let outer = if is_one { Some(fields) } else { None };
-                of_choice(choice, outer, fields)
+                of_choice(choice, outer, fields, texts)
             })
             .collect();
     }
@@ -83,11 +102,17 @@ fn of_object(fields: &Fields) -> Result<Vec<Parsed>> {
         output.unwrap_or(fields),
         Some(fields),
         fields,
+        texts,
     )?])
 }
 
 /// vLLM's fields, in `choice` or beside it.
-fn of_choice(choice: &Fields, outer: Option<&Fields>, record: &Fields) -> Result<Parsed> {
+fn of_choice(
+    choice: &Fields,
+    outer: Option<&Fields>,
+    record: &Fields,
+    texts: &Texts<'_>,
+) -> Result<Parsed> {
     let find = |name: &str| {
         let inside = choice.get(name);
         inside
@@ -101,46 +126,27 @@ fn of_choice(choice: &Fields, outer: Option<&Fields>, record: &Fields) -> Result
         return finish(echoed?, record);
     }
     let given = find("prompt_token_ids").or_else(|| record.get("input_ids"));
-    let Some(given) = given else {
-        return Err(Problem::new(
-            "the record has no `prompt_token_ids`",
-            IDS_HINT,
-        ));
+    let prompt = match given {
+        Some(given) => spoken(ids(given, "prompt_token_ids")?),
+        None => texts
+            .asked(record)?
+            .ok_or_else(|| Problem::new("the record has no `prompt_token_ids`", IDS_HINT))?,
     };
-    let prompt = ids(given, "prompt_token_ids")?;
-    let mut foreseen = match find("prompt_logprobs") {
-        Some(values) => with_entries(
-            prompt,
-            list_of(values, "prompt_logprobs")?,
-            "prompt_logprobs",
-        )?,
-        None => Foreseen {
-            before: vec![None; prompt.len()],
-            tokens: prompt,
-        },
+    let values = match find("prompt_logprobs") {
+        Some(values) => list_of(values, "prompt_logprobs")?,
+        None => &vec![Value::Null; prompt.token_ids.len()],
     };
-    let generated = choice
-        .get("token_ids")
-        .or_else(|| choice.get("output_token_ids"));
-    if let (Some(generated), Some(logprobs)) = (generated, logprobs) {
-        let generated = ids(generated, "token_ids")?;
-        let answer = match logprobs.get("content").and_then(Value::as_array) {
-            Some(content) => {
-                let tops: Vec<Value> = content
-                    .iter()
-                    .map(|token| token["top_logprobs"].clone())
-                    .collect();
-                with_entries(generated, &tops, "logprobs.content")?
-            }
-            None => match logprobs.get("top_logprobs") {
-                Some(tops) => {
-                    with_entries(generated, list_of(tops, "top_logprobs")?, "top_logprobs")?
-                }
-                None => with_entries(generated, list_of(logprobs, "logprobs")?, "logprobs")?,
-            },
-        };
-        foreseen.tokens.extend(answer.tokens);
-        foreseen.before.extend(answer.before);
+    let by_template = if given.is_some() {
+        ""
+    } else {
+        " that the tokenizer makes of the record's text"
+    };
+    let mut foreseen = with_entries(prompt, values, "prompt_logprobs", Keys::Ids)
+        .map_err(|problem| Problem::new(problem.message + by_template, problem.hint))?;
+    if let Some(logprobs) = logprobs
+        && let Some(answer) = answer(choice, logprobs, find("prompt_logprobs").is_some())?
+    {
+        foreseen.append(answer);
     }
     if foreseen.before.iter().all(Option::is_none) {
         return Err(Problem::new(
@@ -148,7 +154,63 @@ fn of_choice(choice: &Fields, outer: Option<&Fields>, record: &Fields) -> Result
             "ask the server for `prompt_logprobs` (vLLM) or `top_logprobs_num` (SGLang)",
         ));
     }
-    finish(foreseen, record)
+    let parsed = finish(foreseen, record)?;
+    if given.is_none() {
+        texts.check_fit(&parsed)?;
+    }
+    Ok(parsed)
+}
+
+/// Tokens that all are targets.
+fn spoken(token_ids: Vec<u32>) -> Spoken {
+    Spoken {
+        loss_mask: vec![true; token_ids.len()],
+        token_ids,
+    }
+}
+
+/// What the model said; `None` where its tokens have no ids and the prompt has values enough to go without.
+fn answer(choice: &Fields, logprobs: &Value, is_optional: bool) -> Result<Option<Foreseen>> {
+    let given = choice
+        .get("token_ids")
+        .or_else(|| choice.get("output_token_ids"))
+        .filter(|value| !value.is_null());
+    let content = logprobs.get("content").and_then(Value::as_array);
+    let names = || match content {
+        Some(content) => Some(content.iter().map(|token| token["token"].clone()).collect()),
+        None => logprobs.get("tokens").cloned(),
+    };
+    let token_ids = match given {
+        Some(given) => ids(given, "token_ids")?,
+        None => match names() {
+            Some(names) => match named_ids(&names) {
+                Err(_) if is_optional => return Ok(None),
+                ids => ids?,
+            },
+            None => return Ok(None),
+        },
+    };
+    let said = spoken(token_ids);
+    if let Some(content) = content {
+        let tops: Vec<Value> = content
+            .iter()
+            .map(|token| token["top_logprobs"].clone())
+            .collect();
+        return with_entries(said, &tops, "logprobs.content", Keys::Names).map(Some);
+    }
+    match logprobs.get("top_logprobs") {
+        Some(tops) => {
+            let tops = list_of(tops, "top_logprobs")?;
+            with_entries(said, tops, "top_logprobs", Keys::Names)
+        }
+        None => with_entries(said, list_of(logprobs, "logprobs")?, "logprobs", Keys::Ids),
+    }
+    .map(Some)
+}
+
+fn named_ids(names: &Value) -> Result<Vec<u32>> {
+    ids_as(names, "tokens", Keys::Names)
+        .map_err(|problem| Problem::new(problem.message, NAMES_HINT))
 }
 
 /// The OpenAI form with `echo`, where the tokens themselves are ids; `None` in other forms.
@@ -158,14 +220,8 @@ fn echoed(logprobs: &Value) -> Option<Result<Foreseen>> {
     // Echoed or not, the first token of a prompt has no value.
     tops.first().filter(|first| first.is_null())?;
     Some(
-        ids(tokens, "tokens")
-            .map_err(|problem| {
-                Problem::new(
-                    problem.problem,
-                    "have the server name tokens by id: vLLM with --return-tokens-as-token-ids",
-                )
-            })
-            .and_then(|tokens| with_entries(tokens, tops, "top_logprobs")),
+        named_ids(tokens)
+            .and_then(|tokens| with_entries(spoken(tokens), tops, "top_logprobs", Keys::Names)),
     )
 }
 
@@ -183,21 +239,21 @@ fn of_sglang(meta: &Fields, record: &Fields) -> Result<Parsed> {
         (None, None) => return Err(Problem::new("the record has no token ids", IDS_HINT)),
     };
     let mut foreseen = with_entries(
-        prompt,
+        spoken(prompt),
         list_of(values, "input_top_logprobs")?,
         "input_top_logprobs",
+        Keys::Ids,
     )?;
     if let (Some(values), Some(tokens)) =
         (list("output_top_logprobs"), list("output_token_logprobs"))
     {
         let tokens = own_ids(tokens, "output_token_logprobs")?;
-        let answer = with_entries(
-            tokens,
+        foreseen.append(with_entries(
+            spoken(tokens),
             list_of(values, "output_top_logprobs")?,
             "output_top_logprobs",
-        )?;
-        foreseen.tokens.extend(answer.tokens);
-        foreseen.before.extend(answer.before);
+            Keys::Ids,
+        )?);
     }
     finish(foreseen, record)
 }
@@ -218,30 +274,31 @@ fn list_of<'a>(value: &'a Value, name: &str) -> Result<&'a [Value]> {
     })
 }
 
-fn with_entries(tokens: Vec<u32>, values: &[Value], name: &str) -> Result<Foreseen> {
-    if tokens.len() != values.len() {
+fn with_entries(said: Spoken, values: &[Value], name: &str, keys: Keys) -> Result<Foreseen> {
+    let tokens = said.token_ids.len();
+    if tokens != values.len() {
         return Err(Problem::new(
             format!(
-                "`{name}` has {} entries for {} token ids",
-                values.len(),
-                tokens.len()
+                "`{name}` has {} entries for {tokens} token ids",
+                values.len()
             ),
             "each token needs one, the first of a prompt null",
         ));
     }
-    let before: Result<Vec<Option<Row>>> = values.iter().map(entries).collect();
+    let before: Result<Vec<Option<Row>>> =
+        values.iter().map(|value| entries(value, keys)).collect();
     Ok(Foreseen {
-        tokens,
+        tokens: said.token_ids,
         before: before?,
+        targets: said.loss_mask,
     })
 }
 
 fn finish(foreseen: Foreseen, record: &Fields) -> Result<Parsed> {
-    let tokens = foreseen.tokens.len();
-    let loss_mask = targets(record, tokens)?.unwrap_or_else(|| vec![true; tokens]);
+    let given = targets(record, foreseen.tokens.len())?;
     Ok(Parsed {
+        loss_mask: given.unwrap_or(foreseen.targets),
         token_ids: foreseen.tokens,
-        loss_mask,
         rows: foreseen.before.into_iter().skip(1).collect(),
     })
 }
@@ -249,12 +306,13 @@ fn finish(foreseen: Foreseen, record: &Fields) -> Result<Parsed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::import::chat::tests::with_texts;
     use serde_json::json;
 
     /// Tokens 3, 5, 7: 5 was foreseen as 5 or 6, 7 as 7 or 8.
     fn check(record: &Value) {
-        let parsed = sequences(record)
-            .map_err(|problem| problem.problem)
+        let parsed = with_texts(None, |texts| sequences(record, texts))
+            .map_err(|problem| problem.message)
             .unwrap();
         assert_eq!(parsed.len(), 1, "{record}");
         assert_eq!(parsed[0].token_ids, [3, 5, 7], "{record}");
@@ -306,7 +364,8 @@ mod tests {
     fn several_choices_are_several_sequences() {
         let choice =
             |id: u32| json!({"prompt_token_ids": [id, 5], "prompt_logprobs": [null, {"5": -0.5}]});
-        let parsed = sequences(&json!({"choices": [choice(1), choice(2)]})).unwrap();
+        let record = json!({"choices": [choice(1), choice(2)]});
+        let parsed = with_texts(None, |texts| sequences(&record, texts)).unwrap();
         assert_eq!(
             parsed
                 .iter()
@@ -316,10 +375,83 @@ mod tests {
         );
     }
 
+    /// Entries of a prompt of these tokens.
+    fn foreseen(tokens: &[u32]) -> Vec<Value> {
+        let entry = |id: &u32| json!({id.to_string(): {"logprob": -0.5, "rank": 1}, "40": {"logprob": -2.0, "rank": 2}});
+        std::iter::once(Value::Null)
+            .chain(tokens[1..].iter().map(entry))
+            .collect()
+    }
+
+    #[test]
+    fn the_tokenizer_gives_the_tokens_that_were_not_asked_for() {
+        let words: Vec<String> = (10..30).map(|id| format!("w{id}")).collect();
+        let (text, said): (String, Vec<u32>) = (words.join(" "), (10..30).collect());
+        let parse = |record: &Value| {
+            let parsed = with_texts(None, |texts| sequences(record, texts));
+            parsed.map(|mut parsed| parsed.remove(0))
+        };
+        let prompt = parse(&json!({"prompt": text, "prompt_logprobs": foreseen(&said)})).unwrap();
+        assert_eq!(prompt.token_ids, said);
+        assert!(prompt.loss_mask.iter().all(|target| *target));
+
+        // A question, its answer header, and what the model said to it.
+        let asked: Vec<u32> = [&[1][..], &said, &[3, 2]].concat();
+        let answer = json!([{"token": "token_id:31", "logprob": -0.1, "top_logprobs": [{"token": "token_id:31", "logprob": -0.1}]}]);
+        let question = json!([{"role": "user", "content": text}]);
+        let chat = parse(
+            &json!({"messages": question, "prompt_logprobs": foreseen(&asked),
+            "choices": [{"message": {"content": "w31"}, "logprobs": {"content": answer}}]}),
+        )
+        .unwrap();
+        assert_eq!(chat.token_ids, [&asked[..], &[31]].concat());
+        assert_eq!(chat.loss_mask.iter().filter(|target| **target).count(), 1);
+        assert_eq!(chat.rows.last(), Some(&Some(vec![(31, -0.1)])));
+
+        // A whole conversation as the prompt: the assistant's turns are learned.
+        let both =
+            json!([{"role": "user", "content": "w5"}, {"role": "assistant", "content": text}]);
+        let whole: Vec<u32> = [&[1, 5, 3, 2][..], &said, &[3]].concat();
+        let chat = parse(&json!({"messages": both, "prompt_logprobs": foreseen(&whole)})).unwrap();
+        assert_eq!(chat.loss_mask.iter().filter(|target| **target).count(), 21);
+
+        let fewer = parse(&json!({"prompt": text, "prompt_logprobs": foreseen(&said[1..])}));
+        let problem = fewer.unwrap_err().message;
+        assert!(
+            problem.contains("19 entries for 20 token ids that the tokenizer"),
+            "{problem}"
+        );
+        let other: Vec<u32> = said.iter().map(|id| id + 4).collect();
+        let problem =
+            parse(&json!({"prompt": text, "prompt_logprobs": foreseen(&other)})).unwrap_err();
+        assert!(
+            problem.message.contains("about other tokens"),
+            "{}",
+            problem.message
+        );
+    }
+
+    #[test]
+    fn an_answer_without_ids_is_left_out_behind_a_prompt_with_values() {
+        let named = json!({"tokens": [" the"], "top_logprobs": [{" the": -0.1}]});
+        let prompt = json!([null, {"5": {"logprob": -0.5, "rank": 1}}]);
+        let record = json!({"prompt_token_ids": [3, 5], "choices": [{"prompt_logprobs": prompt, "prompt_token_ids": [3, 5], "logprobs": named}]});
+        let parsed = with_texts(None, |texts| sequences(&record, texts)).unwrap();
+        assert_eq!(parsed[0].token_ids, [3, 5]);
+        let record = json!({"choices": [{"prompt_token_ids": [3, 5], "logprobs": named}]});
+        let problem = with_texts(None, |texts| sequences(&record, texts)).unwrap_err();
+        assert!(
+            problem.hint.contains("return-tokens-as-token-ids"),
+            "{}",
+            problem.hint
+        );
+    }
+
     #[test]
     fn what_cannot_be_placed_is_refused() {
         let refused = |record: Value, part: &str| {
-            let problem = sequences(&record).unwrap_err().problem;
+            let problem = with_texts(None, |texts| sequences(&record, texts));
+            let problem = problem.unwrap_err().message;
             assert!(problem.contains(part), "{problem}");
         };
         refused(

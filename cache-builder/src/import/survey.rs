@@ -1,12 +1,13 @@
 //! The first pass: everything is read and checked, nothing is written.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use caskd_formats::{Alignment, AlignmentCheck, OFFSETS, Origin, ValueKind};
 
-use super::foreign::{Foreign, Layout, Placed, Problem, Row, Values, check_row};
-use super::{Format, GivenValues, Reader, Setup, known_positions, known_statistics};
-use crate::data::hash_sequence;
+use super::foreign::{Foreign, Layout, Placed, Row, Values, check_row};
+use super::{BadPlace, Format, GivenValues, Reader, Setup, known_positions, known_statistics};
+use crate::data::{NAMED_BAD_RECORDS, OnError, Problem, hash_sequence};
 use crate::{Error, Result};
 
 /// Positions that whole vocabularies are looked into; kept entries are looked at everywhere.
@@ -42,6 +43,10 @@ pub(crate) struct Survey {
     pub(crate) origin: Origin,
     pub(crate) alignment: Option<Alignment>,
     pub(crate) notes: Vec<String>,
+    /// Which answers of the reader, counted from 0, could not be used and are to be passed over.
+    pub(crate) bad: BTreeSet<u64>,
+    /// The first of them, for people.
+    pub(crate) named: Vec<BadPlace>,
 }
 
 /// What the values of all positions look like.
@@ -57,13 +62,30 @@ struct Seen {
     every_position: bool,
 }
 
+/// The state of the first pass.
+struct Pass<'a> {
+    setup: &'a Setup<'a>,
+    layout: Layout,
+    /// Beyond 1, for the mass of a position.
+    slack: f64,
+    counts: Counts,
+    seen: Seen,
+    digest: blake3::Hasher,
+    check: AlignmentCheck,
+    /// Positions of whole vocabularies that were looked into.
+    looked_into: u64,
+}
+
+/// Hears how many positions a reader has given, and of records that are passed over.
+type Watch<'a> = &'a mut dyn FnMut(&dyn Reader, u64, Option<&BadPlace>);
+
 /// Reads everything once. `None` when stopped.
 pub(crate) fn survey(
     format: Format,
     reader: &mut dyn Reader,
     setup: &Setup<'_>,
     stop: &AtomicBool,
-    progress: &mut dyn FnMut(&dyn Reader, u64),
+    progress: Watch<'_>,
 ) -> Result<Option<Survey>> {
     let options = setup.options;
     let tokens = setup.tokenizer.tokenizer.get_vocab_size(true);
@@ -74,144 +96,241 @@ pub(crate) fn survey(
             hint: "64 is a good choice".into(),
         });
     }
-    let mut layout = Layout {
-        shift: options.shift.unwrap_or(0),
-        max_len: options.max_len.unwrap_or(usize::MAX),
-        top_k: options.top_k.unwrap_or(0),
-        vocab_size,
-        scale: 1.0,
-        normalised: true,
-        whole_statistics: format != Format::LlamaCpp,
+    let mut pass = Pass {
+        setup,
+        layout: Layout {
+            shift: options.shift.unwrap_or(0),
+            max_len: options.max_len.unwrap_or(usize::MAX),
+            top_k: options.top_k.unwrap_or(0),
+            vocab_size,
+            scale: 1.0,
+            normalised: true,
+            whole_statistics: format != Format::LlamaCpp,
+        },
+        slack: match format {
+            Format::Distillkit => LOSSY_MASS_SLACK,
+            _ => MASS_SLACK,
+        },
+        counts: Counts::default(),
+        seen: Seen {
+            rows: 0,
+            fewest: usize::MAX,
+            most: 0,
+            log_mass: (f64::NEG_INFINITY, f64::INFINITY),
+            whole_log_mass: 0.0,
+            every_position: true,
+        },
+        digest: blake3::Hasher::new(),
+        check: AlignmentCheck::default(),
+        looked_into: 0,
     };
-    let slack = match format {
-        Format::Distillkit => LOSSY_MASS_SLACK,
-        _ => MASS_SLACK,
-    };
-    let mut counts = Counts::default();
-    let mut seen = Seen {
-        rows: 0,
-        fewest: usize::MAX,
-        most: 0,
-        log_mass: (f64::NEG_INFINITY, f64::INFINITY),
-        whole_log_mass: 0.0,
-        every_position: true,
-    };
-    let mut digest = blake3::Hasher::new();
-    let mut check = AlignmentCheck::default();
-    let mut looked_into = 0;
+    let skips = options.on_error == OnError::Skip;
+    let (mut bad, mut named) = (BTreeSet::new(), Vec::new());
+    let mut item = 0;
     while options
         .limit
-        .is_none_or(|limit| counts.sequences < limit as u64)
+        .is_none_or(|limit| pass.counts.sequences < limit as u64)
     {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let Some(foreign) = reader.next(looked_into < WHOLE_POSITIONS)? else {
-            break;
+        // Who passes over bad records wants to know all of them before anything is written.
+        let taken = match reader.next(skips || pass.looked_into < WHOLE_POSITIONS) {
+            Ok(None) => break,
+            Ok(Some(foreign)) => pass.take(foreign),
+            Err(error) => Err(error),
         };
-        counts.read += 1;
-        check_tokens(&foreign, vocab_size)?;
+        match taken {
+            Ok(()) => progress(reader, pass.counts.positions, None),
+            Err(Error::Foreign {
+                path,
+                place,
+                problem,
+                ..
+            }) if skips && !place.is_empty() => {
+                bad.insert(item);
+                let place = BadPlace {
+                    file: path,
+                    place: place.trim_start().to_owned(),
+                    problem,
+                };
+                progress(reader, pass.counts.positions, Some(&place));
+                if named.len() < NAMED_BAD_RECORDS {
+                    named.push(place);
+                }
+            }
+            Err(error) => return Err(with_way_out(error)),
+        }
+        item += 1;
+    }
+    progress(reader, pass.counts.positions, None);
+    pass.finish(format, (bad, named)).map(Some)
+}
+
+/// Tells how to go on without a bad record.
+fn with_way_out(mut error: Error) -> Error {
+    if let Error::Foreign { place, hint, .. } = &mut error
+        && !place.is_empty()
+    {
+        hint.push_str("; to pass over bad records: --on-error skip");
+    }
+    error
+}
+
+impl Pass<'_> {
+    /// Checks a sequence and counts it; on failure it has left no trace.
+    fn take(&mut self, foreign: Foreign) -> Result<()> {
+        check_tokens(&foreign, self.layout.vocab_size)?;
         let place = foreign.place.clone();
-        let Some(placed) = foreign.place(&layout) else {
-            counts.skipped += 1;
-            continue;
+        let Some(placed) = foreign.place(&self.layout) else {
+            self.counts.read += 1;
+            self.counts.skipped += 1;
+            return Ok(());
         };
-        counts.add(&placed);
-        hash_sequence(
-            &mut digest,
-            &placed.foreign.token_ids,
-            &placed.foreign.loss_mask,
-        );
-        let before_last = placed.positions() - 1;
-        seen.every_position &= placed.present[..before_last].iter().all(|present| *present);
         match &placed.foreign.values {
             Values::Kept(rows) => {
+                let mut masses = Vec::with_capacity(rows.len());
                 for (position, row) in rows.iter().enumerate() {
                     let Some(row) = row else { continue };
-                    seen.look_at(row, setup, vocab_size, slack)
-                        .map_err(|problem| {
-                            place.error(Problem {
-                                problem: format!("position {position}: {}", problem.problem),
-                                hint: problem.hint,
-                            })
-                        })?;
+                    let mass = self.mass(row).map_err(|problem| {
+                        place.error(problem.at(format!("position {position}")))
+                    })?;
+                    masses.push((row.len(), mass));
+                }
+                for (entries, mass) in masses {
+                    self.seen.add(entries, mass);
                 }
             }
             Values::Whole {
                 count,
                 log_mass,
-                summary,
+                summary: Some(_),
                 ..
             } => {
-                if summary.is_some() {
-                    looked_into += *count as u64;
-                    seen.rows += *count as u64;
-                    seen.whole_log_mass = seen.whole_log_mass.max(f64::from(*log_mass));
-                }
+                self.looked_into += *count as u64;
+                self.seen.rows += *count as u64;
+                self.seen.whole_log_mass = self.seen.whole_log_mass.max(f64::from(*log_mass));
             }
+            Values::Whole { summary: None, .. } => {}
         }
-        align(&mut check, placed, &layout)?;
-        progress(reader, counts.positions);
-    }
-    progress(reader, counts.positions);
-
-    let whole = seen.most == 0;
-    layout.top_k = kept_entries(whole, &seen, setup, vocab_size);
-    let values = kind_of_values(whole, &seen, options.values);
-    apply_temperature(whole, values, options.temperature, &mut layout)?;
-    let alignment = check.finish();
-    let mut notes = Vec::new();
-    if let Some(alignment) = &alignment {
-        judge_alignment(alignment, options.shift, &mut notes)?;
-    } else {
-        notes.push("too few positions to tell whether the values fit the labels".to_owned());
-    }
-    if counts.targets_without_values > 0 {
-        notes.push(format!(
-            "{} tokens that are marked as targets have no values before them and are no targets in the cache",
-            counts.targets_without_values
-        ));
-    }
-    if !whole && seen.most > layout.top_k {
-        notes.push(format!(
-            "positions have {} to {} entries; {} are kept of each",
-            seen.fewest, seen.most, layout.top_k
-        ));
-    }
-    if values == ValueKind::LogProbabilities && seen.log_mass.0 > MASS_SLACK {
-        notes.push(format!(
-            "probabilities add up to {:.3} at some position: its codec was lossy",
-            seen.log_mass.0.exp()
-        ));
-    }
-    if values == ValueKind::RenormalisedLogProbabilities {
-        notes.push(
-            "the values add up to 1 at every position: they were normalised over the kept tokens, so losses that \
-             weigh the others cannot run on this cache (`--values logprobs` if they were not)"
-                .to_owned(),
+        self.counts.add(&placed);
+        hash_sequence(
+            &mut self.digest,
+            &placed.foreign.token_ids,
+            &placed.foreign.loss_mask,
         );
+        let before_last = placed.positions() - 1;
+        self.seen.every_position &= placed.present[..before_last].iter().all(|present| *present);
+        align(&mut self.check, placed, &self.layout)
     }
-    Ok(Some(Survey {
-        read: counts.read,
-        sequences: counts.sequences,
-        positions: counts.positions,
-        targets: counts.targets,
-        targets_without_values: counts.targets_without_values,
-        truncated: counts.truncated,
-        skipped: counts.skipped,
-        longest: counts.longest,
-        digest: digest.finalize().to_hex().to_string(),
-        origin: Origin {
-            format: format.name().to_owned(),
-            values,
-            temperature: options.temperature,
-            statistics: known_statistics(format, values),
-            positions: known_positions(seen.every_position),
-        },
-        layout,
-        alignment,
-        notes,
-    }))
+
+    /// Σ exp over the entries of a position that can be used.
+    fn mass(&self, row: &Row) -> std::result::Result<f64, Problem> {
+        let options = self.setup.options;
+        check_row(row, self.layout.vocab_size)?;
+        if let Some(k) = options.top_k.filter(|k| row.len() < *k) {
+            return Err(Problem::new(
+                format!(
+                    "{} entries with a probability, --top-k asks for {k}",
+                    row.len()
+                ),
+                format!("give --top-k {} or less", row.len()),
+            ));
+        }
+        let mass: f64 = row.iter().map(|(_, value)| f64::from(*value).exp()).sum();
+        let given = options.values;
+        if given != GivenValues::Logits && mass > 1.0 + self.slack {
+            return Err(Problem::new(
+                format!(
+                    "its probabilities add up to {mass:.3}, so the values are no log-probabilities"
+                ),
+                "if they are logits, say --values logits; losses that need the whole vocabulary's log-sum-exp will be refused",
+            ));
+        }
+        if given == GivenValues::Renormalised && (mass - 1.0).abs() > 1e-2 {
+            return Err(Problem::new(
+                format!(
+                    "its probabilities add up to {mass:.3} and not to 1, so they are not renormalised"
+                ),
+                "leave --values out",
+            ));
+        }
+        Ok(mass)
+    }
+
+    fn finish(
+        self,
+        format: Format,
+        (bad, named): (BTreeSet<u64>, Vec<BadPlace>),
+    ) -> Result<Survey> {
+        let Self {
+            setup,
+            mut layout,
+            counts,
+            seen,
+            ..
+        } = self;
+        let options = setup.options;
+        let whole = seen.most == 0;
+        layout.top_k = kept_entries(whole, &seen, setup, layout.vocab_size);
+        let values = kind_of_values(whole, &seen, options.values);
+        apply_temperature(whole, values, options.temperature, &mut layout)?;
+        let alignment = self.check.finish();
+        let mut notes = Vec::new();
+        if let Some(alignment) = &alignment {
+            judge_alignment(alignment, options.shift, &mut notes)?;
+        } else {
+            notes.push("too few positions to tell whether the values fit the labels".to_owned());
+        }
+        if counts.targets_without_values > 0 {
+            notes.push(format!(
+                "{} tokens that are marked as targets have no values before them and are no targets in the cache",
+                counts.targets_without_values
+            ));
+        }
+        if !whole && seen.most > layout.top_k {
+            notes.push(format!(
+                "positions have {} to {} entries; {} are kept of each",
+                seen.fewest, seen.most, layout.top_k
+            ));
+        }
+        if values == ValueKind::LogProbabilities && seen.log_mass.0 > MASS_SLACK {
+            notes.push(format!(
+                "probabilities add up to {:.3} at some position: its codec was lossy",
+                seen.log_mass.0.exp()
+            ));
+        }
+        if values == ValueKind::RenormalisedLogProbabilities {
+            notes.push(
+                "the values add up to 1 at every position: they were normalised over the kept tokens, so losses that \
+                 weigh the others cannot run on this cache (`--values logprobs` if they were not)"
+                    .to_owned(),
+            );
+        }
+        Ok(Survey {
+            read: counts.read + bad.len() as u64,
+            sequences: counts.sequences,
+            positions: counts.positions,
+            targets: counts.targets,
+            targets_without_values: counts.targets_without_values,
+            truncated: counts.truncated,
+            skipped: counts.skipped,
+            longest: counts.longest,
+            digest: self.digest.finalize().to_hex().to_string(),
+            origin: Origin {
+                format: format.name().to_owned(),
+                values,
+                temperature: options.temperature,
+                statistics: known_statistics(format, values),
+                positions: known_positions(seen.every_position),
+            },
+            layout,
+            alignment,
+            notes,
+            bad,
+            named,
+        })
+    }
 }
 
 #[derive(Debug, Default)]
@@ -228,6 +347,7 @@ struct Counts {
 
 impl Counts {
     fn add(&mut self, placed: &Placed) {
+        self.read += 1;
         self.sequences += 1;
         self.positions += placed.positions() as u64;
         let targets = placed
@@ -244,49 +364,14 @@ impl Counts {
 }
 
 impl Seen {
-    fn look_at(
-        &mut self,
-        row: &Row,
-        setup: &Setup<'_>,
-        vocab_size: usize,
-        slack: f64,
-    ) -> std::result::Result<(), Problem> {
-        check_row(row, vocab_size)?;
-        if let Some(k) = setup.options.top_k.filter(|k| row.len() < *k) {
-            return Err(Problem::new(
-                format!(
-                    "{} entries with a probability, --top-k asks for {k}",
-                    row.len()
-                ),
-                format!("give --top-k {} or less", row.len()),
-            ));
-        }
-        let mass: f64 = row.iter().map(|(_, value)| f64::from(*value).exp()).sum();
-        let given = setup.options.values;
-        if given != GivenValues::Logits && mass > 1.0 + slack {
-            return Err(Problem::new(
-                format!(
-                    "its probabilities add up to {mass:.3}, so the values are no log-probabilities"
-                ),
-                "if they are logits, say --values logits; losses that need the whole vocabulary's log-sum-exp will be refused",
-            ));
-        }
-        if given == GivenValues::Renormalised && (mass - 1.0).abs() > 1e-2 {
-            return Err(Problem::new(
-                format!(
-                    "its probabilities add up to {mass:.3} and not to 1, so they are not renormalised"
-                ),
-                "leave --values out",
-            ));
-        }
+    fn add(&mut self, entries: usize, mass: f64) {
         self.rows += 1;
-        self.fewest = self.fewest.min(row.len());
-        self.most = self.most.max(row.len());
+        self.fewest = self.fewest.min(entries);
+        self.most = self.most.max(entries);
         self.log_mass = (
             self.log_mass.0.max(mass.ln()),
             self.log_mass.1.min(mass.ln()),
         );
-        Ok(())
     }
 }
 

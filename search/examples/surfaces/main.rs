@@ -3,8 +3,8 @@
 //! `cargo run --release -p caskd-search --example surfaces -- [--seeds N] [--first-run N] [--trials N] [--surfaces 1,2] [--samplers gp,sabo+helpful]
 //! [--timing 100,500]`
 //! prints one JSON object. Simple regret after t trials is the clean value of the configuration with the lowest
-//! noisy observation among the first t, less the least clean value of the surface. Surface 7 is another random
-//! function for every run; settings of the samplers are chosen on it and on S1 to S4, with runs from 100 on.
+//! noisy observation among the first t, less the least clean value of the surface. Surfaces 7 and 8 are another
+//! random function for every run; settings of the samplers are chosen on them and on S1 to S4, with runs from 100 on.
 
 #![allow(
     clippy::print_stdout,
@@ -132,9 +132,12 @@ fn main() {
         for sampler in samplers.split(',') {
             let begun = Instant::now();
             let (runs, recommended): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (first..first + seeds)
-                .map(|run| match &known {
-                    Some(known) => regrets(known, surface, sampler, run, trials),
-                    None => regrets(&tuning::Drawn::new(run), surface, sampler, run, trials),
+                .map(|run| match (&known, surface) {
+                    (Some(known), _) => regrets(known, surface, sampler, run, trials),
+                    (None, BASINS) => {
+                        regrets(&tuning::Drawn::basins(run), surface, sampler, run, trials)
+                    }
+                    (None, _) => regrets(&tuning::Drawn::new(run), surface, sampler, run, trials),
                 })
                 .unzip();
             let seconds = begun.elapsed().as_secs_f64();
@@ -207,6 +210,9 @@ fn config(sampler: &str, seed: u64) -> StudyConfig {
     }
 }
 
+/// Number of the random functions with a wide and a narrow basin.
+const BASINS: usize = 8;
+
 /// Trials after which the study is asked what it recommends.
 const RECOMMENDED_AT: [u64; 2] = [30, 50];
 
@@ -250,7 +256,10 @@ impl Surface for Known {
 }
 
 fn name(surface: usize) -> &'static str {
-    SURFACES.get(surface - 1).unwrap_or(&"random")
+    match surface {
+        BASINS => "basins",
+        _ => SURFACES.get(surface - 1).unwrap_or(&"random"),
+    }
 }
 
 /// Simple regret after each trial of one run, and that of the study's recommendation after some trials.

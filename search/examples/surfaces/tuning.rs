@@ -90,6 +90,66 @@ impl Drawn {
             }
             y
         };
+        let sigma = SPREAD * (0.02 + 0.1 * draw.uniform());
+        Self::scaled(value, sigma)
+    }
+
+    /// A wide basin, a narrow one that is deeper where the names fit, and small effects of single parameters.
+    pub fn basins(run: u64) -> Self {
+        let mut draw = Draw(run * 1_000_003 + 500_000);
+        let single: Vec<Vec<f64>> = (0..7).map(|j| draw.effect(j)).collect();
+        let mut basin = |depth: f64, width: f64, others: f64| {
+            let at: Vec<f64> = (0..ORDERED).map(|_| draw.uniform()).collect();
+            let ignored = draw.below(2);
+            let fits: Vec<Vec<f64>> = (ORDERED..7)
+                .map(|j| {
+                    let best = draw.below(LEVELS[j]);
+                    (0..LEVELS[j])
+                        .map(|l| {
+                            if l == best {
+                                1.0
+                            } else {
+                                others + (1.0 - others) * 0.8 * draw.uniform()
+                            }
+                        })
+                        .collect()
+                })
+                .collect();
+            (depth, width, at, ignored, fits)
+        };
+        let basins = [basin(1.0, 0.35, 0.7), basin(1.6, 0.16, 0.4)];
+        let value = |c: Levels| {
+            let hidden_norm = if c.layers > 0 { c.hidden_norm } else { 0 };
+            let levels = [
+                c.hard,
+                c.soft,
+                c.scaling,
+                c.logits_norm,
+                hidden_norm,
+                c.layers,
+                c.kd_type,
+            ];
+            let mut y: f64 = single.iter().zip(levels).map(|(e, l)| 0.06 * e[l]).sum();
+            for (depth, width, at, ignored, fits) in &basins {
+                let z: f64 = (0..ORDERED)
+                    .filter(|j| j != ignored)
+                    .map(|j| ((place(j, levels[j]) - at[j]) / width).powi(2))
+                    .sum();
+                let fit: f64 = fits
+                    .iter()
+                    .zip(&levels[ORDERED..])
+                    .map(|(f, l)| f[*l])
+                    .product();
+                y -= depth * fit * (-0.5 * z).exp();
+            }
+            y
+        };
+        let sigma = SPREAD * (0.02 + 0.06 * draw.uniform());
+        Self::scaled(value, sigma)
+    }
+
+    /// The function on every point, stretched to the common spread.
+    fn scaled(value: impl Fn(Levels) -> f64, sigma: f64) -> Self {
         let mut values: Vec<f64> = (0..25_920)
             .map(|index| value(Levels::from_index(index)))
             .collect();
@@ -102,7 +162,7 @@ impl Drawn {
         Self {
             values,
             least: sorted[0] * scale,
-            sigma: SPREAD * (0.02 + 0.1 * draw.uniform()),
+            sigma,
         }
     }
 }

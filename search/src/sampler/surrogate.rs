@@ -21,8 +21,6 @@ use crate::view::Why;
 const FIT_OBSERVATIONS: usize = 160;
 /// Evaluations of the likelihood per fit.
 const FIT_EVALUATIONS: usize = 40;
-/// γ: how much the Parzen estimator's ratio of densities weighs beside expected improvement.
-const DENSITY_EXPONENT: f64 = 0.5;
 /// Quasi-random candidates in a space that is not enumerated.
 const CANDIDATES: u64 = 2048;
 /// Rounds of local refinement around the best candidates, and new candidates per round.
@@ -319,14 +317,14 @@ impl<'a> Surrogate<'a> {
     }
 }
 
-/// (l/g)^γ of the Parzen estimator, by which expected improvement is multiplied.
+/// l/g of the Parzen estimator, by which expected improvement is multiplied.
 ///
 /// The densities look at ranks only: they see which levels the good configurations share, whatever steps or cliffs the
-/// metric has elsewhere. With γ < 1 the Gaussian process has the last word.
+/// metric has elsewhere. Its root, its square and no weight at all were tried and are worse (docs/lab-log-search.md).
 fn density_weights(space: &Space, history: &History, candidates: &Columns) -> Vec<f64> {
     log_ratio(space, history, candidates)
         .into_iter()
-        .map(|ratio| (DENSITY_EXPONENT * ratio).exp())
+        .map(f64::exp)
         .collect()
 }
 

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::import::foreign::{Place, Problem};
+use crate::data::Problem;
+use crate::import::foreign::Place;
 use crate::{Error, Result};
 
 type Checked<T> = std::result::Result<T, Problem>;
