@@ -107,17 +107,18 @@ def rivals(logits, rows, seed=0):
     return sums
 
 
-def svg(points, path):
-    """KL against bytes, both logarithmic; one panel for temperature 1 and one for 4."""
+def svg(points, published, path):
+    """KL against bytes, both logarithmic; one panel for temperature 1 and one for 4. Of the published formats (name, bytes)
+    only the bytes are known: dashed lines, where they lie among the others."""
     width, height, margin = 460, 340, 60
     xs = [size for _, size, _ in points]
     low_x, high_x = math.log10(min(xs) / 1.6), math.log10(max(xs) * 1.6)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height + 90}" font-family="sans-serif" font-size="11">',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height + 105}" font-family="sans-serif" font-size="11">',
            '<rect width="100%" height="100%" fill="white"/>']
     colours = {"caskd": "#0b6e4f", "other": "#b3541e"}
     for panel, key in enumerate(("1", "4")):
         ys = [max(kl[key], 1e-6) for _, _, kl in points]
-        low_y, high_y = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+        low_y, high_y = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)) + 0.1)
         left = panel * width
         x = lambda size: left + margin + (math.log10(size) - low_x) / (high_x - low_x) * (width - margin - 20)
         y = lambda kl: 30 + (high_y - math.log10(max(kl, 1e-6))) / max(high_y - low_y, 1) * (height - margin)
@@ -130,15 +131,20 @@ def svg(points, path):
                 out.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="30" y2="{height - 30}" stroke="#eee"/>'
                            f'<text x="{x(tick):.1f}" y="{height - 14}" text-anchor="middle">{tick}</text>')
         out.append(f'<text x="{left + width / 2}" y="{height + 4}" text-anchor="middle">bytes a position</text>')
+        for number, (_, size) in enumerate(published, len(points) + 1):
+            if low_x <= math.log10(size) <= high_x:
+                out.append(f'<line x1="{x(size):.1f}" x2="{x(size):.1f}" y1="30" y2="{height - 30}" stroke="#777" stroke-dasharray="4 3"/>'
+                           f'<text x="{x(size) + 4:.1f}" y="42" fill="#777">{number}</text>')
         line = sorted((size, kl[key]) for name, size, kl in points if name.startswith("caskd compact"))
         out.append('<polyline fill="none" stroke="#0b6e4f" points="' + " ".join(f"{x(s):.1f},{y(k):.1f}" for s, k in line) + '"/>')
         for number, (name, size, kl) in enumerate(points, 1):
             colour = colours["caskd" if name.startswith("caskd") else "other"]
             out.append(f'<circle cx="{x(size):.1f}" cy="{y(kl[key]):.1f}" r="4" fill="{colour}"/>'
                        f'<text x="{x(size) + 6:.1f}" y="{y(kl[key]) - 5:.1f}" fill="{colour}">{number}</text>')
-    for number, (name, size, _) in enumerate(points, 1):
-        column, row = divmod(number - 1, (len(points) + 2) // 3)
-        out.append(f'<text x="{margin + column * 290}" y="{height + 26 + row * 15}">{number}  {name} ({size:.0f} B)</text>')
+    legend = [(name, size) for name, size, _ in points] + published
+    for number, (name, size) in enumerate(legend, 1):
+        column, row = divmod(number - 1, (len(legend) + 2) // 3)
+        out.append(f'<text x="{margin + column * 230}" y="{height + 26 + row * 15}">{number}  {name} ({size:,.0f} B)</text>')
     out.append("</svg>")
     path.write_text("\n".join(out) + "\n")
 
@@ -190,11 +196,12 @@ def main():
     for name, (size, kl) in others.items():
         points.append((name, size, kl))
         line(name, f"{size:.0f}", [f"{kl[key]:.2g}" for key in KEYS], unknown)
-    for name, size in PUBLISHED.items():
-        line(name, f"{size(logits.shape[-1]):,}", ["–"] * len(KEYS), unknown)
+    published = [(name, size(logits.shape[-1])) for name, size in PUBLISHED.items()]
+    for name, size in published:
+        line(name, f"{size:,}", ["–"] * len(KEYS), unknown)
     text = "\n".join(lines) + "\n"
     (arguments.out / "table.md").write_text(text)
-    svg(points, arguments.out / "rate-distortion.svg")
+    svg(points, published, arguments.out / "rate-distortion.svg")
     sys.stdout.write(text)
 
 

@@ -269,6 +269,10 @@ fn measure(
                     .at_temperature_one(&logits, first, count)
                     .narrow(1, 0, common),
                 rebuilt: logits.narrow(1, 0, common),
+                // That of the whole vocabulary.
+                rebuilt_sigma: rebuilt
+                    .sigma(first, count)
+                    .filter(|_| common == of_teacher.size()[0]),
                 projected: projected.narrow(0, first, count),
             };
             for temperature in TEMPERATURES {
@@ -341,6 +345,8 @@ struct Chunk {
     teacher: Tensor,
     student: Tensor,
     rebuilt: Tensor,
+    /// Of the rebuilt ones [N, 1], where the cache knows it.
+    rebuilt_sigma: Option<Tensor>,
     at_one: Tensor,
     /// The student's hidden states [N, P].
     projected: Tensor,
@@ -365,12 +371,16 @@ impl Chunk {
     fn add_dual_scaling(&self, figures: &mut Figures) {
         let sigma = |logits: &Tensor| logits.std_dim([-1_i64].as_slice(), false, true);
         let scaled = |logits: &Tensor| logits / (sigma(logits) * SCALING_VALUE);
+        let of_rebuilt = match &self.rebuilt_sigma {
+            Some(known) => known.shallow_clone(),
+            None => sigma(&self.rebuilt),
+        };
         // dL/d(student's logits) = (q − p) / (σ_s · b): b is the same everywhere.
         let features = &self.projected / sigma(&self.student);
         figures.add(
             &scaled(&self.teacher),
             &scaled(&self.student),
-            &scaled(&self.rebuilt),
+            &(&self.rebuilt / (of_rebuilt * SCALING_VALUE)),
             &features,
         );
     }

@@ -13,6 +13,8 @@ pub(crate) struct Rebuilt {
     overlay: Option<(Tensor, Tensor)>,
     /// log Σ exp at temperature 1 \[N\].
     log_sum_exp: Tensor,
+    /// σ over the vocabulary [N, 1], where it is known better than the rebuilt logits show it: their errors widen them.
+    sigma: Option<Tensor>,
     vocab_size: i64,
 }
 
@@ -63,6 +65,7 @@ impl Rebuilt {
             },
             overlay: Some(top_k(sequences)?),
             log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
+            sigma: Some(statistic(sequences, |statistics| &statistics.std).unsqueeze(1)),
             vocab_size: head.size()[0],
         })
     }
@@ -82,6 +85,7 @@ impl Rebuilt {
             },
             overlay: None,
             log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
+            sigma: None,
             vocab_size: head.size()[0],
         }
     }
@@ -97,6 +101,7 @@ impl Rebuilt {
             form: Form::UniformTail((rest / others).log() + log_sum_exp.unsqueeze(1)),
             overlay: Some((ids, logits)),
             log_sum_exp,
+            sigma: None,
             vocab_size: head.size()[0],
         })
     }
@@ -125,6 +130,11 @@ impl Rebuilt {
             ),
             None => logits,
         }
+    }
+
+    /// σ of some positions' logits over the whole vocabulary [rows, 1], where the cache knows it.
+    pub(crate) fn sigma(&self, first: i64, rows: i64) -> Option<Tensor> {
+        Some(self.sigma.as_ref()?.narrow(0, first, rows))
     }
 
     /// log Σ exp(logit / temperature) outside the top K of some positions' logits [rows, V]: \[rows\].

@@ -5,8 +5,9 @@
 //!
 //! Commands: `scan` (every row, every column), `native` (tokens and statistics only), `copy` (a plain copy of as many
 //! bytes as `scan` hands out), `subset` (5% of the rows, drawn at random), `threads` (two threads, half of the rows
-//! each), `rows` (the small columns of every row). `seconds` is CPU time of the threads that work, `wall` is wall time,
-//! `anonymous` the process's private memory in bytes.
+//! each), `rows` (the small columns of every row). What the machine itself allows: `copy-threads` (the copy by two threads,
+//! half of it each), `count` and `count-threads` (additions that touch no memory, by one thread and by two). `seconds` is
+//! CPU time of the threads that work, `wall` is wall time, `anonymous` the process's private memory in bytes.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -53,15 +54,14 @@ fn main() {
 
 fn serve(folder: &Path) {
     let cache = Cache::open(folder, Io::Mmap).unwrap();
-    let mut out = Vec::new();
-    let mut copies = (Vec::new(), Vec::new());
+    let mut buffers = Buffers::default();
     for command in std::io::stdin().lock().lines() {
         let command = command.unwrap();
         // Again and again for a while: the scheduler's account is a few milliseconds coarse.
         let (started, cpu) = (Instant::now(), thread_seconds());
         let (mut repeats, mut own) = (0.0, (0.0, 0.0));
         let mut answer = loop {
-            let answer = answer(&cache, &command, &mut out, &mut copies);
+            let answer = answer(&cache, &command, &mut buffers);
             repeats += 1.0;
             let number = |name: &str| answer[name].as_f64().unwrap_or_default();
             own = (own.0 + number("seconds"), own.1 + number("wall"));
@@ -82,23 +82,30 @@ fn serve(folder: &Path) {
     }
 }
 
+/// What the commands decode into, again and again: of one thread, or of the first and the second.
+#[derive(Default)]
+struct Buffers {
+    out: [Vec<Sequence>; 2],
+}
+
 /// One command; those that measure themselves say `seconds` and `wall`.
-fn answer(
-    cache: &Cache,
-    command: &str,
-    out: &mut Vec<Sequence>,
-    copies: &mut (Vec<u8>, Vec<u8>),
-) -> Value {
+fn answer(cache: &Cache, command: &str, buffers: &mut Buffers) -> Value {
     let native = Columns {
         statistics: true,
         ..Columns::default()
     };
+    let out = &mut buffers.out[0];
     match command {
         "scan" => scan(cache, &all(cache), 0, 1, out).as_json(),
         "native" => scan(cache, &native, 0, 1, out).as_json(),
         "subset" => subset(cache, out).as_json(),
-        "copy" => copy(cache, out, copies),
-        "threads" => threads(cache),
+        "copy" => copy(cache, 1, out),
+        "copy-threads" => copy(cache, 2, out),
+        "count" => by_threads(&mut [()], |_, ()| count(1)),
+        "count-threads" => by_threads(&mut [(), ()], |_, ()| count(2)),
+        "threads" => by_threads(&mut buffers.out, |part, out| {
+            scan(cache, &all(cache), part, 2, out)
+        }),
         "rows" => json!({ "rows": cache.rows().unwrap().len() }),
         other => json!({ "error": format!("no command {other}") }),
     }
@@ -176,13 +183,15 @@ fn subset(cache: &Cache, out: &mut Vec<Sequence>) -> Counted {
     counted
 }
 
-/// Copies as many bytes as a scan hands out, in pieces of one read, between buffers that are as warm as a reader's.
-fn copy(cache: &Cache, out: &mut Vec<Sequence>, copies: &mut (Vec<u8>, Vec<u8>)) -> Value {
+/// Copies as many bytes as a scan hands out, in pieces of one read, between buffers that are as warm as a reader's, by so
+/// many threads.
+fn copy(cache: &Cache, threads: usize, out: &mut Vec<Sequence>) -> Value {
     let rows: Vec<u32> = (0..ROWS_PER_READ as u32).collect();
     cache.read_into(0, &rows, &all(cache), out).unwrap();
     let mut piece = Counted::default();
     piece.add(out);
-    let total = cache.manifest().data.positions as usize * (piece.bytes / piece.positions);
+    let positions = cache.manifest().data.positions as usize;
+    let share = positions * (piece.bytes / piece.positions) / threads;
     // The source is as large as the cache's files (they come from memory, not from the processor's cache).
     let source_bytes = cache
         .manifest()
@@ -190,37 +199,56 @@ fn copy(cache: &Cache, out: &mut Vec<Sequence>, copies: &mut (Vec<u8>, Vec<u8>))
         .iter()
         .map(|info| info.bytes as usize)
         .sum::<usize>();
-    copies.0.resize(source_bytes.max(piece.bytes), 1);
-    copies.1.resize(piece.bytes, 0);
-    let started = (Instant::now(), thread_seconds());
-    let (mut copied, mut at) = (0, 0);
-    while copied < total {
-        let length = piece.bytes.min(total - copied);
-        if at + length > copies.0.len() {
-            at = 0;
+    // Both go when it is done: the next measurement is of private memory.
+    let source = vec![1_u8; source_bytes.max(piece.bytes)];
+    let mut pieces = vec![vec![1_u8; piece.bytes]; threads];
+    by_threads(&mut pieces, |part, target| {
+        let (mut copied, mut at) = (0, part * (source.len() / threads));
+        while copied < share {
+            let length = piece.bytes.min(share - copied);
+            if at + length > source.len() {
+                at = 0;
+            }
+            target[..length].copy_from_slice(&source[at..at + length]);
+            std::hint::black_box(&mut *target);
+            copied += length;
+            at += length;
         }
-        copies.1[..length].copy_from_slice(&copies.0[at..at + length]);
-        std::hint::black_box(&mut copies.1);
-        copied += length;
-        at += length;
-    }
-    let cpu = thread_seconds() - started.1;
-    let wall = started.0.elapsed().as_secs_f64();
-    // Kept out of the private memory of the measurements to come.
-    *copies = (Vec::new(), Vec::new());
-    json!({ "bytes": copied, "seconds": cpu, "wall": wall })
+        Counted {
+            bytes: copied,
+            ..Counted::default()
+        }
+    })
 }
 
-/// Two threads, half of every shard's rows each: a small cache has one shard.
-fn threads(cache: &Cache) -> Value {
+/// Multiplications in registers, as many as keep one core busy for a while; this thread's share of them.
+fn count(threads: usize) -> Counted {
+    const ROUNDS: usize = 4000;
+    // Eight at a time: one chain would leave most of the core to a neighbour that shares it.
+    let mut sums: [u64; 8] = std::array::from_fn(|lane| lane as u64);
+    for _ in 0..ROUNDS / threads {
+        for _ in 0..10_000 {
+            for sum in &mut sums {
+                *sum = sum.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
+            }
+        }
+        std::hint::black_box(&mut sums);
+    }
+    Counted::default()
+}
+
+/// Work by one thread for each of `own`, which is its memory.
+fn by_threads<T: Send>(own: &mut [T], work: impl Fn(usize, &mut T) -> Counted + Sync) -> Value {
     let started = Instant::now();
     let results: Vec<(Counted, f64)> = std::thread::scope(|scope| {
-        let workers: Vec<_> = [0, 1]
-            .into_iter()
-            .map(|part| {
+        let workers: Vec<_> = own
+            .iter_mut()
+            .enumerate()
+            .map(|(part, own)| {
+                let work = &work;
                 scope.spawn(move || {
                     let cpu = thread_seconds();
-                    let counted = scan(cache, &all(cache), part, 2, &mut Vec::new());
+                    let counted = work(part, own);
                     (counted, thread_seconds() - cpu)
                 })
             })
@@ -230,9 +258,18 @@ fn threads(cache: &Cache) -> Value {
             .map(|worker| worker.join().unwrap())
             .collect()
     });
-    let positions: usize = results.iter().map(|result| result.0.positions).sum();
+    let sum = |of: &dyn Fn(&Counted) -> usize| -> usize {
+        results.iter().map(|(counted, _)| of(counted)).sum()
+    };
+    let counted = Counted {
+        positions: sum(&|counted| counted.positions),
+        bytes: sum(&|counted| counted.bytes),
+    };
     let seconds: f64 = results.iter().map(|result| result.1).sum();
-    json!({ "positions": positions, "seconds": seconds, "wall": started.elapsed().as_secs_f64() })
+    let mut answer = counted.as_json();
+    answer["seconds"] = json!(seconds);
+    answer["wall"] = json!(started.elapsed().as_secs_f64());
+    answer
 }
 
 /// CPU seconds of the calling thread, to a nanosecond: from the scheduler, because a busy machine's clock says little.

@@ -3,7 +3,8 @@
 use half::f16;
 
 use crate::frame::{
-    Codec, Decoder, Encoder, F16_PLANES, Fault, Header, INT8_CHANNEL, damaged, positions_per_blob,
+    Codec, Decoder, Encoder, F16_PLANES, Fault, Favour, Header, INT8_CHANNEL, damaged,
+    positions_per_blob,
 };
 use crate::sequence::HiddenState;
 use crate::spec::{HiddenCodec, LayerSpec};
@@ -136,7 +137,7 @@ pub(crate) fn encode(
                     .iter()
                     .map(|value| f16::from_f32(*value).to_bits())
                     .collect();
-                encoder.fast_planes(&patterns)?;
+                encoder.planes(&patterns, Favour::Speed)?;
             }
         }
         blobs.push(encoder.finish().to_vec());

@@ -6,8 +6,11 @@
 
 use half::f16;
 
-use crate::frame::{Decoder, Encoder, Fault, Header, TOP_K_F16_STEPS, damaged, positions_per_blob};
+use crate::frame::{
+    Decoder, Encoder, Fault, Favour, Header, TOP_K_F16_STEPS, damaged, positions_per_blob,
+};
 use crate::sequence::TopK;
+use crate::spec::{CacheSpec, HiddenCodec};
 use crate::widen::subtract_from;
 
 const INFINITY: u32 = 0x7C00;
@@ -86,11 +89,28 @@ pub(crate) fn is_argmax_first(logits: &[f32], ids: &[u32]) -> bool {
     logits[0].abs() < 1.0 || ids[..largest.count()].is_sorted()
 }
 
+/// What a cache's top-k is written for. Where layers in f16, which are written for speed, outweigh it four times, its few
+/// bytes would take as long to unpack as all of theirs to read.
+pub(crate) fn favour(spec: &CacheSpec) -> Favour {
+    let of_layers: usize = spec
+        .layers
+        .iter()
+        .filter(|layer| layer.codec == HiddenCodec::F16)
+        .map(|layer| layer.width * layer.codec.bytes())
+        .sum();
+    if of_layers >= 4 * bytes_per_position(spec.top_k, spec.vocab_size) {
+        Favour::Speed
+    } else {
+        Favour::Size
+    }
+}
+
 /// The blobs of one checked sequence.
 pub(crate) fn encode(
     encoder: &mut Encoder,
     top_k: &TopK,
     vocab_size: usize,
+    favour: Favour,
 ) -> std::io::Result<Vec<Vec<u8>>> {
     let k = top_k.k;
     let positions = top_k.ids.len() / k;
@@ -102,10 +122,10 @@ pub(crate) fn encode(
         let ids = &top_k.ids[first * k..(first + count) * k];
         encoder.begin(header(k, first, count));
         if k > 1 {
-            encoder.planes(&steps(logits, k))?;
+            encoder.planes(&steps(logits, k), favour)?;
         }
         let low: Vec<u16> = ids.iter().map(|id| *id as u16).collect();
-        encoder.planes(&low)?;
+        encoder.planes(&low, favour)?;
         for bit in 16..16 + high_bits(vocab_size) {
             encoder.section(&bit_plane(ids, bit))?;
         }

@@ -31,13 +31,26 @@ pub struct PruneOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Parts {
-    /// Attention groups and FFN channels.
+    /// FFN channels, and attention heads where none shares its keys and values: what gives the sizes of BayesKD's Table 5.
     #[default]
+    Auto,
+    /// Attention groups and FFN channels.
     All,
     /// Attention groups: a key/value head with its query heads, or a single head where none is shared.
     Heads,
     /// FFN channels.
     Ffn,
+}
+
+impl Parts {
+    /// What it means for layers of this shape.
+    fn of(self, shape: LayerShape) -> Parts {
+        match self {
+            Parts::Auto if shape.heads > shape.kv_heads => Parts::Ffn,
+            Parts::Auto => Parts::All,
+            chosen => chosen,
+        }
+    }
 }
 
 /// What pruning did.
@@ -116,7 +129,13 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
         for &kept in kept_groups.iter().chain(&kept_channels) {
             digest.update(&kept.to_le_bytes());
         }
-        if index == scope.start && !has_heads && options.parts == Parts::All {
+        if index == scope.start && options.parts == Parts::Auto && shape.heads > shape.kv_heads {
+            notes.push(format!(
+                "only FFN channels went: every key/value head serves {} query heads, which would go together; \
+                 --parts all takes a share of these groups too",
+                shape.heads / shape.kv_heads
+            ));
+        } else if index == scope.start && !has_heads && options.parts.of(shape) == Parts::All {
             notes.push(
                 "no head was removed: those of this architecture have fixed places; only FFN channels went".to_owned(),
             );
@@ -175,18 +194,19 @@ fn prune_one(
 ) -> Result<(Vec<i64>, Vec<i64>)> {
     let energies = options.criterion.of(index);
     let heads = block.attention_coupling(shape, head_dim);
+    let parts = options.parts.of(shape);
     let mut kept_groups: Vec<i64> = (0..shape.kv_heads as i64).collect();
-    if let (Some(coupling), Parts::All | Parts::Heads) = (&heads, options.parts) {
+    if let (Some(coupling), Parts::All | Parts::Heads) = (&heads, parts) {
         let importance = importance(&energies, block, coupling, shape.kv_heads)?;
         kept_groups = strongest(&importance, groups_removed(shape, options.ratio));
         cut(block, coupling, &kept_groups, shape.kv_heads);
-    } else if heads.is_none() && options.parts == Parts::Heads {
+    } else if heads.is_none() && parts == Parts::Heads {
         return Err(refuse(
             "the heads of this architecture have fixed places (their position biases), so none can go; prune its FFN channels",
         ));
     }
     let mut kept_channels: Vec<i64> = (0..shape.intermediate_size as i64).collect();
-    if options.parts != Parts::Heads {
+    if parts != Parts::Heads {
         let coupling = block.ffn_coupling();
         let importance = importance(&energies, block, &coupling, shape.intermediate_size)?;
         kept_channels = strongest(&importance, channels_removed(shape, options.ratio));
@@ -342,7 +362,7 @@ mod tests {
         let before = config.num_parameters();
         let mut layers = config.layers().to_vec();
         for shape in &mut layers[default_scope(config.num_layers())] {
-            if parts != Parts::Ffn {
+            if parts.of(*shape) != Parts::Ffn {
                 let per_group = shape.heads / shape.kv_heads;
                 shape.kv_heads -= groups_removed(*shape, 0.25);
                 shape.heads = per_group * shape.kv_heads;
@@ -364,12 +384,12 @@ mod tests {
             intermediate_size,
         };
         let llama_7b = || llama(32, 4096, shape(32, 32, 11008), 32000);
-        let (before, after) = counts(llama_7b(), Parts::All);
+        let (before, after) = counts(llama_7b(), Parts::Auto);
         assert_eq!((before, after), (6_738_415_616, 5_422_977_024));
         assert!((after as f64 / before as f64 - 0.8048).abs() < 5e-5);
 
         let tiny = || llama(22, 2048, shape(32, 4, 5632), 32000);
-        let (before, after) = counts(tiny(), Parts::Ffn);
+        let (before, after) = counts(tiny(), Parts::Auto);
         assert_eq!((before, after), (1_100_048_384, 961_636_352));
         assert!((after as f64 / before as f64 - 0.8735).abs() < 1e-3);
         let (before, after) = counts(tiny(), Parts::All);

@@ -4,8 +4,8 @@
 mod support;
 
 use caskd_models::{
-    ActivationNorms, Criterion, LoadedModel, LoraConfig, PruneOptions, activation_norms, load,
-    prune, save_model,
+    ActivationNorms, Criterion, LoadedModel, LoraConfig, Parts, PruneOptions, activation_norms,
+    load, prune, save_model,
 };
 use support::{f32_on_cpu, ids, max_difference, random, small_config, tiny};
 use tch::{Kind, Tensor};
@@ -101,6 +101,7 @@ fn check_against_zeroed(heads: usize, kv_heads: usize, ratio: f64) {
         &PruneOptions {
             ratio,
             scope: Some(0..2),
+            parts: Parts::All,
             ..PruneOptions::default()
         },
     )
@@ -139,15 +140,21 @@ fn pruned_equals_dense_with_zeroed_parts() {
 
 #[test]
 fn default_scope_keeps_the_outer_layers_and_notes_whole_groups() {
+    let quarter = |parts| PruneOptions {
+        ratio: 0.25,
+        parts,
+        ..Default::default()
+    };
+    let mut shared = model(9, 4, 1);
+    let report = prune(&mut shared, &quarter(Parts::Auto)).unwrap();
+    assert!(report.layers.iter().all(|l| l.heads_after == 4));
+    assert!(
+        matches!(report.notes.as_slice(), [note] if note.contains("serves 4 query heads")),
+        "{:?}",
+        report.notes
+    );
     let mut deep = model(9, 4, 2);
-    let report = prune(
-        &mut deep,
-        &PruneOptions {
-            ratio: 0.25,
-            ..Default::default()
-        },
-    )
-    .unwrap();
+    let report = prune(&mut deep, &quarter(Parts::All)).unwrap();
     let pruned: Vec<usize> = report
         .layers
         .iter()
@@ -162,14 +169,7 @@ fn default_scope_keeps_the_outer_layers_and_notes_whole_groups() {
         report.notes
     );
     let mut shallow = model(4, 4, 4);
-    let report = prune(
-        &mut shallow,
-        &PruneOptions {
-            ratio: 0.25,
-            ..Default::default()
-        },
-    )
-    .unwrap();
+    let report = prune(&mut shallow, &quarter(Parts::Auto)).unwrap();
     assert_eq!(
         report
             .layers
@@ -191,6 +191,7 @@ fn pruned_networks_survive_their_folder_and_train() {
         &PruneOptions {
             ratio: 0.5,
             scope: Some(1..2),
+            parts: Parts::All,
             ..PruneOptions::default()
         },
     )

@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+from gguf import GGUFReader
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +43,15 @@ def main():
     folder, file = os.path.split(args.teacher)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    harness = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=args.batch_size, device="cpu")
+    # The class that transformers make of a GGUF tokenizer puts <bos> first whatever the file says.
+    adds_bos = GGUFReader(args.teacher).get_field("tokenizer.ggml.add_bos_token")
+    harness = HFLM(
+        pretrained=network,
+        tokenizer=tokenizer,
+        batch_size=args.batch_size,
+        device="cpu",
+        add_bos_token=bool(adds_bos and adds_bos.contents()),
+    )
 
     ours = {}
     for line in open(args.items):

@@ -33,7 +33,7 @@ pub(crate) struct PruneArgs {
     #[arg(long, value_name = "FIRST-END")]
     pub(crate) scope: Option<String>,
     /// What structured pruning removes
-    #[arg(long, value_enum, default_value = "all")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub(crate) parts: PartsArg,
     /// structured cuts groups and channels out; unstructured, or N:M like 2:4, sets single weights to zero
     #[arg(
@@ -68,6 +68,8 @@ pub(crate) enum MethodArg {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PartsArg {
+    /// FFN channels, and heads where none shares its keys and values (the sizes of BayesKD's Table 5)
+    Auto,
     /// Attention groups and FFN channels
     All,
     /// Attention groups only

@@ -186,7 +186,7 @@ fn demo(args: &DemoArgs, places: &Places) -> Result<(), Halt> {
                 scope: None,
                 removal: Removal::Structured {
                     ratio: 0.25,
-                    parts: Parts::All,
+                    parts: Parts::Auto,
                 },
                 data: Calibration::Files(vec![places.data("instructions.jsonl")]),
                 tokens: 8192,

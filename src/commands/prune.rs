@@ -102,6 +102,7 @@ fn request(args: &PruneArgs) -> Result<Request, Failure> {
         ))
     };
     let parts = match args.parts {
+        PartsArg::Auto => Parts::Auto,
         PartsArg::All => Parts::All,
         PartsArg::Heads => Parts::Heads,
         PartsArg::Ffn => Parts::Ffn,
@@ -118,7 +119,7 @@ fn request(args: &PruneArgs) -> Result<Request, Failure> {
                 "--sparsity structured, unstructured or N:M, for instance 2:4",
             )
         })?;
-        if parts != Parts::All {
+        if parts != Parts::Auto {
             return Err(Failure::user(
                 "--parts chooses what structured pruning removes, and masks take every projection",
                 "leave out --parts, or --sparsity",

@@ -36,12 +36,21 @@ pub(crate) struct Batch {
     pub(crate) hidden: Vec<(u32, Tensor)>,
     /// The levels of the compact tier's code [P, R] f32.
     pub(crate) coefficients: Option<Tensor>,
-    /// Mean of the teacher's logits over the vocabulary, at the target positions \[N\].
-    pub(crate) mean: Option<Tensor>,
+    /// What the compact tier's code needs of the statistics, at the target positions.
+    pub(crate) moments: Option<Moments>,
     /// log Σ exp of the teacher's logits at the target positions \[N\].
     pub(crate) log_sum_exp: Option<Tensor>,
     /// The teacher's largest logits at the target positions.
     pub(crate) top_k: Option<TopKRows>,
+}
+
+/// Statistics of the teacher's logits over the vocabulary at N positions, each [N, 1].
+#[derive(Debug)]
+pub(crate) struct Moments {
+    pub(crate) mean: Tensor,
+    /// The population's.
+    pub(crate) std: Tensor,
+    pub(crate) min: Tensor,
 }
 
 /// What a cache adds to the `source` of a sequence whose response the student wrote (a record's `response_by`).
@@ -94,17 +103,23 @@ impl Batch {
             .statistics
             .then(|| statistic_rows(sequences, |statistics| &statistics.log_sum_exp))
             .flatten();
-        let mean = columns
-            .coefficients
-            .then(|| statistic_rows(sequences, |statistics| &statistics.mean))
-            .flatten();
+        let moments = columns.coefficients.then(|| {
+            let rows = |column: fn(&Statistics) -> &Vec<f32>| {
+                Some(statistic_rows(sequences, column)?.unsqueeze(1))
+            };
+            Some(Moments {
+                mean: rows(|statistics| &statistics.mean)?,
+                std: rows(|statistics| &statistics.std)?,
+                min: rows(|statistics| &statistics.min)?,
+            })
+        });
         Ok(Batch {
             top_k: log_sum_exp
                 .as_ref()
                 .filter(|_| columns.top_k)
                 .and_then(|rows| top_k_rows(sequences, rows)),
             log_sum_exp,
-            mean,
+            moments: moments.flatten(),
             coefficients: columns
                 .coefficients
                 .then(|| coefficient_rows(sequences))
@@ -166,7 +181,11 @@ impl Batch {
                 .map(|(layer, rows)| (*layer, to(rows)))
                 .collect(),
             coefficients: self.coefficients.as_ref().map(to),
-            mean: self.mean.as_ref().map(to),
+            moments: self.moments.as_ref().map(|of| Moments {
+                mean: to(&of.mean),
+                std: to(&of.std),
+                min: to(&of.min),
+            }),
             log_sum_exp: self.log_sum_exp.as_ref().map(to),
             top_k: self.top_k.as_ref().map(|top_k| TopKRows {
                 ids: to(&top_k.ids),

@@ -97,6 +97,7 @@ fn on_logits(loss: &LogitKind, norm: Normalization, inputs: &Inputs<'_>) -> Resu
         of.value(&LogitRows {
             student: &student,
             teacher: Some(&teacher),
+            teacher_sigma: None,
             top_k: None,
             labels: &labels.index_select(0, index),
             keys: index,
@@ -139,7 +140,8 @@ fn sample_sigma(rows: &Rows, kept: &Tensor, norm: Normalization) -> (Tensor, Sam
         let chunk = rows_per_chunk(logits.size()[1]);
         let moments: Vec<Tensor> = chunks(kept.size()[0], chunk)
             .map(|(first, count)| {
-                moments(&norm.apply(&logits.index_select(0, &kept.narrow(0, first, count))))
+                let some = logits.index_select(0, &kept.narrow(0, first, count));
+                moments(&norm.apply(&some), None)
             })
             .collect();
         sigma_of_samples(&Tensor::cat(&moments, 0), &of, samples).to_kind(logits.kind())

@@ -61,6 +61,8 @@ pub(crate) struct TeacherParts<'a> {
     pub(crate) bias: Option<&'a [f32]>,
     /// \[N\].
     pub(crate) mean: Option<&'a [f32]>,
+    /// Their σ \[N\], where it is known better than they show it.
+    pub(crate) sigma: Option<&'a [f32]>,
     /// At temperature 1 the other logits are shifted so that the exact log-sum-exp holds.
     pub(crate) exact: Option<TopEntries<'a>>,
     /// Mass outside the exact entries that the shift does not go below.
@@ -159,6 +161,7 @@ struct RowKnown<'a> {
     top_k: Option<RowEntries<'a>>,
     bias: Option<&'a [f32]>,
     mean: f32,
+    sigma: Option<f32>,
     exact: Option<RowEntries<'a>>,
     smallest_mass: f64,
 }
@@ -182,6 +185,7 @@ impl<'a> RowKnown<'a> {
             top_k: known.top_k.map(entries),
             bias: known.teacher.bias,
             mean: known.teacher.mean.map_or(0.0, |mean| mean[row]),
+            sigma: known.teacher.sigma.map(|sigma| sigma[row]),
             exact: known.teacher.exact.map(entries),
             smallest_mass: known.teacher.smallest_mass,
         }
@@ -277,7 +281,12 @@ fn row_portable(
     let vocabulary = s.len();
     g.fill(0.0);
     let of_student = Spread::of(s, losses);
-    let of_teacher = Spread::of(&t[..vocabulary.min(t.len())], losses);
+    let of_teacher = match known.sigma {
+        Some(sigma) => Spread {
+            sigma: f64::from(sigma),
+        },
+        None => Spread::of(&t[..vocabulary.min(t.len())], losses),
+    };
 
     // Teacher logits that hold at temperature 1 alone come last: they take the others' place.
     let at_one = |loss: &HandLoss| {

@@ -4,13 +4,15 @@
 //! For the exact tier the coefficients are the last hidden states and the weight is the LM head W. For the compact
 //! tier they are the levels of the transform code, the weight is Wc·S (Wc the head less the mean of its rows, S the
 //! synthesis of the basis), and the bias Wc·μ less the tail's shift; the cached mean of the logits is added to each row, the top K replace
-//! what was rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds.
+//! what was rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds. Losses
+//! that divide by the logits' own spread take the cached one.
 
 use caskd_formats::{Basis, Cache, Columns, Head, HeadDtype};
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::head::{chunks, rows_per_chunk};
+use crate::losses::KnownSpread;
 use crate::matmul::times_transposed;
 use crate::row_kernel::{TeacherParts, TopEntries};
 use crate::unchecked::read;
@@ -18,6 +20,9 @@ use crate::{Error, Result};
 
 /// Mass outside the top K that a shift to the exact log-sum-exp does not go below.
 const SMALLEST_MASS: f64 = 1e-6;
+
+/// Half of the step that the compact tier's `std` is rounded to.
+const SMALLEST_SIGMA: f64 = 1.0 / 128.0;
 
 /// What turns cached coefficients into logits.
 #[derive(Debug)]
@@ -53,6 +58,8 @@ pub(crate) struct TeacherRows {
 struct ExactRows {
     /// [N, 1].
     mean: Tensor,
+    /// The errors of rebuilt logits widen their spread, at every position alike.
+    spread: KnownSpread,
     /// [N, 1].
     log_sum_exp: Tensor,
     /// [N, K] i64.
@@ -109,6 +116,16 @@ impl LinearCode {
         }
     }
 
+    /// A code of given weights [V, R] and bias \[V\] on the levels of the compact tier.
+    #[cfg(test)]
+    pub(crate) fn for_test_of_levels(weight: &Tensor, bias: &Tensor) -> LinearCode {
+        LinearCode {
+            bias: Some(bias.shallow_clone()),
+            source: Source::Levels,
+            ..LinearCode::for_test(weight, 0)
+        }
+    }
+
     /// What the code reads of a batch.
     ///
     /// # Panics
@@ -123,10 +140,16 @@ impl LinearCode {
             Source::Levels => {
                 let read = "the columns of the compact tier are read together";
                 let top_k = batch.top_k.as_ref().expect(read);
+                let moments = batch.moments.as_ref().expect(read);
                 TeacherRows {
                     coefficients: at_targets(batch.coefficients.as_ref().expect(read)),
                     exact: Some(ExactRows {
-                        mean: batch.mean.as_ref().expect(read).unsqueeze(1),
+                        mean: moments.mean.shallow_clone(),
+                        spread: KnownSpread {
+                            // Below half of its last digit it may be 0.
+                            sigma: moments.std.clamp_min(SMALLEST_SIGMA),
+                            min: moments.min.shallow_clone(),
+                        },
                         log_sum_exp: top_k.log_sum_exp.unsqueeze(1),
                         ids: top_k.ids.shallow_clone(),
                         logits: top_k.logits.shallow_clone(),
@@ -163,6 +186,14 @@ impl LinearCode {
             .narrow(1, 0, self.vocabulary)
     }
 
+    /// The spread of the logits as the cache knows it; `None` where they are exact, or where the student lacks some of the
+    /// vocabulary that it was measured over.
+    pub(crate) fn known_spread<'a>(&self, rows: &'a TeacherRows) -> Option<&'a KnownSpread> {
+        let is_whole = self.weight.size()[0] == self.vocabulary;
+        let exact = rows.exact.as_ref().filter(|_| is_whole)?;
+        Some(&exact.spread)
+    }
+
     /// Whether temperature 1 has logits of its own.
     pub(crate) fn differs_at_one(&self) -> bool {
         matches!(self.source, Source::Levels)
@@ -188,6 +219,10 @@ impl LinearCode {
         Some(TeacherParts {
             bias,
             mean: Some(read(&exact.mean)?),
+            sigma: match self.known_spread(rows) {
+                Some(spread) => Some(read(&spread.sigma)?),
+                None => None,
+            },
             exact: Some(TopEntries {
                 k: exact.ids.size()[1] as usize,
                 ids: read(&exact.ids)?,
@@ -242,6 +277,7 @@ impl TeacherRows {
             coefficients: narrow(&self.coefficients),
             exact: self.exact.as_ref().map(|exact| ExactRows {
                 mean: narrow(&exact.mean),
+                spread: exact.spread.narrow(first, count),
                 log_sum_exp: narrow(&exact.log_sum_exp),
                 ids: narrow(&exact.ids),
                 logits: narrow(&exact.logits),

@@ -331,7 +331,7 @@ fn columns(
     if let Some(top_k) = &sequence.top_k {
         columns.push(blobs(&match basis {
             Some(basis) => ranked::encode(encoder, basis, top_k),
-            None => topk::encode(encoder, top_k, spec.vocab_size)?,
+            None => topk::encode(encoder, top_k, spec.vocab_size, topk::favour(spec))?,
         })?);
     }
     if let (Some(basis), Some(found)) = (basis, &sequence.coefficients) {

@@ -71,7 +71,7 @@ impl LogitLoss for Dkd {
         let labels = rows.labels.where_self(&rows.labels.ge(0), &first);
         let mask = one_hot(&labels, student);
         let (of_teacher, of_student, squared) = if self.normalized {
-            let of_teacher = unbiased_sigma(teacher) * self.t_norm;
+            let of_teacher = rows.unbiased_sigma_of_teacher() * self.t_norm;
             let squared = of_teacher.squeeze_dim(-1).square();
             let of_student = unbiased_sigma(student) * self.t_norm;
             (teacher / of_teacher, student / of_student, squared)

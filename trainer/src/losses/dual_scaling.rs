@@ -96,7 +96,7 @@ impl LogitLoss for DualScaling {
                 } else {
                     student.shallow_clone()
                 };
-                (population_sigma(teacher), population_sigma(&of))
+                (rows.sigma_of_teacher(), population_sigma(&of))
             }
             Sigma::Sample => {
                 let sigma = rows.sigma_of_sample();

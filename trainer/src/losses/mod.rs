@@ -34,6 +34,8 @@ mod uld;
 
 use std::cell::Cell;
 
+pub(crate) use normalization::population_sigma;
+use normalization::unbiased;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -54,6 +56,7 @@ pub use multi_level::MultiLevel;
 pub use nkd::Nkd;
 pub use norm_kd::{LogitStandardization, NormKd};
 pub(crate) use normalization::EPSILON;
+pub(crate) use normalization::KnownSpread;
 pub use normalization::Normalization;
 pub use random_sampling_kd::RandomSamplingKd;
 pub use reverse_kl::ReverseKl;
@@ -130,6 +133,8 @@ pub struct LogitRows<'a> {
     pub student: &'a Tensor,
     /// Logits of the teacher [N, V], when a loss asked for them.
     pub teacher: Option<&'a Tensor>,
+    /// Their population σ over the vocabulary [N, 1], where it is known better than they show it.
+    pub teacher_sigma: Option<&'a Tensor>,
     /// The teacher's largest logits, when a loss asked for them.
     pub top_k: Option<&'a TopKRows>,
     /// The tokens that follow \[N\] i64; negative where there is none.
@@ -263,6 +268,25 @@ impl LogitRows<'_> {
     pub(crate) fn written_by_student(&self) -> &Tensor {
         self.of_student
             .expect("a loss that tells responses apart is only run where they are told apart")
+    }
+
+    /// Population σ of the teacher's logits over the vocabulary [N, 1].
+    ///
+    /// # Panics
+    /// When there are no logits: [`LogitLoss::requirement`] promises them.
+    pub(crate) fn sigma_of_teacher(&self) -> Tensor {
+        match self.teacher_sigma {
+            Some(sigma) => sigma.shallow_clone(),
+            None => population_sigma(self.full_teacher()),
+        }
+    }
+
+    /// The same with V − 1 in the denominator.
+    ///
+    /// # Panics
+    /// As [`LogitRows::sigma_of_teacher`].
+    pub(crate) fn unbiased_sigma_of_teacher(&self) -> Tensor {
+        self.sigma_of_teacher() * unbiased(self.full_teacher().size()[1])
     }
 
     /// σ of each row's sample.

@@ -64,7 +64,7 @@ impl LogitLoss for NormKd {
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         let (teacher, student) = (rows.full_teacher(), rows.student);
-        let of_teacher = unbiased_sigma(teacher) * self.t_norm;
+        let of_teacher = rows.unbiased_sigma_of_teacher() * self.t_norm;
         let of_student = unbiased_sigma(student) * self.t_norm;
         divergence(&(teacher / &of_teacher), &(student / of_student))
             * of_teacher.squeeze_dim(-1).square()
@@ -86,13 +86,13 @@ impl LogitLoss for LogitStandardization {
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         const EPSILON: f64 = 1e-7;
-        let standardized = |x: &Tensor| {
+        let standardized = |x: &Tensor, sigma: Tensor| {
             let centred = x - x.mean_dim([-1].as_slice(), true, None::<Kind>);
-            centred / ((unbiased_sigma(x) + EPSILON) * self.temperature)
+            centred / ((sigma + EPSILON) * self.temperature)
         };
         let value = divergence(
-            &standardized(rows.full_teacher()),
-            &standardized(rows.student),
+            &standardized(rows.full_teacher(), rows.unbiased_sigma_of_teacher()),
+            &standardized(rows.student, unbiased_sigma(rows.student)),
         );
         super::kl::scaled_back(value, self.temperature, self.temperature_squared)
     }

@@ -67,6 +67,7 @@ impl Inputs {
         term.loss.value(&LogitRows {
             student: &norm.apply(student),
             teacher: Some(&teacher).filter(|_| !term.sparse),
+            teacher_sigma: None,
             top_k: Some(&top_k),
             labels: &Tensor::from_slice(&labels),
             keys: &Tensor::arange(ROWS as i64, (Kind::Int64, tch::Device::Cpu)),
@@ -506,6 +507,7 @@ fn a_row_without_a_label_takes_the_teachers_first_token_in_dkd() {
     let got = Dkd::default().value(&LogitRows {
         student: &student,
         teacher: Some(&teacher),
+        teacher_sigma: None,
         top_k: None,
         labels: &Tensor::full([ROWS as i64], -100, (Kind::Int64, tch::Device::Cpu)),
         keys: &Tensor::zeros([ROWS as i64], (Kind::Int64, tch::Device::Cpu)),
@@ -677,6 +679,7 @@ fn missing_teacher_logits_are_counted() {
     let rows = LogitRows {
         student: &student,
         teacher: None,
+        teacher_sigma: None,
         top_k: Some(&top_k),
         labels: &Tensor::from_slice(&[0i64, 0]),
         keys: &Tensor::from_slice(&[0i64, 1]),
@@ -703,6 +706,7 @@ fn random_sampling_is_a_function_of_seed_and_row_and_unbiased() {
         let value = loss.value(&LogitRows {
             student: &student,
             teacher: Some(&teacher),
+            teacher_sigma: None,
             top_k: None,
             labels: &Tensor::from_slice(keys),
             keys: &Tensor::from_slice(keys),
@@ -765,6 +769,7 @@ fn constant_logits_are_no_trouble() {
             let value = kind.loss().value(&LogitRows {
                 student: &norm.apply(&student),
                 teacher: Some(&norm.apply(&flat)),
+                teacher_sigma: None,
                 top_k: None,
                 labels: &Tensor::from_slice(&[0i64, 1]),
                 keys: &Tensor::from_slice(&[0i64, 1]),
@@ -893,4 +898,30 @@ fn patient_kd_is_twice_the_cosine_loss() {
         .sum(Kind::Double);
     let gradient = Tensor::run_backward(&[value], &[&zero], false, false).swap_remove(0);
     assert!(values(&gradient).iter().all(|value| value.is_finite()));
+}
+
+/// Of the spread that logits show, a known one says the same; of another, σ follows.
+#[test]
+fn a_known_spread_normalises_as_logits_of_that_spread() {
+    let inputs = Inputs::new(21);
+    let logits = tensor(&inputs.teacher);
+    for norm in Normalization::ALL {
+        let known = |factor: f64| KnownSpread {
+            sigma: population_sigma(&logits) * factor,
+            min: logits.amin([-1], true),
+        };
+        let (same, sigma) = known(1.0).normalize(norm, &logits);
+        let own = norm.apply(&logits);
+        let error = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+        assert!(error(&same, &own) < 1e-12, "{norm:?}");
+        assert!(error(&sigma, &population_sigma(&own)) < 1e-12, "{norm:?}");
+        let (other, sigma) = known(2.0).normalize(norm, &logits);
+        let (times, of_sigma) = match norm {
+            Normalization::None | Normalization::MaxMin => (1.0, 2.0),
+            Normalization::Standardize => (0.5, 1.0),
+        };
+        assert!(error(&other, &(&own * times)) < 1e-5, "{norm:?}");
+        let expected = population_sigma(&own) * of_sigma;
+        assert!(error(&sigma, &expected) < 1e-5, "{norm:?}");
+    }
 }
