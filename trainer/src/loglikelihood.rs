@@ -1,7 +1,7 @@
 //! Log-likelihoods of continuations, many requests in one forward pass.
 //!
-//! Requests that follow each other with the same context share it: the context's tokens run once,
-//! each continuation attends to them and to itself. Several such trees lie side by side in one pass,
+//! Requests that follow each other share what their contexts begin with: those tokens run once, the rest of each context
+//! attends to them and to itself, each continuation to its context and itself. Several such trees lie side by side in one pass,
 //! so nothing is padded, and only the positions that predict a continuation reach the head.
 
 use caskd_models::LoadedModel;
@@ -31,21 +31,75 @@ pub struct Loglikelihood {
     pub greedy: bool,
 }
 
-/// Requests of one context: its tokens once, then each continuation but for its last token.
+/// Requests whose contexts begin alike: what they share once, then what each context adds, then each continuation but
+/// for its last token.
 struct Tree<'a> {
+    /// At least one token.
+    root: &'a [u32],
+    stems: Vec<Stem<'a>>,
+}
+
+/// Requests of one context.
+struct Stem<'a> {
+    /// The whole context; begins with the root.
     context: &'a [u32],
     /// Index of the request and its continuation.
     continuations: Vec<(usize, &'a [u32])>,
 }
 
-impl Tree<'_> {
+impl<'a> Tree<'a> {
+    fn new(context: &'a [u32], request: usize, continuation: &'a [u32]) -> Tree<'a> {
+        Tree {
+            root: context,
+            stems: vec![Stem {
+                context,
+                continuations: vec![(request, continuation)],
+            }],
+        }
+    }
+
     fn tokens(&self) -> usize {
-        let continuations: usize = self
-            .continuations
+        let stems: usize = self
+            .stems
             .iter()
-            .map(|(_, tokens)| tokens.len() - 1)
+            .map(|stem| {
+                let continuations = stem.continuations.iter();
+                stem.context.len() - self.root.len()
+                    + continuations
+                        .map(|(_, tokens)| tokens.len() - 1)
+                        .sum::<usize>()
+            })
             .sum();
-        self.context.len() + continuations
+        self.root.len() + stems
+    }
+
+    /// Takes a request whose context is that of the last one, or shares at least half of its tokens with those here,
+    /// where that saves tokens and they fit in a pass. False: not taken.
+    fn take(&mut self, context: &'a [u32], request: usize, continuation: &'a [u32]) -> bool {
+        if let Some(last) = self.stems.last_mut()
+            && last.context == context
+        {
+            last.continuations.push((request, continuation));
+            return true;
+        }
+        let shared = self.root.iter().zip(context).take_while(|(a, b)| a == b);
+        let shared = shared.count();
+        if shared == 0 || 2 * shared < context.len() {
+            return false;
+        }
+        let alone = context.len() + continuation.len() - 1;
+        // What the root loses stands in every stem so far.
+        let copied = (self.stems.len() - 1) * (self.root.len() - shared);
+        let together = self.tokens() + copied + alone - shared;
+        if copied >= shared || together > PACKED_TOKENS {
+            return false;
+        }
+        self.root = &context[..shared];
+        self.stems.push(Stem {
+            context,
+            continuations: vec![(request, continuation)],
+        });
+        true
     }
 }
 
@@ -77,12 +131,9 @@ pub fn loglikelihoods(
         // The last token of the continuation is predicted but never read.
         let room = (max_len + 1).saturating_sub(continuation.len()).max(1);
         let context = &context[context.len().saturating_sub(room)..];
-        match trees.last_mut() {
-            Some(tree) if tree.context == context => tree.continuations.push((index, continuation)),
-            _ => trees.push(Tree {
-                context,
-                continuations: vec![(index, continuation)],
-            }),
+        let taken = trees.last_mut();
+        if !taken.is_some_and(|tree| tree.take(context, index, continuation)) {
+            trees.push(Tree::new(context, index, continuation));
         }
     }
     trees.sort_by_key(|tree| std::cmp::Reverse(tree.tokens()));
@@ -107,7 +158,8 @@ pub fn loglikelihoods(
         rest = after;
         done += pass
             .iter()
-            .map(|tree| tree.continuations.len())
+            .flat_map(|tree| &tree.stems)
+            .map(|stem| stem.continuations.len())
             .sum::<usize>();
         progress(done as u64, requests.len() as u64);
     }
@@ -147,9 +199,9 @@ fn check(index: usize, request: &Request, max_len: usize, vocabulary: usize) -> 
 struct Packed {
     ids: Vec<i64>,
     positions: Vec<f32>,
-    /// For each token the ranges of tokens that it attends to: of the context, and of its own branch.
-    sees: Vec<[std::ops::Range<usize>; 2]>,
-    /// Tokens whose logits are needed, ascending.
+    /// For each token the ranges of tokens that it attends to: of the root, of its stem, and of its own branch.
+    sees: Vec<[std::ops::Range<usize>; 3]>,
+    /// Tokens whose logits are needed.
     rows: Vec<i64>,
     /// (index into `rows`, token that follows, request), by request.
     targets: Vec<(usize, i64, usize)>,
@@ -160,22 +212,35 @@ impl Packed {
         let mut packed = Packed::default();
         for tree in trees {
             let root = packed.ids.len();
-            let end = root + tree.context.len();
-            for (i, &token) in tree.context.iter().enumerate() {
-                packed.push(token, i, [root..root, root..root + i + 1]);
+            let root_end = root + tree.root.len();
+            for (i, &token) in tree.root.iter().enumerate() {
+                packed.push(token, i, [root..root + i + 1, 0..0, 0..0]);
             }
-            packed.rows.push(end as i64 - 1);
-            let fork = packed.rows.len() - 1;
-            for &(request, continuation) in &tree.continuations {
-                let branch = packed.ids.len();
-                let mut row = fork;
-                for (i, &token) in continuation.iter().enumerate() {
-                    packed.targets.push((row, i64::from(token), request));
-                    if i + 1 < continuation.len() {
-                        packed.rows.push((branch + i) as i64);
-                        row = packed.rows.len() - 1;
-                        let seen = [root..end, branch..branch + i + 1];
-                        packed.push(token, tree.context.len() + i, seen);
+            for Stem {
+                context,
+                continuations,
+            } in &tree.stems
+            {
+                let stem = packed.ids.len();
+                for (i, &token) in context.iter().enumerate().skip(tree.root.len()) {
+                    let seen = stem..packed.ids.len() + 1;
+                    packed.push(token, i, [root..root_end, seen, 0..0]);
+                }
+                let stem = stem..packed.ids.len();
+                let last = if stem.is_empty() { root_end } else { stem.end };
+                packed.rows.push(last as i64 - 1);
+                let fork = packed.rows.len() - 1;
+                for &(request, continuation) in continuations {
+                    let branch = packed.ids.len();
+                    let mut row = fork;
+                    for (i, &token) in continuation.iter().enumerate() {
+                        packed.targets.push((row, i64::from(token), request));
+                        if i + 1 < continuation.len() {
+                            packed.rows.push((branch + i) as i64);
+                            row = packed.rows.len() - 1;
+                            let seen = [root..root_end, stem.clone(), branch..branch + i + 1];
+                            packed.push(token, context.len() + i, seen);
+                        }
                     }
                 }
             }
@@ -183,7 +248,7 @@ impl Packed {
         packed
     }
 
-    fn push(&mut self, token: u32, position: usize, sees: [std::ops::Range<usize>; 2]) {
+    fn push(&mut self, token: u32, position: usize, sees: [std::ops::Range<usize>; 3]) {
         self.ids.push(i64::from(token));
         self.positions.push(position as f32);
         self.sees.push(sees);
@@ -291,16 +356,36 @@ mod tests {
     #[test]
     fn continuations_share_their_context() {
         let (context, left, right) = (tokens(&[5, 6]), tokens(&[7, 8]), tokens(&[9]));
-        let tree = Tree {
-            context: &context,
-            continuations: vec![(0, &left), (1, &right)],
-        };
+        let mut tree = Tree::new(&context, 0, &left);
+        assert!(tree.take(&context, 1, &right));
         assert_eq!(tree.tokens(), 3);
         let packed = Packed::of(&[tree]);
         assert_eq!(packed.ids, [5, 6, 7]);
         assert_eq!(packed.positions, [0.0, 1.0, 2.0]);
-        assert_eq!(packed.sees[2], [0..2, 2..3]);
+        assert_eq!(packed.sees[2], [0..2, 2..2, 2..3]);
         assert_eq!(packed.rows, [1, 2]);
         assert_eq!(packed.targets, [(0, 7, 0), (1, 8, 0), (0, 9, 1)]);
+    }
+
+    /// Contexts that begin alike: the beginning stands once, each rest sees it and itself, and each continuation its own
+    /// context. One that shares less than half of its tokens stays apart.
+    #[test]
+    fn contexts_share_their_beginning() {
+        let contexts = [tokens(&[1, 2, 3, 4]), tokens(&[1, 2, 5]), tokens(&[1, 2])];
+        let end = tokens(&[8, 9]);
+        let mut tree = Tree::new(&contexts[0], 0, &end);
+        assert!(tree.take(&contexts[1], 1, &end));
+        assert!(tree.take(&contexts[2], 2, &end));
+        assert!(!tree.take(&[1, 6, 7], 3, &end));
+        let packed = Packed::of(&[tree]);
+        assert_eq!(packed.ids, [1, 2, 3, 4, 8, 5, 8, 8]);
+        assert_eq!(packed.positions, [0.0, 1.0, 2.0, 3.0, 4.0, 2.0, 3.0, 2.0]);
+        assert_eq!(packed.sees[3], [0..2, 2..4, 0..0]);
+        assert_eq!(packed.sees[4], [0..2, 2..4, 4..5]);
+        assert_eq!(packed.sees[6], [0..2, 5..6, 6..7]);
+        assert_eq!(packed.sees[7], [0..2, 7..7, 7..8]);
+        assert_eq!(packed.rows, [3, 4, 5, 6, 1, 7]);
+        let request_1 = packed.targets.iter().filter(|target| target.2 == 1);
+        assert_eq!(request_1.collect::<Vec<_>>(), [&(2, 8, 1), &(3, 9, 1)]);
     }
 }
