@@ -32,7 +32,7 @@ fn a_teacher_and_a_student_by_name() {
             .output()
             .unwrap()
     };
-    let build = |teacher: &str| {
+    let build = |teacher: &str, out: &str| {
         run(&[
             "build",
             "--teacher",
@@ -40,11 +40,11 @@ fn a_teacher_and_a_student_by_name() {
             "--data",
             "data.jsonl",
             "--out",
-            "cache",
+            out,
             "--json",
         ])
     };
-    let built = build("caskd/tiny");
+    let built = build("caskd/tiny", "cache");
     assert!(built.status.success(), "{}", stderr(&built));
     let manifest = std::fs::read_to_string(bench.path("cache/manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
@@ -60,7 +60,7 @@ fn a_teacher_and_a_student_by_name() {
     ]);
     assert!(pruned.status.success(), "{}", stderr(&pruned));
 
-    let unknown = build("caskd/other");
+    let unknown = build("caskd/other", "other");
     let text = stderr(&unknown);
     assert_eq!(unknown.status.code(), Some(2), "{text}");
     assert!(text.contains("`caskd/other` is no path here"), "{text}");
