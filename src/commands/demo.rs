@@ -2,7 +2,8 @@
 //!
 //! Every stage leaves a small report in `stages/`, which is how a stopped demo goes on.
 
-use std::fmt::Write as _;
+mod report;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -15,6 +16,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
+use report::{DemoReport, as_text, table_rows};
+
 use super::build::{BATCH_TOKENS, DEFAULT_RATE, build_with_progress};
 use super::eval::score_cache;
 use super::prune::{Calibration, Removal, Request, prune_to};
@@ -24,7 +27,7 @@ use super::{print_json, print_text, write_file};
 use crate::cli::DemoArgs;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::Distillation;
-use crate::terminal::{duration, say};
+use crate::terminal::say;
 
 const FILES: [(&str, &str); 3] = [
     (
@@ -103,29 +106,6 @@ struct Scores {
     response_perplexity: f64,
     kl: f64,
     tokens_per_second: f64,
-    seconds: f64,
-}
-
-/// A line of the table.
-#[derive(Debug, Clone, Serialize)]
-struct Row {
-    model: &'static str,
-    /// On `heldout.txt`.
-    perplexity: f64,
-    /// On the responses of `heldout.jsonl`.
-    response_perplexity: f64,
-    /// Mean KL(teacher ‖ model) in nats over the held-out responses.
-    kl: f64,
-    tokens_per_second: f64,
-    seconds: f64,
-    artefact: PathBuf,
-}
-
-#[derive(Serialize)]
-struct DemoReport<'a> {
-    rows: &'a [Row],
-    teacher_seconds: f64,
-    online_teacher_seconds: f64,
     seconds: f64,
 }
 
@@ -577,133 +557,4 @@ fn teacher_scores(places: &Places) -> Result<[f64; 2], Halt> {
         )?)?)
     };
     Ok([of("heldout-text")?, of("heldout-responses")?])
-}
-
-fn table_rows(
-    places: &Places,
-    args: &DemoArgs,
-    account: &TeacherAccount,
-    teacher: &[f64; 2],
-    scores: &[Scores],
-    trained: [&Trained; 4],
-    search_seconds: [f64; 2],
-) -> Result<Vec<Row>, Failure> {
-    let scored = |model, scores: &Scores, tokens_per_second, seconds, artefact| Row {
-        model,
-        perplexity: scores.text_perplexity,
-        response_perplexity: scores.response_perplexity,
-        kl: scores.kl,
-        tokens_per_second,
-        seconds,
-        artefact,
-    };
-    let [dense, sparse, lora, kd, random, sabo] = scores else {
-        return Err(Failure::ours("six models were to be evaluated"));
-    };
-    Ok(vec![
-        Row {
-            model: "teacher",
-            perplexity: teacher[0],
-            response_perplexity: teacher[1],
-            kl: 0.0,
-            tokens_per_second: account.tokens_per_second,
-            seconds: account.seconds,
-            artefact: places.join("cache"),
-        },
-        scored(
-            "dense",
-            dense,
-            dense.tokens_per_second,
-            dense.seconds,
-            teacher_path(args)?,
-        ),
-        scored(
-            "sparse (without LoRA)",
-            sparse,
-            sparse.tokens_per_second,
-            sparse.seconds,
-            places.join("student"),
-        ),
-        scored(
-            "sparse (with LoRA)",
-            lora,
-            trained[0].tokens_per_second,
-            trained[0].seconds,
-            places.join("lora"),
-        ),
-        scored(
-            "standard KD",
-            kd,
-            trained[1].tokens_per_second,
-            trained[1].seconds,
-            places.join("kd"),
-        ),
-        scored(
-            "BayesKD (random)",
-            random,
-            trained[2].tokens_per_second,
-            trained[2].seconds + search_seconds[0],
-            places.join("bayeskd-random"),
-        ),
-        scored(
-            "BayesKD (SABO)",
-            sabo,
-            trained[3].tokens_per_second,
-            trained[3].seconds + search_seconds[1],
-            places.join("bayeskd-sabo"),
-        ),
-    ])
-}
-
-fn as_text(
-    report: &DemoReport<'_>,
-    searches: &[(&str, &Searched)],
-    account: &TeacherAccount,
-    places: &Places,
-) -> String {
-    let mut text = String::new();
-    let _ = writeln!(
-        text,
-        "\n{:<22} {:>10} {:>10} {:>8} {:>9} {:>8}  artefact",
-        "model", "ppl text", "ppl resp.", "KL", "tokens/s", "time"
-    );
-    for row in report.rows {
-        let _ = writeln!(
-            text,
-            "{:<22} {:>10.2} {:>10.2} {:>8.4} {:>9.0} {:>8}  {}",
-            row.model,
-            row.perplexity,
-            row.response_perplexity,
-            row.kl,
-            row.tokens_per_second,
-            duration(row.seconds),
-            row.artefact.display()
-        );
-    }
-    let _ = writeln!(
-        text,
-        "\nppl text: held-out prose; ppl resp. and KL to the teacher (nats): held-out responses. tokens/s and time: the teacher's \
-         pass, the evaluation of dense and sparse, the training of the others (with its search for BayesKD). The dense model is the \
-         student before pruning; here it has the teacher's weights."
-    );
-    for (name, searched) in searches {
-        let _ = writeln!(text, "best of {name}: {}", searched.settings);
-    }
-    let _ = writeln!(
-        text,
-        "\nThe teacher ran once, for {} ({} positions), and was never loaded again. With the teacher in the loop (online KD) the same \
-         runs and trials would have spent {} in it, at the same {:.0} tokens/s: {:.1} times as much.",
-        duration(report.teacher_seconds),
-        account.positions,
-        duration(report.online_teacher_seconds),
-        account.tokens_per_second,
-        report.online_teacher_seconds / report.teacher_seconds.max(1e-9),
-    );
-    let _ = write!(
-        text,
-        "Everything lies in `{}`; the whole demo took {}.",
-        places.out.display(),
-        duration(report.seconds)
-    );
-    text
 }

@@ -10,6 +10,21 @@ use caskd_search::{
 
 use super::{Bowl, bowl, config, run, suggestions};
 
+/// The folder of a study over Table 2 that ran without a stop.
+fn uninterrupted(config: &StudyConfig) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut objective = Bowl::new();
+    run(
+        folder.path(),
+        &Space::table2(),
+        config,
+        &mut objective,
+        false,
+    )
+    .unwrap();
+    folder
+}
+
 struct Breaks(Bowl);
 
 impl Objective for Breaks {
@@ -46,15 +61,7 @@ fn interrupted_equals_uninterrupted() {
         SamplerKind::Tpe,
     ] {
         let config = config(sampler, 16);
-        let whole = tempfile::tempdir().unwrap();
-        run(
-            whole.path(),
-            &Space::table2(),
-            &config,
-            &mut Bowl::new(),
-            false,
-        )
-        .unwrap();
+        let whole = uninterrupted(&config);
 
         let pieces = tempfile::tempdir().unwrap();
         let mut objective = Bowl::new();
@@ -94,15 +101,7 @@ fn interrupted_equals_uninterrupted() {
 #[test]
 fn stopped_and_broken_trials_are_given_back() {
     let config = config(SamplerKind::Gp, 14);
-    let whole = tempfile::tempdir().unwrap();
-    run(
-        whole.path(),
-        &Space::table2(),
-        &config,
-        &mut Bowl::new(),
-        false,
-    )
-    .unwrap();
+    let whole = uninterrupted(&config);
 
     let dir = tempfile::tempdir().unwrap();
     let mut objective = Bowl::new();

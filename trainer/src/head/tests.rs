@@ -48,21 +48,24 @@ fn sequence(rng: &mut SeededRng, positions: usize) -> Sequence {
     }
 }
 
-/// The fused head's sums and gradient, whatever the chunk, are those of autograd through one
-/// product over all positions.
-#[test]
-fn chunks_add_up_to_unchunked_autograd() {
-    let mut rng = SeededRng::new(2);
-    let sequences: Vec<Sequence> = [5, 9, 3]
-        .map(|positions| sequence(&mut rng, positions))
-        .into();
+/// Sequences of 5, 9 and 3 positions.
+fn batch_of_three(rng: &mut SeededRng) -> Batch {
+    let sequences = [5, 9, 3].map(|positions| sequence(rng, positions));
     let columns = Columns {
         statistics: true,
         top_k: true,
         layers: vec![2],
         coefficients: false,
     };
-    let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
+    Batch::collate(&sequences, &columns, VOCABULARY).unwrap()
+}
+
+/// The fused head's sums and gradient, whatever the chunk, are those of autograd through one
+/// product over all positions.
+#[test]
+fn chunks_add_up_to_unchunked_autograd() {
+    let mut rng = SeededRng::new(2);
+    let batch = batch_of_three(&mut rng);
     let rows = batch.num_targets() as i64;
     assert_eq!((batch.num_positions(), rows), (17, 3 + 7 + 1));
     let hidden = random(&mut rng, &[rows, WIDTH as i64]);
@@ -183,16 +186,7 @@ fn chunks_add_up_to_unchunked_autograd() {
 #[test]
 fn the_row_kernel_agrees_with_autograd() {
     let mut rng = SeededRng::new(7);
-    let sequences: Vec<Sequence> = [5, 9, 3]
-        .map(|positions| sequence(&mut rng, positions))
-        .into();
-    let columns = Columns {
-        statistics: true,
-        top_k: true,
-        layers: vec![2],
-        coefficients: false,
-    };
-    let batch = Batch::collate(&sequences, &columns, VOCABULARY).unwrap();
+    let batch = batch_of_three(&mut rng);
     let rows = batch.num_targets() as i64;
     let hidden = random(&mut rng, &[rows, WIDTH as i64]);
     let student_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
