@@ -213,7 +213,7 @@ def measure(program, folder, arguments):
     columns = len(sequences[0])
     del sequences
     decoder = Decoder(program, cache)
-    commands = ["scan", "threads", "copy", "copy-threads", "count", "count-threads", "native", "subset"]
+    commands = ["scan", "one-thread", "threads", "copy", "copy-threads", "count", "count-threads", "native", "subset"]
     times = {name: [] for name in commands}
     times |= {name: [] for name in ["nested", "nested f16", "mds", "mds f16", "streaming", "streaming f16"]}
     walls = {name: [] for name in commands}
@@ -242,7 +242,7 @@ def measure(program, folder, arguments):
     median = {name: statistics.median(values) for name, values in times.items() if values}
     # One after the other in each round, so that a neighbour who comes and goes slows both down.
     wall = {name: statistics.median(one / two for one, two in zip(walls[name], walls[two_threads]))
-            for name, two_threads in [("scan", "threads"), ("copy", "copy-threads"), ("count", "count-threads")]}
+            for name, two_threads in [("one-thread", "threads"), ("copy", "copy-threads"), ("count", "count-threads")]}
     positions = arguments.positions
     share = answers["subset"]["positions"] / positions
     results = {
@@ -262,8 +262,8 @@ def measure(program, folder, arguments):
            for name, note in [("streaming", ""), ("streaming f16", ", layer left in f16")] if name in median},
         "decode : copy of the bytes handed out": median["copy"] / median["scan"],
         "5% subset : its share of a scan": median["subset"] / (median["scan"] * share),
-        "two threads : one, by CPU time": 2 * median["scan"] / median["threads"],
-        "two threads : one, by wall time": wall["scan"],
+        "two threads : one, by CPU time": 2 * median["one-thread"] / median["threads"],
+        "two threads : one, by wall time": wall["one-thread"],
         "two threads : one, a plain copy, by wall time": wall["copy"],
         "two threads : one, registers only, by wall time": wall["count"],
         "private memory, MiB": private_memory(program, cache),

@@ -4,10 +4,11 @@
 //!     decode_speed serve FOLDER              answers commands on stdin, a JSON line each
 //!
 //! Commands: `scan` (every row, every column), `native` (tokens and statistics only), `copy` (a plain copy of as many
-//! bytes as `scan` hands out), `subset` (5% of the rows, drawn at random), `threads` (two threads, half of the rows
-//! each), `rows` (the small columns of every row). What the machine itself allows: `copy-threads` (the copy by two threads,
-//! half of it each), `count` and `count-threads` (additions that touch no memory, by one thread and by two). `seconds` is
-//! CPU time of the threads that work, `wall` is wall time, `anonymous` the process's private memory in bytes.
+//! bytes as `scan` hands out), `subset` (5% of the rows, drawn at random), `threads` (two threads that share the rows),
+//! `one-thread` (the same by one thread that is as new), `rows` (the small columns of every row). What the machine itself
+//! allows: `copy-threads` (the copy by two threads, half of it each), `count` and `count-threads` (additions that touch no
+//! memory, by one thread and by two). `seconds` is CPU time of the threads that work, `wall` is wall time, `anonymous` the
+//! process's private memory in bytes.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -16,6 +17,7 @@
 
 use std::io::BufRead;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use caskd_formats::{
@@ -31,6 +33,10 @@ const ROWS_PER_SHARD: usize = 256;
 
 /// A command is repeated until so much time has gone by.
 const LEAST_SECONDS: f64 = 0.4;
+
+/// Passes over the data where threads are compared: a new thread begins beside its parent, and many milliseconds may go by before the
+/// scheduler gives it a core of its own.
+const PASSES: usize = 32;
 
 /// Rows of one read, as a batch of the trainer.
 const ROWS_PER_READ: usize = 16;
@@ -96,16 +102,15 @@ fn answer(cache: &Cache, command: &str, buffers: &mut Buffers) -> Value {
     };
     let out = &mut buffers.out[0];
     match command {
-        "scan" => scan(cache, &all(cache), 0, 1, out).as_json(),
-        "native" => scan(cache, &native, 0, 1, out).as_json(),
+        "scan" => scan(cache, &all(cache), out).as_json(),
+        "native" => scan(cache, &native, out).as_json(),
         "subset" => subset(cache, out).as_json(),
         "copy" => copy(cache, 1, out),
         "copy-threads" => copy(cache, 2, out),
         "count" => by_threads(&mut [()], |_, ()| count(1)),
         "count-threads" => by_threads(&mut [(), ()], |_, ()| count(2)),
-        "threads" => by_threads(&mut buffers.out, |part, out| {
-            scan(cache, &all(cache), part, 2, out)
-        }),
+        "one-thread" => shared_scan(cache, &mut buffers.out[..1]),
+        "threads" => shared_scan(cache, &mut buffers.out),
         "rows" => json!({ "rows": cache.rows().unwrap().len() }),
         other => json!({ "error": format!("no command {other}") }),
     }
@@ -145,24 +150,42 @@ impl Counted {
     }
 }
 
-/// The rows of one of so many equal parts of every shard.
-fn scan(
-    cache: &Cache,
-    columns: &Columns,
-    part: usize,
-    parts: usize,
-    out: &mut Vec<Sequence>,
-) -> Counted {
+/// Every row, as the reads of a trainer: shard and rows.
+fn reads(cache: &Cache) -> Vec<(u32, Vec<u32>)> {
+    let shards = cache.manifest().shards.iter().enumerate();
+    shards
+        .flat_map(|(shard, info)| {
+            let rows: Vec<u32> = (0..info.sequences as u32).collect();
+            let reads = rows.chunks(ROWS_PER_READ).map(<[u32]>::to_vec);
+            reads.map(|rows| (shard as u32, rows)).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn scan(cache: &Cache, columns: &Columns, out: &mut Vec<Sequence>) -> Counted {
     let mut counted = Counted::default();
-    for (shard, info) in cache.manifest().shards.iter().enumerate() {
-        let bound = |part: usize| (info.sequences as usize * part / parts) as u32;
-        let rows: Vec<u32> = (bound(part)..bound(part + 1)).collect();
-        for rows in rows.chunks(ROWS_PER_READ) {
-            cache.read_into(shard as u32, rows, columns, out).unwrap();
-            counted.add(out);
-        }
+    for (shard, rows) in reads(cache) {
+        cache.read_into(shard, &rows, columns, out).unwrap();
+        counted.add(out);
     }
     counted
+}
+
+/// Every row [`PASSES`] times, by a thread for each of `buffers`; each takes the next read when it is done with one.
+fn shared_scan(cache: &Cache, buffers: &mut [Vec<Sequence>]) -> Value {
+    let (reads, columns, next) = (reads(cache), all(cache), AtomicUsize::new(0));
+    by_threads(buffers, |_, out| {
+        let mut counted = Counted::default();
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= reads.len() * PASSES {
+                return counted;
+            }
+            let (shard, rows) = &reads[number % reads.len()];
+            cache.read_into(*shard, rows, &columns, out).unwrap();
+            counted.add(out);
+        }
+    })
 }
 
 /// Every twentieth row on average, other rows in every shard.
@@ -204,8 +227,8 @@ fn copy(cache: &Cache, threads: usize, out: &mut Vec<Sequence>) -> Value {
     let mut pieces = vec![vec![1_u8; piece.bytes]; threads];
     by_threads(&mut pieces, |part, target| {
         let (mut copied, mut at) = (0, part * (source.len() / threads));
-        while copied < share {
-            let length = piece.bytes.min(share - copied);
+        while copied < share * PASSES {
+            let length = piece.bytes.min(share * PASSES - copied);
             if at + length > source.len() {
                 at = 0;
             }
@@ -223,7 +246,7 @@ fn copy(cache: &Cache, threads: usize, out: &mut Vec<Sequence>) -> Value {
 
 /// Multiplications in registers, as many as keep one core busy for a while; this thread's share of them.
 fn count(threads: usize) -> Counted {
-    const ROUNDS: usize = 4000;
+    const ROUNDS: usize = 200 * PASSES;
     // Eight at a time: one chain would leave most of the core to a neighbour that shares it.
     let mut sums: [u64; 8] = std::array::from_fn(|lane| lane as u64);
     for _ in 0..ROUNDS / threads {
@@ -237,7 +260,8 @@ fn count(threads: usize) -> Counted {
     Counted::default()
 }
 
-/// Work by one thread for each of `own`, which is its memory.
+/// [`PASSES`] passes of work by one thread for each of `own`, which is its memory; what is counted and measured is of one
+/// pass.
 fn by_threads<T: Send>(own: &mut [T], work: impl Fn(usize, &mut T) -> Counted + Sync) -> Value {
     let started = Instant::now();
     let results: Vec<(Counted, f64)> = std::thread::scope(|scope| {
@@ -249,7 +273,7 @@ fn by_threads<T: Send>(own: &mut [T], work: impl Fn(usize, &mut T) -> Counted + 
                 scope.spawn(move || {
                     let cpu = thread_seconds();
                     let counted = work(part, own);
-                    (counted, thread_seconds() - cpu)
+                    (counted, (thread_seconds() - cpu) / PASSES as f64)
                 })
             })
             .collect();
@@ -259,7 +283,11 @@ fn by_threads<T: Send>(own: &mut [T], work: impl Fn(usize, &mut T) -> Counted + 
             .collect()
     });
     let sum = |of: &dyn Fn(&Counted) -> usize| -> usize {
-        results.iter().map(|(counted, _)| of(counted)).sum()
+        results
+            .iter()
+            .map(|(counted, _)| of(counted))
+            .sum::<usize>()
+            / PASSES
     };
     let counted = Counted {
         positions: sum(&|counted| counted.positions),
@@ -268,7 +296,7 @@ fn by_threads<T: Send>(own: &mut [T], work: impl Fn(usize, &mut T) -> Counted + 
     let seconds: f64 = results.iter().map(|result| result.1).sum();
     let mut answer = counted.as_json();
     answer["seconds"] = json!(seconds);
-    answer["wall"] = json!(started.elapsed().as_secs_f64());
+    answer["wall"] = json!(started.elapsed().as_secs_f64() / PASSES as f64);
     answer
 }
 

@@ -48,6 +48,8 @@ pub(crate) struct Workspace {
     pages: Vec<OpenPage>,
     decoder: Decoder,
     statistics: Statistics,
+    /// What a call asked for fewer rows left over: their buffers serve a later call.
+    spare: Vec<Sequence>,
 }
 
 impl Workspace {
@@ -59,7 +61,16 @@ impl Workspace {
             pages: Vec::new(),
             decoder,
             statistics: Statistics::default(),
+            spare: Vec::new(),
         })
+    }
+
+    /// Makes `out` so many sequences long, without giving buffers away.
+    fn resize(&mut self, out: &mut Vec<Sequence>, rows: usize) {
+        if out.len() > rows {
+            self.spare.extend(out.drain(rows..));
+        }
+        out.resize_with(rows, || self.spare.pop().unwrap_or_default());
     }
 
     #[cfg(test)]
@@ -150,7 +161,7 @@ impl Shard {
         }
         let wanted = self.wanted(columns)?;
         workspace.begin(self.footer.columns.len());
-        out.resize_with(rows.len(), Sequence::default);
+        workspace.resize(out, rows.len());
         let mut before: Option<usize> = None;
         let mut read = |place: usize| {
             match before.replace(place) {

@@ -37,7 +37,7 @@ pub(super) const COEFFICIENTS: &str = "coefficients";
 pub(super) const METADATA_KEY: &str = "caskd";
 
 /// Pages of native lists: small enough that one row costs little, large enough for many short rows.
-const NATIVE_PAGE: usize = 16 << 10;
+const NATIVE_PAGE: usize = 4 << 10;
 
 /// Column name of a layer's hidden state.
 pub(crate) fn hidden_column(layer: u32) -> String {
