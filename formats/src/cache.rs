@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::error::{Error, Result};
 use crate::frame::Compared;
 use crate::head::Head;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, ShardInfo};
 use crate::sequence::{Sequence, TokenDigest};
 use crate::shard::{Shard, Workspace};
 use crate::spec::{CacheSpec, Tier};
@@ -111,7 +111,7 @@ impl Cache {
         Cache::checked(Store::local(dir), io)
     }
 
-    /// The same in any storage.
+    /// The same in any storage: [`crate::Spread`] where shards lie in other folders.
     pub fn open_in(storage: Arc<dyn Storage>, io: Io) -> Result<Cache> {
         Cache::checked(Store::new(storage), io)
     }
@@ -119,21 +119,7 @@ impl Cache {
     fn checked(store: Store, io: Io) -> Result<Cache> {
         let manifest = Manifest::load(&store)?;
         for (file, expected) in files(&manifest) {
-            match store.length(file)? {
-                Some(found) if found == expected => {}
-                Some(found) => {
-                    return Err(Error::WrongLength {
-                        file: file.to_owned(),
-                        found,
-                        expected,
-                    });
-                }
-                None => {
-                    return Err(Error::Missing {
-                        file: file.to_owned(),
-                    });
-                }
-            }
+            store.check(file, expected)?;
         }
         Ok(Cache::new(store, io, Compared::Page, manifest))
     }
@@ -167,6 +153,11 @@ impl Cache {
         self.store.root()
     }
 
+    /// What messages call a file.
+    pub(crate) fn called(&self, name: &str) -> String {
+        self.store.called(name)
+    }
+
     /// Every sequence in cache order, from the small native columns.
     pub fn rows(&self) -> Result<Vec<RowInfo>> {
         let mut rows = Vec::new();
@@ -187,7 +178,7 @@ impl Cache {
                 "its rows have {positions} positions, the manifest says {}",
                 info.positions
             );
-            return Err(Error::damaged(&info.file, message));
+            return Err(Error::damaged(&self.store.called(&info.file), message));
         }
         let rows = keys.into_iter().enumerate().map(|(row, key)| RowInfo {
             shard: index as u32,
@@ -287,10 +278,14 @@ impl Cache {
         }
         // Two threads may both open it; one result is dropped, which costs less than to wait for each other.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
+        let called = ShardInfo {
+            file: self.store.called(&info.file),
+            ..info.clone()
+        };
         let shard = Arc::new(Shard::open(
             &self.spec,
             index,
-            info,
+            &called,
             &source,
             self.basis()?,
         )?);
