@@ -369,12 +369,16 @@ class Cache:
         if head is None:
             raise CacheError("a sparse cache has no head")
         if self.basis is None:
-            return sequence["hidden"][self.manifest["teacher"]["num_layers"]] @ head.T
-        hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
+            hidden, tail_shift = sequence["hidden"][self.manifest["teacher"]["num_layers"]], 0
+        else:
+            hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
+            tail_shift = self.basis.tail_shift
         logits = hidden @ head.T
         shift = sequence["statistics"]["mean"] - logits.mean(axis=1, dtype=np.float64)
-        logits += shift.astype(np.float32)[:, None] - self.basis.tail_shift
-        np.put_along_axis(logits, sequence["top_k"]["ids"].astype(np.int64), sequence["top_k"]["logits"], axis=1)
+        logits += shift.astype(np.float32)[:, None] - tail_shift
+        if "top_k" in sequence:
+            top_k = sequence["top_k"]
+            np.put_along_axis(logits, top_k["ids"].astype(np.int64), top_k["logits"], axis=1)
         return logits
 
 

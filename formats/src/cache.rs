@@ -50,8 +50,10 @@ impl Columns {
                 layers: Vec::new(),
             }),
             Tier::Exact => Some(Columns {
+                statistics: true,
+                top_k: manifest.top_k > 0,
                 layers: vec![manifest.teacher.num_layers],
-                ..Columns::default()
+                coefficients: false,
             }),
         }
     }
@@ -238,16 +240,8 @@ impl Cache {
     /// # Errors
     /// [`Error::InvalidRequest`] where the sequence lacks a column, as those of a sparse cache do.
     pub fn rebuild_logits(&self, head: &Head, sequence: &Sequence) -> Result<Vec<f32>> {
-        if let Some(basis) = self.basis()? {
-            return crate::logits::rebuild_compact(head, &basis, sequence);
-        }
         let last = self.manifest.teacher.num_layers;
-        match sequence.hidden.iter().find(|state| state.layer == last) {
-            Some(state) => crate::logits::rebuild(head, &state.values, state.width),
-            None => Err(Error::InvalidRequest(format!(
-                "logits come from layer {last}, which the sequence does not have"
-            ))),
-        }
+        crate::logits::rebuild(head, self.basis()?.as_deref(), last, sequence)
     }
 
     /// The basis of a compact cache, its digest checked; `None` in the other tiers.
