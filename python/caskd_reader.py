@@ -6,7 +6,7 @@
         sequence["token_ids"], sequence["top_k"]["logits"], sequence["hidden"][30]
     logits = cache.rebuild_logits(sequence)          # exact and compact tier: float32 [T, V]
 
-    python caskd_reader.py CACHE [--limit N]         # one JSON line per sequence
+    python caskd_reader.py CACHE [--limit N] [--shards DIR]    # one JSON line per sequence
 
 Digests need blake3 and xxhash, which are not required here: where they can be imported, checksums are compared.
 """
@@ -334,9 +334,10 @@ def check_row(cell, sequence):
 
 
 class Cache:
-    """An open cache."""
+    """An open cache; shards that it lacks are looked for by their names in the folders `shards`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, shards=()):
+        self.shards = [pathlib.Path(folder) / "shards", *map(pathlib.Path, shards)]
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         if self.manifest["format_version"] != FORMAT_VERSION:
@@ -348,7 +349,11 @@ class Cache:
     def sequences(self):
         """Every sequence in cache order."""
         for shard in self.manifest["shards"]:
-            yield from read_shard(self.folder / shard["file"], self.basis)
+            places = [place / pathlib.PurePosixPath(shard["file"]).name for place in self.shards]
+            found = next((place for place in places if place.exists()), None)
+            if found is None:
+                raise CacheError(f"{shard['file']} is in none of {', '.join(map(str, self.shards))}")
+            yield from read_shard(found, self.basis)
 
     def head(self):
         """The LM head, float32 [V, D]; None where the cache has none."""
@@ -364,12 +369,16 @@ class Cache:
         if head is None:
             raise CacheError("a sparse cache has no head")
         if self.basis is None:
-            return sequence["hidden"][self.manifest["teacher"]["num_layers"]] @ head.T
-        hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
+            hidden, tail_shift = sequence["hidden"][self.manifest["teacher"]["num_layers"]], 0
+        else:
+            hidden = sequence["coefficients"].astype(np.float32) @ self.basis.synthesis.T + self.basis.mean
+            tail_shift = self.basis.tail_shift
         logits = hidden @ head.T
         shift = sequence["statistics"]["mean"] - logits.mean(axis=1, dtype=np.float64)
-        logits += shift.astype(np.float32)[:, None] - self.basis.tail_shift
-        np.put_along_axis(logits, sequence["top_k"]["ids"].astype(np.int64), sequence["top_k"]["logits"], axis=1)
+        logits += shift.astype(np.float32)[:, None] - tail_shift
+        if "top_k" in sequence:
+            top_k = sequence["top_k"]
+            np.put_along_axis(logits, top_k["ids"].astype(np.int64), top_k["logits"], axis=1)
         return logits
 
 
@@ -377,8 +386,9 @@ def main():
     parser = argparse.ArgumentParser(description="print a caskd cache, one JSON line per sequence")
     parser.add_argument("cache")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--shards", action="append", default=[], metavar="DIR")
     arguments = parser.parse_args()
-    for number, sequence in enumerate(Cache(arguments.cache).sequences()):
+    for number, sequence in enumerate(Cache(arguments.cache, arguments.shards).sequences()):
         if arguments.limit is not None and number >= arguments.limit:
             break
         line = {

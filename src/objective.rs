@@ -15,7 +15,7 @@ use caskd_trainer::{
 };
 
 use crate::commands::eval::EVAL_TOKENS;
-use crate::commands::{parse_device, write_file};
+use crate::commands::{open_cache, parse_device, write_file};
 use crate::exit::Failure;
 use crate::terminal::stopped;
 
@@ -93,7 +93,7 @@ impl DistillationObjective {
 
 impl Opened {
     fn new(plan: &Distillation) -> Result<Self, Failure> {
-        let cache = Arc::new(Cache::open(&plan.cache, plan.base.io())?);
+        let cache = Arc::new(open_cache(&plan.cache, &plan.base.shards, plan.base.io())?);
         let validation = validation_rows(&cache.rows()?, plan.validation);
         if validation.is_empty() {
             return Err(Failure::user(

@@ -226,7 +226,7 @@ fn pruned_name(of: &str) -> String {
 pub(crate) fn columns(spec: &CacheSpec) -> Columns {
     Columns {
         statistics: true,
-        top_k: spec.tier != Tier::Exact,
+        top_k: spec.top_k > 0,
         coefficients: spec.tier == Tier::Compact,
         layers: match spec.tier {
             Tier::Exact => vec![spec.teacher.num_layers],

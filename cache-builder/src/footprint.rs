@@ -257,14 +257,15 @@ impl HostParts {
             + self.width * self.width * 8 * FIT_MATRICES
     }
 
-    /// Logits of some positions of three kinds with what is made of them, gradients by temperature, the basis times the head.
+    /// Logits of some positions of three kinds with what is made of them, gradients by temperature.
     fn comparing(&self, tier: Tier) -> u64 {
-        let basis = if tier == Tier::Compact {
-            self.vocab * self.width * 4
-        } else {
+        // The head centred, or times the basis.
+        let centred = if tier == Tier::Sparse {
             0
+        } else {
+            self.vocab * self.width * 4
         };
-        self.wide_head + basis + fidelity::bytes(self.vocab)
+        self.wide_head + centred + fidelity::bytes(self.vocab)
     }
 }
 

@@ -14,10 +14,10 @@ const HEAD_ROWS: i64 = 16_384;
 pub(crate) struct Rebuilt {
     form: Form,
     /// Exact top-k logits over them: ids i64 [N, K], logits f32 [N, K].
-    overlay: Option<(Tensor, Tensor)>,
+    overlay: (Tensor, Tensor),
     /// log Σ exp at temperature 1 \[N\].
     log_sum_exp: Tensor,
-    /// σ over the vocabulary [N, 1], where it is known better than the rebuilt logits show it: their errors widen them.
+    /// σ over the vocabulary [N, 1], where rebuilt logits do not show it: their errors widen them.
     sigma: Option<Tensor>,
     vocab_size: i64,
 }
@@ -28,7 +28,8 @@ enum Form {
     Linear {
         coefficients: Tensor,
         weight: Tensor,
-        offset: Option<(Tensor, Tensor)>,
+        bias: Option<Tensor>,
+        mean: Tensor,
     },
     /// The mass that the top K leave, spread evenly: one logit for all others [N, 1].
     UniformTail(Tensor),
@@ -44,7 +45,7 @@ impl Rebuilt {
     ) -> Result<Rebuilt> {
         match (spec.tier, basis) {
             (Tier::Compact, Some(basis)) => Rebuilt::compact(basis, head, sequences),
-            (Tier::Exact, _) => Ok(Rebuilt::exact(spec, head, sequences)),
+            (Tier::Exact, _) => Rebuilt::exact(spec, head, sequences),
             _ => Rebuilt::sparse(spec, head, sequences),
         }
     }
@@ -73,37 +74,58 @@ impl Rebuilt {
             .filter_map(|sequence| sequence.coefficients.as_ref())
             .flat_map(|found| found.levels.iter().map(|level| f32::from(*level)))
             .collect();
-        let mean = statistic(sequences, |statistics| &statistics.mean);
-        Ok(Rebuilt {
-            form: Form::Linear {
-                coefficients: Tensor::from_slice(&levels).view([-1, rank]),
-                weight,
-                offset: Some((bias, mean.unsqueeze(1))),
-            },
-            overlay: Some(top_k(sequences)?),
-            log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
-            sigma: Some(statistic(sequences, |statistics| &statistics.std).unsqueeze(1)),
-            vocab_size,
-        })
+        let coefficients = Tensor::from_slice(&levels).view([-1, rank]);
+        let overlay = top_k(sequences)?;
+        Ok(Rebuilt::linear(
+            coefficients,
+            weight,
+            Some(bias),
+            overlay,
+            sequences,
+        ))
     }
 
-    fn exact(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Rebuilt {
+    fn exact(spec: &CacheSpec, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
         let values: Vec<f32> = sequences
             .iter()
             .flat_map(|sequence| &sequence.hidden)
             .filter(|state| state.layer == spec.teacher.num_layers)
             .flat_map(|state| state.values.iter().copied())
             .collect();
+        let hidden = Tensor::from_slice(&values).view([-1, head.size()[1]]);
+        let overlay = if spec.top_k > 0 {
+            top_k(sequences)?
+        } else {
+            let none = hidden.narrow(1, 0, 0);
+            (none.to_kind(Kind::Int64), none)
+        };
+        Ok(Rebuilt::linear(
+            hidden,
+            centred(head),
+            None,
+            overlay,
+            sequences,
+        ))
+    }
+
+    fn linear(
+        coefficients: Tensor,
+        weight: Tensor,
+        bias: Option<Tensor>,
+        overlay: (Tensor, Tensor),
+        sequences: &[Sequence],
+    ) -> Rebuilt {
         Rebuilt {
+            vocab_size: weight.size()[0],
             form: Form::Linear {
-                coefficients: Tensor::from_slice(&values).view([-1, head.size()[1]]),
-                weight: head.shallow_clone(),
-                offset: None,
+                coefficients,
+                weight,
+                bias,
+                mean: statistic(sequences, |statistics| &statistics.mean).unsqueeze(1),
             },
-            overlay: None,
+            overlay,
             log_sum_exp: statistic(sequences, |statistics| &statistics.log_sum_exp),
-            sigma: None,
-            vocab_size: head.size()[0],
+            sigma: Some(statistic(sequences, |statistics| &statistics.std).unsqueeze(1)),
         }
     }
 
@@ -116,7 +138,7 @@ impl Rebuilt {
         let others = (spec.vocab_size - spec.top_k).max(1) as f64;
         Ok(Rebuilt {
             form: Form::UniformTail((rest / others).log() + log_sum_exp.unsqueeze(1)),
-            overlay: Some((ids, logits)),
+            overlay: (ids, logits),
             log_sum_exp,
             sigma: None,
             vocab_size: head.size()[0],
@@ -129,24 +151,25 @@ impl Rebuilt {
             Form::Linear {
                 coefficients,
                 weight,
-                offset,
+                bias,
+                mean,
             } => {
                 let product = linear(&coefficients.narrow(0, first, rows), weight, None);
-                match offset {
-                    Some((bias, mean)) => product + bias + mean.narrow(0, first, rows),
+                let product = match bias {
+                    Some(bias) => product + bias,
                     None => product,
-                }
+                };
+                product + mean.narrow(0, first, rows)
             }
             Form::UniformTail(tail) => tail.narrow(0, first, rows).repeat([1, self.vocab_size]),
         };
-        match &self.overlay {
-            Some((ids, exact)) => logits.scatter(
-                -1,
-                &ids.narrow(0, first, rows),
-                &exact.narrow(0, first, rows),
-            ),
-            None => logits,
-        }
+        let (ids, exact) = self.overlay(first, rows);
+        logits.scatter(-1, &ids, &exact)
+    }
+
+    fn overlay(&self, first: i64, rows: i64) -> (Tensor, Tensor) {
+        let (ids, exact) = &self.overlay;
+        (ids.narrow(0, first, rows), exact.narrow(0, first, rows))
     }
 
     /// σ of some positions' logits over the whole vocabulary [rows, 1], where the cache knows it.
@@ -156,22 +179,17 @@ impl Rebuilt {
 
     /// log Σ exp(logit / temperature) outside the top K of some positions' logits [rows, V]: \[rows\].
     pub(crate) fn tail_mass(&self, logits: &Tensor, temperature: f64, first: i64) -> Tensor {
-        let tail = match &self.overlay {
-            Some((ids, _)) => {
-                let ids = ids.narrow(0, first, logits.size()[0]);
-                logits.scatter_value(-1, &ids, f64::NEG_INFINITY)
-            }
-            None => logits.shallow_clone(),
-        };
+        let (ids, _) = self.overlay(first, logits.size()[0]);
+        let tail = logits.scatter_value(-1, &ids, f64::NEG_INFINITY);
         (tail / temperature).logsumexp([-1_i64].as_slice(), false)
     }
 
     /// The logits for temperature 1, where the exact log-sum-exp says how much mass the others have.
     pub(crate) fn at_temperature_one(&self, logits: &Tensor, first: i64, rows: i64) -> Tensor {
-        let (Some((ids, exact)), Form::Linear { .. }) = (&self.overlay, &self.form) else {
+        if matches!(self.form, Form::UniformTail(_)) {
             return logits.shallow_clone();
-        };
-        let (ids, exact) = (ids.narrow(0, first, rows), exact.narrow(0, first, rows));
+        }
+        let (ids, exact) = self.overlay(first, rows);
         let log_sum_exp = self.log_sum_exp.narrow(0, first, rows).unsqueeze(1);
         let kept = (&exact - &log_sum_exp).exp();
         let rest =
@@ -182,6 +200,11 @@ impl Rebuilt {
         let shift = rest.log() + log_sum_exp - others;
         (logits + shift).scatter(-1, &ids, &exact)
     }
+}
+
+/// The head [V, D] less the mean of its rows.
+fn centred(head: &Tensor) -> Tensor {
+    head - head.mean_dim([0_i64].as_slice(), true, Kind::Float)
 }
 
 /// Σ over rows of KL(softmax(teacher) ‖ softmax(other)).

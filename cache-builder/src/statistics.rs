@@ -232,6 +232,10 @@ impl RowWork for Summary<'_> {
     type Output = Option<RowStatistics>;
 
     #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
     fn run(self) -> Option<RowStatistics> {
         sweep_portable(self.row, self.selection)
     }

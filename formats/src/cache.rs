@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::error::{Error, Result};
 use crate::frame::Compared;
 use crate::head::Head;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, ShardInfo};
 use crate::sequence::{Sequence, TokenDigest};
 use crate::shard::{Shard, Workspace};
 use crate::spec::{CacheSpec, Tier};
@@ -50,8 +50,10 @@ impl Columns {
                 layers: Vec::new(),
             }),
             Tier::Exact => Some(Columns {
+                statistics: true,
+                top_k: manifest.top_k > 0,
                 layers: vec![manifest.teacher.num_layers],
-                ..Columns::default()
+                coefficients: false,
             }),
         }
     }
@@ -109,7 +111,7 @@ impl Cache {
         Cache::checked(Store::local(dir), io)
     }
 
-    /// The same in any storage.
+    /// The same in any storage: [`crate::Spread`] where shards lie in other folders.
     pub fn open_in(storage: Arc<dyn Storage>, io: Io) -> Result<Cache> {
         Cache::checked(Store::new(storage), io)
     }
@@ -117,21 +119,7 @@ impl Cache {
     fn checked(store: Store, io: Io) -> Result<Cache> {
         let manifest = Manifest::load(&store)?;
         for (file, expected) in files(&manifest) {
-            match store.length(file)? {
-                Some(found) if found == expected => {}
-                Some(found) => {
-                    return Err(Error::WrongLength {
-                        file: file.to_owned(),
-                        found,
-                        expected,
-                    });
-                }
-                None => {
-                    return Err(Error::Missing {
-                        file: file.to_owned(),
-                    });
-                }
-            }
+            store.check(file, expected)?;
         }
         Ok(Cache::new(store, io, Compared::Page, manifest))
     }
@@ -165,6 +153,11 @@ impl Cache {
         self.store.root()
     }
 
+    /// What messages call a file.
+    pub(crate) fn called(&self, name: &str) -> String {
+        self.store.called(name)
+    }
+
     /// Every sequence in cache order, from the small native columns.
     pub fn rows(&self) -> Result<Vec<RowInfo>> {
         let mut rows = Vec::new();
@@ -185,7 +178,7 @@ impl Cache {
                 "its rows have {positions} positions, the manifest says {}",
                 info.positions
             );
-            return Err(Error::damaged(&info.file, message));
+            return Err(Error::damaged(&self.store.called(&info.file), message));
         }
         let rows = keys.into_iter().enumerate().map(|(row, key)| RowInfo {
             shard: index as u32,
@@ -247,16 +240,8 @@ impl Cache {
     /// # Errors
     /// [`Error::InvalidRequest`] where the sequence lacks a column, as those of a sparse cache do.
     pub fn rebuild_logits(&self, head: &Head, sequence: &Sequence) -> Result<Vec<f32>> {
-        if let Some(basis) = self.basis()? {
-            return crate::logits::rebuild_compact(head, &basis, sequence);
-        }
         let last = self.manifest.teacher.num_layers;
-        match sequence.hidden.iter().find(|state| state.layer == last) {
-            Some(state) => crate::logits::rebuild(head, &state.values, state.width),
-            None => Err(Error::InvalidRequest(format!(
-                "logits come from layer {last}, which the sequence does not have"
-            ))),
-        }
+        crate::logits::rebuild(head, self.basis()?.as_deref(), last, sequence)
     }
 
     /// The basis of a compact cache, its digest checked; `None` in the other tiers.
@@ -293,10 +278,14 @@ impl Cache {
         }
         // Two threads may both open it; one result is dropped, which costs less than to wait for each other.
         let source = self.store.open(&info.file, info.bytes, self.io)?;
+        let called = ShardInfo {
+            file: self.store.called(&info.file),
+            ..info.clone()
+        };
         let shard = Arc::new(Shard::open(
             &self.spec,
             index,
-            info,
+            &called,
             &source,
             self.basis()?,
         )?);

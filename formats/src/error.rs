@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::store::SHARDS;
+
 /// What can go wrong with a cache; every variant says where.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -111,10 +113,12 @@ pub enum Error {
         version: u32,
     },
     /// A file of the cache is not there.
-    #[error("`{file}` is missing")]
+    #[error("`{file}` is missing{}", searched(.looked_in))]
     Missing {
         /// The file.
         file: String,
+        /// Where it was looked for, where that is more than the cache's folder.
+        looked_in: Vec<PathBuf>,
     },
     /// A file of the cache has not the length that the manifest tells.
     #[error("`{file}` has {found} bytes, the manifest says {expected}")]
@@ -182,6 +186,18 @@ fn place(column: Option<&str>, row: Option<u64>) -> String {
     column + &row
 }
 
+fn searched(folders: &[PathBuf]) -> String {
+    let folders = folders
+        .iter()
+        .map(|folder| format!("`{}`", folder.display()));
+    let list = folders.collect::<Vec<_>>().join(", ");
+    if list.is_empty() {
+        list
+    } else {
+        format!(": it was looked for in {list}")
+    }
+}
+
 impl Error {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
@@ -224,6 +240,9 @@ impl Error {
             Error::NotACache { .. } => "give the folder that `caskd build --out` wrote",
             Error::UnknownVersion { .. } | Error::UnknownCodec { .. } => {
                 "read it with the caskd that wrote it, or a newer one"
+            }
+            Error::Missing { file, .. } if file.starts_with(SHARDS) => {
+                "name the folder that holds it with --shards, or copy the cache again, or build it again"
             }
             Error::Missing { .. } | Error::WrongLength { .. } => {
                 "the copy is incomplete: copy the cache again, or build it again"

@@ -58,7 +58,7 @@ pub use spec::{
     KnownPositions, LayerSpec, LossOn, Origin, Preparation, Statistic, TeacherInfo, Tier,
     TokenizerInfo, ValueKind,
 };
-pub use store::{Guard, Local, Memory, Storage};
+pub use store::{Guard, Local, Memory, Spread, Storage};
 pub use transform::{Basis, BasisParts, SymbolCounts, TOP_K_STEPS};
 pub use verify::{Problem, VerifyReport, verify, verify_in};
 pub use writer::{CacheWriter, SharedBuild, TaskInfo, Work, stored_code, trial_bytes_per_position};

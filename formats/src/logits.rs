@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::head::Head;
-use crate::sequence::Sequence;
+use crate::sequence::{HiddenState, Sequence, TopK};
 use crate::transform::Basis;
 use crate::unchecked::multiply_transposed;
 
@@ -10,7 +10,7 @@ use crate::unchecked::multiply_transposed;
 const BLOCK: usize = 2048;
 
 /// \[T·V\] = hidden \[T·D\] · headᵀ \[D·V\] in f32.
-pub(crate) fn rebuild(head: &Head, hidden: &[f32], width: usize) -> Result<Vec<f32>> {
+fn product(head: &Head, hidden: &[f32], width: usize) -> Result<Vec<f32>> {
     if width != head.width || width == 0 || !hidden.len().is_multiple_of(width) {
         return Err(Error::InvalidRequest(format!(
             "a hidden state of width {width} with {} values does not fit a head of width {}",
@@ -48,27 +48,72 @@ pub(crate) fn rebuild(head: &Head, hidden: &[f32], width: usize) -> Result<Vec<f
     Ok(logits)
 }
 
-/// \[T·V\] of the compact tier: head · (μ + synthesis · levels), moved to the cached mean less the tail's
-/// shift, with the top K laid over it.
-pub(crate) fn rebuild_compact(head: &Head, basis: &Basis, sequence: &Sequence) -> Result<Vec<f32>> {
-    let (Some(coefficients), Some(statistics), Some(top_k)) = (
-        &sequence.coefficients,
-        &sequence.statistics,
-        &sequence.top_k,
-    ) else {
-        let message = "logits of the compact tier need coefficients, statistics and top_k";
-        return Err(Error::InvalidRequest(message.to_owned()));
+/// \[T·V\]: the last hidden state times the head, moved to the cached mean less the tail's shift, with the top K laid over
+/// it. The hidden state is that of the last layer in the exact tier, μ + synthesis · levels in the compact tier.
+pub(crate) fn rebuild(
+    head: &Head,
+    basis: Option<&Basis>,
+    last_layer: u32,
+    sequence: &Sequence,
+) -> Result<Vec<f32>> {
+    let positions = sequence.token_ids.len();
+    let (mut logits, tail_shift) = if let Some(basis) = basis {
+        let hidden = through_basis(basis, sequence)?;
+        let logits = product(head, &hidden, basis.width())?;
+        (logits, basis.parts().tail_shift)
+    } else {
+        let is_last = |state: &&HiddenState| state.layer == last_layer;
+        let Some(state) = sequence.hidden.iter().find(is_last) else {
+            return Err(Error::InvalidRequest(format!(
+                "logits come from layer {last_layer}, which the sequence does not have"
+            )));
+        };
+        (product(head, &state.values, state.width)?, 0.0)
     };
-    let (width, rank, positions) = (basis.width(), basis.rank(), sequence.token_ids.len());
+    let Some(statistics) = &sequence.statistics else {
+        return absent("statistics");
+    };
+    let none = TopK::default();
+    let top_k = match (&sequence.top_k, basis) {
+        (Some(top_k), _) => top_k,
+        // A cache of the exact tier may have been built without.
+        (None, None) => &none,
+        (None, Some(_)) => return absent("top_k"),
+    };
     let vocab_size = head.vocab_size;
-    let fits = coefficients.levels.len() == positions * rank
+    let fits = logits.len() == positions * vocab_size
         && statistics.mean.len() == positions
         && top_k.ids.len() == positions * top_k.k
         && top_k.logits.len() == top_k.ids.len()
         && top_k.ids.iter().all(|id| (*id as usize) < vocab_size);
     if !fits {
-        let message = "the columns of the sequence do not fit each other";
-        return Err(Error::InvalidRequest(message.to_owned()));
+        return misfit();
+    }
+    for (t, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
+        let mean = row.iter().map(|logit| f64::from(*logit)).sum::<f64>() / vocab_size as f64;
+        let shift = (f64::from(statistics.mean[t]) - mean) as f32 - tail_shift;
+        for logit in row.iter_mut() {
+            *logit += shift;
+        }
+        let entries = t * top_k.k..(t + 1) * top_k.k;
+        for (id, logit) in top_k.ids[entries.clone()]
+            .iter()
+            .zip(&top_k.logits[entries])
+        {
+            row[*id as usize] = *logit;
+        }
+    }
+    Ok(logits)
+}
+
+/// \[T·D\] of the compact tier.
+fn through_basis(basis: &Basis, sequence: &Sequence) -> Result<Vec<f32>> {
+    let Some(coefficients) = &sequence.coefficients else {
+        return absent("coefficients");
+    };
+    let (width, rank, positions) = (basis.width(), basis.rank(), sequence.token_ids.len());
+    if coefficients.levels.len() != positions * rank {
+        return misfit();
     }
     let levels: Vec<f32> = coefficients
         .levels
@@ -85,20 +130,16 @@ pub(crate) fn rebuild_compact(head: &Head, basis: &Basis, sequence: &Sequence) -
             *value += mean;
         }
     }
-    let mut logits = rebuild(head, &hidden, width)?;
-    for (t, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
-        let mean = row.iter().map(|logit| f64::from(*logit)).sum::<f64>() / vocab_size as f64;
-        let shift = (f64::from(statistics.mean[t]) - mean) as f32 - basis.parts().tail_shift;
-        for logit in row.iter_mut() {
-            *logit += shift;
-        }
-        let entries = t * top_k.k..(t + 1) * top_k.k;
-        for (id, logit) in top_k.ids[entries.clone()]
-            .iter()
-            .zip(&top_k.logits[entries])
-        {
-            row[*id as usize] = *logit;
-        }
-    }
-    Ok(logits)
+    Ok(hidden)
+}
+
+fn absent<T>(column: &str) -> Result<T> {
+    Err(Error::InvalidRequest(format!(
+        "logits need the column {column}, which the sequence does not have"
+    )))
+}
+
+fn misfit<T>() -> Result<T> {
+    let message = "the columns of the sequence do not fit each other";
+    Err(Error::InvalidRequest(message.to_owned()))
 }

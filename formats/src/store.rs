@@ -1,11 +1,12 @@
 //! The one seam between a cache and what holds its files. Everything else names files relative to the cache's folder.
 //!
-//! [`Local`] is a folder of a disk, [`Memory`] a map for tests and fuzzing; an object store would be a third. What a
-//! cache asks of its storage is little: files appear whole or not at all and never change, the first writer of a name
+//! [`Local`] is a folder of a disk, [`Spread`] one with further folders of shards, [`Memory`] a map for tests and fuzzing;
+//! an object store would be another. What a cache asks of its storage is little: files appear whole or not at all and never change, the first writer of a name
 //! wins, and one builder at a time holds the lock.
 
 mod local;
 mod memory;
+mod spread;
 
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 pub use local::Local;
 pub use memory::Memory;
+pub use spread::Spread;
 
 use crate::cache::Io;
 use crate::error::{Error, Result};
@@ -32,6 +34,16 @@ const TEMPORARY: &str = ".tmp-";
 pub trait Storage: Debug + Send + Sync {
     /// What messages call it.
     fn root(&self) -> &Path;
+
+    /// Where a file lies, or would lie: for messages.
+    fn path(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    /// Folders beside the cache's own in which shards are looked for.
+    fn further(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 
     /// Length of a file in bytes; `None` if there is none.
     fn length(&self, name: &str) -> Result<Option<u64>>;
@@ -108,27 +120,17 @@ impl Store {
 
     /// A published file, whose length must be the expected one.
     pub(crate) fn open(&self, name: &str, expected: u64, io: Io) -> Result<Source> {
-        let Some(source) = self.0.open(name, io)? else {
-            return Err(Error::Missing {
-                file: name.to_owned(),
-            });
-        };
-        if source.len() != expected {
-            return Err(Error::WrongLength {
-                file: name.to_owned(),
-                found: source.len(),
-                expected,
-            });
+        match self.0.open(name, io)? {
+            Some(source) if source.len() == expected => Ok(source),
+            Some(source) => Err(self.wrong_length(name, source.len(), expected)),
+            None => Err(self.missing(name)),
         }
-        Ok(source)
     }
 
     /// blake3 of a file, hexadecimal; reads in pieces, so a file that shrinks meanwhile is no signal.
     pub(crate) fn digest(&self, name: &str) -> Result<String> {
         let Some(source) = self.0.open(name, Io::Read)? else {
-            return Err(Error::Missing {
-                file: name.to_owned(),
-            });
+            return Err(self.missing(name));
         };
         let mut hasher = blake3::Hasher::new();
         let mut buffer = Vec::new();
@@ -144,8 +146,44 @@ impl Store {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.0.root().join(name)
+    /// Whether a published file is there and has its length.
+    pub(crate) fn check(&self, name: &str, expected: u64) -> Result<()> {
+        match self.0.length(name)? {
+            Some(found) if found == expected => Ok(()),
+            Some(found) => Err(self.wrong_length(name, found, expected)),
+            None => Err(self.missing(name)),
+        }
+    }
+
+    /// What errors call a file: its name, or where it lies apart from the cache.
+    pub(crate) fn called(&self, name: &str) -> String {
+        let path = self.0.path(name);
+        if path.starts_with(self.0.root()) {
+            name.to_owned()
+        } else {
+            path.display().to_string()
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let mut looked_in = self.0.further();
+        if split(name).0 != SHARDS {
+            looked_in.clear();
+        } else if !looked_in.is_empty() {
+            looked_in.insert(0, self.0.root().join(SHARDS));
+        }
+        Error::Missing {
+            file: name.to_owned(),
+            looked_in,
+        }
+    }
+
+    fn wrong_length(&self, name: &str, found: u64, expected: u64) -> Error {
+        Error::WrongLength {
+            file: self.called(name),
+            found,
+            expected,
+        }
     }
 }
 
@@ -250,6 +288,9 @@ mod tests {
     fn every_storage_conforms() {
         let dir = tempfile::tempdir().unwrap();
         conforms(&Local::new(&dir.path().join("new")));
+        let further = [dir.path().join("further")];
+        std::fs::create_dir(&further[0]).unwrap();
+        conforms(&Spread::new(&dir.path().join("spread"), &further).unwrap());
         conforms(&Memory::default());
     }
 

@@ -20,7 +20,7 @@ const LISTED: usize = 20;
 /// One thing that is wrong.
 #[derive(Serialize, Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The file.
+    /// The file: its name in the cache's folder, or its path elsewhere.
     pub file: String,
     /// The column, where it can be told.
     pub column: Option<String>,
@@ -55,7 +55,7 @@ pub fn verify(dir: &Path, deep: bool) -> Result<VerifyReport> {
     verify_store(Store::local(dir), deep)
 }
 
-/// The same in any storage.
+/// The same in any storage: [`crate::Spread`] where shards lie in other folders.
 pub fn verify_in(storage: Arc<dyn Storage>, deep: bool) -> Result<VerifyReport> {
     verify_store(Store::new(storage), deep)
 }
@@ -151,26 +151,20 @@ fn check_file(
     digest: &str,
 ) -> Result<State> {
     report.files += 1;
-    let error = match store.length(file)? {
-        None => Error::Missing {
-            file: file.to_owned(),
-        },
-        Some(found) if found != expected => Error::WrongLength {
-            file: file.to_owned(),
-            found,
-            expected,
-        },
-        Some(_) => {
-            if store.digest(file)? == digest {
-                return Ok(State::Whole);
-            }
-            let error = Error::damaged(file, "its digest does not match");
-            report.problems.push(problem(error, file));
-            return Ok(State::Changed);
+    let called = store.called(file);
+    let (error, state) = match store.check(file, expected) {
+        Ok(()) if store.digest(file)? == digest => return Ok(State::Whole),
+        Ok(()) => {
+            let error = Error::damaged(&called, "its digest does not match");
+            (error, State::Changed)
         }
+        Err(error @ (Error::Missing { .. } | Error::WrongLength { .. })) => {
+            (error, State::Unreadable)
+        }
+        Err(error) => return Err(error),
     };
-    report.problems.push(problem(error, file));
-    Ok(State::Unreadable)
+    report.problems.push(problem(error, &called));
+    Ok(state)
 }
 
 fn problem(error: Error, file: &str) -> Problem {
@@ -215,7 +209,8 @@ fn look(
     alignment: &mut AlignmentCheck,
 ) {
     let manifest = cache.manifest();
-    let file = manifest.shards[index].file.as_str();
+    let file = cache.called(&manifest.shards[index].file);
+    let file = file.as_str();
     let mut found = Vec::new();
     let rows = match cache.shard_rows(index) {
         Ok(rows) => rows,

@@ -239,7 +239,7 @@ fn truncated_and_missing_files() {
             assert!(matches!(error, Error::NotACache { .. }), "{error:?}");
         } else {
             assert!(
-                matches!(&error, Error::Missing { file } if *file == name),
+                matches!(&error, Error::Missing { file, .. } if *file == name),
                 "{error:?}"
             );
             let report = verify(&written.dir, true).unwrap();

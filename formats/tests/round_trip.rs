@@ -306,18 +306,34 @@ fn logits_are_rebuilt() {
         .remove(0);
     let state = &sequence.hidden[1];
     let logits = cache.rebuild_logits(&head, &sequence).unwrap();
+    let (means, top_k) = (
+        &sequence.statistics.as_ref().unwrap().mean,
+        sequence.top_k.as_ref().unwrap(),
+    );
     for (t, row) in state.values.chunks(state.width).enumerate() {
-        for (v, weights) in weights.chunks(head.width).enumerate() {
-            let expected: f64 = row
-                .iter()
-                .zip(weights)
-                .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                .sum();
+        let product = |weights: &[f32]| -> f64 {
+            let terms = row.iter().zip(weights);
+            terms.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        };
+        let products: Vec<f64> = weights.chunks(head.width).map(product).collect();
+        let shift = f64::from(means[t]) - products.iter().sum::<f64>() / products.len() as f64;
+        for (v, product) in products.iter().enumerate() {
+            let entries = t * top_k.k..(t + 1) * top_k.k;
+            let mut kept = entries.filter(|entry| top_k.ids[*entry] as usize == v);
+            let expected = match kept.next() {
+                Some(entry) => f64::from(top_k.logits[entry]),
+                None => product + shift,
+            };
             assert!((f64::from(logits[t * head.vocab_size + v]) - expected).abs() < 1e-4);
         }
     }
     let without = Sequence {
         hidden: vec![sequence.hidden[0].clone()],
+        ..sequence.clone()
+    };
+    assert!(cache.rebuild_logits(&head, &without).is_err());
+    let without = Sequence {
+        statistics: None,
         ..sequence.clone()
     };
     assert!(cache.rebuild_logits(&head, &without).is_err());

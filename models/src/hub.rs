@@ -179,7 +179,10 @@ impl Hub {
             let named = file.strip_prefix(TEMPLATE_FOLDER);
             let named = named.and_then(|rest| rest.strip_prefix('/'));
             // One folder deep: a name of the hub's is no way through our folders.
-            if named.is_some_and(|name| name.ends_with(".jinja") && !name.contains('/')) {
+            if named.is_some_and(|name| {
+                name.strip_suffix(".jinja")
+                    .is_some_and(|name| !name.contains('/'))
+            }) {
                 Hub::get(&repo, name, file)?;
             }
         }

@@ -6,12 +6,22 @@ use clap::Args;
 
 use super::ExportFormat;
 
+/// Where a cache's shards are, of every command that reads one.
+#[derive(Debug, Args)]
+pub(crate) struct ShardArgs {
+    /// A folder of shards that do not lie beside their cache's manifest; may be repeated, and serves every cache
+    #[arg(long, value_name = "DIR")]
+    pub(crate) shards: Vec<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  caskd inspect cache")]
 pub(crate) struct InspectArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]
     pub(crate) cache: PathBuf,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Print the card as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -25,6 +35,8 @@ pub(crate) struct VerifyArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]
     pub(crate) cache: PathBuf,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Decode every row again and check that its numbers agree with each other
     #[arg(long)]
     pub(crate) deep: bool,
@@ -54,6 +66,8 @@ pub(crate) struct FidelityArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]
     pub(crate) cache: PathBuf,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// The cache's teacher, to measure again
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) teacher: Option<PathBuf>,
@@ -90,6 +104,8 @@ pub(crate) struct ExportArgs {
     /// The cache's folder
     #[arg(value_name = "CACHE")]
     pub(crate) cache: PathBuf,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// The form of the output
     #[arg(long, value_enum, value_name = "FORM")]
     pub(crate) to: ExportFormat,

@@ -12,7 +12,7 @@ mod student;
 use clap::{Parser, Subcommand, ValueEnum};
 
 pub(crate) use build::BuildArgs;
-pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, VerifyArgs};
+pub(crate) use cache::{ExportArgs, FidelityArgs, InspectArgs, ShardArgs, VerifyArgs};
 pub(crate) use data::{DataArgs, DuplicatesArg, LossOnArg, OnErrorArg, PromptArg};
 pub(crate) use demo::DemoArgs;
 pub(crate) use import::{ImportArgs, ImportFormat, ValuesArg};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::DtypeArg;
+use super::{DtypeArg, ShardArgs};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -48,6 +48,8 @@ pub(crate) struct PruneArgs {
     /// Calibrate on a cache's own sequences
     #[arg(long, value_name = "CACHE")]
     pub(crate) cache: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Tokens to calibrate on
     #[arg(long, default_value_t = 8192, value_name = "N")]
     pub(crate) calibration_tokens: usize,

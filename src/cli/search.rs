@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::SamplerArg;
+use super::{SamplerArg, ShardArgs};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -65,6 +65,8 @@ pub(crate) struct SearchArgs {
     /// The space to search: table2, or a TOML file [default: table2]
     #[arg(long, value_name = "table2|FILE.toml")]
     pub(crate) space: Option<String>,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Settings of every trial, as TOML
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
@@ -195,6 +197,8 @@ pub(crate) struct AskArgs {
     /// A teacher's cache on which sabo measures S(x)
     #[arg(long, value_name = "CACHE", requires = "student")]
     pub(crate) cache: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// The student whose S(x) is measured
     #[arg(long, value_name = "DIR", requires = "cache")]
     pub(crate) student: Option<PathBuf>,

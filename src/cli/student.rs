@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DtypeArg, SplitArg};
+use super::{DtypeArg, ShardArgs, SplitArg};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -33,6 +33,8 @@ pub(crate) struct TrainArgs {
     /// The run's folder: adapters, checkpoints, log
     #[arg(long, value_name = "RUN", required_unless_present = "print_config")]
     pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Settings as TOML
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
@@ -82,6 +84,8 @@ pub(crate) struct EvalArgs {
     /// A teacher's cache for KL to the teacher and perplexity on its targets [default for a run without --text: its own cache]
     #[arg(long, value_name = "CACHE")]
     pub(crate) cache: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: ShardArgs,
     /// Which sequences of a cache [default: validation where it was built with one, else all]
     #[arg(long, value_enum)]
     pub(crate) split: Option<SplitArg>,

@@ -6,6 +6,7 @@ use caskd_search::{
 use serde::Serialize;
 
 use super::search::{read_space, sampler_kind};
+use super::train::add_shards;
 use super::{print_json, print_text};
 use crate::cli::{AskArgs, SaboArgs};
 use crate::exit::{Exit, Failure, Outcome};
@@ -27,7 +28,9 @@ pub(crate) fn run(args: &AskArgs) -> Outcome {
         seconds: args.lease,
     };
     let asked = if let (Some(cache), Some(student)) = (&args.cache, &args.student) {
-        let mut objective = DistillationObjective::new(Distillation::new(cache, student));
+        let mut plan = Distillation::new(cache, student);
+        add_shards(&mut plan.base, &args.elsewhere)?;
+        let mut objective = DistillationObjective::new(plan);
         study.ask_measured(holder, &mut objective)?
     } else {
         if new && study.config().sampler == SamplerKind::Sabo {

@@ -11,7 +11,7 @@ use caskd_trainer::{
 };
 use serde::Serialize;
 
-use super::{kind_of, parse_device, print_json, print_text, write_file};
+use super::{kind_of, open_cache, parse_device, print_json, print_text, write_file};
 use crate::cli::{EvalArgs, SplitArg};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{Progress, duration};
@@ -96,6 +96,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
     }
     let of_run = is_run(&args.model);
     let mut caches = args.cache.clone();
+    let mut shards = args.elsewhere.shards.clone();
     if caches.is_empty() && args.text.is_empty() && tasks.is_empty() {
         if !of_run {
             return Err(Failure::user(
@@ -103,7 +104,9 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 "give --task NAME=FILE, --text FILE for perplexity, or --cache CACHE for KL to the teacher",
             ));
         }
-        caches.extend(run_caches(&args.model)?);
+        let (of_run, elsewhere) = run_caches(&args.model)?;
+        caches.extend(of_run);
+        shards.extend(elsewhere);
     }
     let model = load_any(&args.model, &options)?;
     let mut scores = Scores {
@@ -132,7 +135,8 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         });
     }
     for path in &caches {
-        let scored = score_split(&model, path, args.split)?;
+        let cache = open_cache(path, &shards, Io::Mmap)?;
+        let scored = score_split(&model, &cache, args.split)?;
         let score = &scored.score;
         if !args.json {
             let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| {
@@ -320,18 +324,18 @@ fn with_rate(bar: &mut Progress) -> impl FnMut(u64, u64) {
 }
 
 pub(crate) fn score_cache(model: &LoadedModel, path: &Path) -> Result<CacheScore, Failure> {
-    Ok(score_split(model, path, Some(SplitArg::All))?.score)
+    let cache = open_cache(path, &[], Io::Mmap)?;
+    Ok(score_split(model, &cache, Some(SplitArg::All))?.score)
 }
 
 /// Scores a model on one split of a cache: where none is named on the validation split, if there is one, for the rest
 /// may be what the model was trained on.
 fn score_split(
     model: &LoadedModel,
-    path: &Path,
+    cache: &Cache,
     split: Option<SplitArg>,
 ) -> Result<ScoredCache, Failure> {
-    let cache = Cache::open(path, Io::Mmap)?;
-    check_fit(model, &cache)?;
+    check_fit(model, cache)?;
     let data = &cache.manifest().data;
     let has_split = data.preparation.validation_millionths > 0;
     let split = split.unwrap_or(if has_split {
@@ -341,7 +345,7 @@ fn score_split(
     });
     if split != SplitArg::All && !has_split {
         return Err(Failure::user(
-            format!("cache `{}` has no validation split", path.display()),
+            format!("cache `{}` has no validation split", cache.dir().display()),
             "build it with --validation 0.05, or leave --split out",
         ));
     }
@@ -357,14 +361,14 @@ fn score_split(
     let mut bar = Progress::new("evaluating on the cache");
     let score = evaluate_cache(
         model,
-        &cache,
+        cache,
         Some(&rows),
         EVAL_TOKENS,
         &mut with_rate(&mut bar),
     )?;
     bar.finish();
     Ok(ScoredCache {
-        path: path.to_owned(),
+        path: cache.dir().to_owned(),
         split: match split {
             SplitArg::All => "all",
             SplitArg::Validation => "validation",

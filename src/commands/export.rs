@@ -7,7 +7,7 @@ use caskd_formats::{Cache, Columns, Head, Io, Manifest, RowInfo, Sequence, Stati
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{print_json, refuse_existing, write_file};
+use super::{open_cache, print_json, refuse_existing, write_file};
 use crate::cli::{ExportArgs, ExportFormat};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{Progress, bytes, say, stopped};
@@ -21,7 +21,7 @@ struct Exported<'a> {
 
 pub(crate) fn run(args: &ExportArgs) -> Outcome {
     refuse_existing(&args.out)?;
-    let cache = Cache::open(&args.cache, Io::Mmap)?;
+    let cache = open_cache(&args.cache, &args.elsewhere.shards, Io::Mmap)?;
     let head = if args.logits {
         Some(head_for_logits(&cache)?)
     } else {

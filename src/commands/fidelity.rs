@@ -9,7 +9,7 @@ use caskd_models::{LoadOptions, load};
 use serde::Serialize;
 use tch::Kind;
 
-use super::{parse_device, print_json, print_text};
+use super::{open_cache, parse_device, print_json, print_text};
 use crate::cli::FidelityArgs;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::say;
@@ -27,7 +27,7 @@ struct Report<'a> {
 }
 
 pub(crate) fn run(args: &FidelityArgs) -> Outcome {
-    let cache = Cache::open(&args.cache, Io::Mmap)?;
+    let cache = open_cache(&args.cache, &args.elsewhere.shards, Io::Mmap)?;
     let measured = match &args.teacher {
         None => None,
         Some(path) => {

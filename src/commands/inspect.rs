@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use caskd_formats::{
-    Cache, CodeTarget, DataInfo, Io, KnownPositions, LossOn, Manifest, Origin, Statistic, Tier,
+    CodeTarget, DataInfo, Io, KnownPositions, LossOn, Manifest, Origin, Statistic, Tier,
 };
 use serde::Serialize;
 
-use super::{print_json, print_text};
+use super::{open_cache, print_json, print_text};
 use crate::cli::InspectArgs;
 use crate::exit::{Exit, Outcome};
 use crate::terminal::bytes;
@@ -36,7 +36,7 @@ struct Served {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Outcome {
-    let cache = Cache::open(&args.cache, Io::Mmap)?;
+    let cache = open_cache(&args.cache, &args.elsewhere.shards, Io::Mmap)?;
     let manifest = cache.manifest();
     let by_column = cache.bytes_by_column()?;
     let positions = manifest.data.positions.max(1) as f64;

@@ -19,8 +19,10 @@ pub(crate) mod tell;
 pub(crate) mod train;
 pub(crate) mod verify;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use caskd_formats::{Cache, Io, Spread};
 use serde::Serialize;
 use tch::{Device, Kind};
 
@@ -54,6 +56,11 @@ pub(crate) fn parse_device(text: &str) -> Result<Device, Failure> {
             Ok(Device::Cuda(index))
         }
     }
+}
+
+/// Opens the cache in `folder`, whose shards may lie in the folders `shards` too.
+pub(crate) fn open_cache(folder: &Path, shards: &[PathBuf], io: Io) -> Result<Cache, Failure> {
+    Ok(Cache::open_in(Arc::new(Spread::new(folder, shards)?), io)?)
 }
 
 pub(crate) fn kind_of(dtype: DtypeArg) -> Kind {

@@ -1,7 +1,7 @@
 //! `caskd prune`
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use caskd_cache_builder::{DataOptions, tokenize};
@@ -14,7 +14,7 @@ use caskd_models::{
 use caskd_trainer::check_fit;
 use serde::Serialize;
 
-use super::{print_json, refuse_existing};
+use super::{open_cache, print_json, refuse_existing};
 use crate::cli::{MethodArg, PartsArg, PruneArgs};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{Progress, STOP, say};
@@ -46,7 +46,11 @@ pub(crate) enum Removal {
 pub(crate) enum Calibration {
     Nothing,
     Files(Vec<PathBuf>),
-    Cache(PathBuf),
+    Cache {
+        folder: PathBuf,
+        /// Further folders of its shards.
+        shards: Vec<PathBuf>,
+    },
 }
 
 /// What was done.
@@ -148,7 +152,10 @@ fn request(args: &PruneArgs) -> Result<Request, Failure> {
         scope: args.scope.as_deref().map(parse_scope).transpose()?,
         removal,
         data: match (&args.cache, args.calibration.as_slice()) {
-            (Some(cache), _) => Calibration::Cache(cache.clone()),
+            (Some(cache), _) => Calibration::Cache {
+                folder: cache.clone(),
+                shards: args.elsewhere.shards.clone(),
+            },
             (None, []) => Calibration::Nothing,
             (None, files) => Calibration::Files(files.to_vec()),
         },
@@ -292,9 +299,13 @@ fn measure(
                 .collect();
             (some_of(sequences, request.tokens), names.join(", "))
         }
-        Calibration::Cache(path) => (
-            from_cache(model, path, request.tokens)?,
-            format!("`{}`", path.display()),
+        Calibration::Cache { folder, shards } => (
+            from_cache(
+                model,
+                &open_cache(folder, shards, Io::Mmap)?,
+                request.tokens,
+            )?,
+            format!("`{}`", folder.display()),
         ),
     };
     let tokens = sequences.iter().map(Vec::len).sum();
@@ -332,9 +343,8 @@ fn some_of(sequences: impl Iterator<Item = Vec<u32>>, tokens: usize) -> Vec<Vec<
 }
 
 /// Sequences of a cache, by their split hash: a fair sample, the same in every cache of the same data.
-fn from_cache(model: &LoadedModel, path: &Path, tokens: usize) -> Result<Vec<Vec<u32>>, Failure> {
-    let cache = Cache::open(path, Io::Mmap)?;
-    check_fit(model, &cache)?;
+fn from_cache(model: &LoadedModel, cache: &Cache, tokens: usize) -> Result<Vec<Vec<u32>>, Failure> {
+    check_fit(model, cache)?;
     let mut rows = cache.rows()?;
     rows.sort_by_key(|row| (row.split_hash, row.shard, row.row));
     let mut sequences = Vec::new();

@@ -9,8 +9,8 @@ use caskd_trainer::{
     CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, train,
 };
 
-use super::{parse_device, print_json, print_text};
-use crate::cli::TrainArgs;
+use super::{open_cache, parse_device, print_json, print_text};
+use crate::cli::{ShardArgs, TrainArgs};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::terminal::{self, Progress, bytes, duration, say};
 
@@ -23,6 +23,7 @@ pub(crate) fn run(args: &TrainArgs) -> Outcome {
     if let Some(io) = &args.io {
         config.set("io", io)?;
     }
+    add_shards(&mut config, &args.elsewhere)?;
     if let Some(folder) = &args.tensorboard {
         config.tensorboard = Some(folder.clone());
     }
@@ -55,6 +56,16 @@ fn weighted(argument: &Path) -> (PathBuf, f64) {
         Some((path, Ok(weight))) if !argument.exists() => (path.into(), weight),
         _ => (argument.to_owned(), 1.0),
     }
+}
+
+/// Puts --shards to the folders of the configuration, whose paths then hold wherever they are read again.
+pub(crate) fn add_shards(config: &mut TrainConfig, args: &ShardArgs) -> Result<(), Failure> {
+    config.shards.extend_from_slice(&args.shards);
+    for folder in &mut config.shards {
+        *folder = std::path::absolute(&folder)
+            .map_err(|error| Failure::file("look for shards in", folder, &error))?;
+    }
+    Ok(())
 }
 
 /// The defaults, then the file, then the single settings.
@@ -93,7 +104,8 @@ pub(crate) fn train_with_progress(
 ) -> Result<TrainSummary, Failure> {
     config.validate()?;
     let open = |(path, weight): &(PathBuf, f64)| -> Result<(Arc<Cache>, f64), Failure> {
-        Ok((Arc::new(Cache::open(path, config.io())?), *weight))
+        let cache = open_cache(path, &config.shards, config.io())?;
+        Ok((Arc::new(cache), *weight))
     };
     let caches: Vec<(Arc<Cache>, f64)> = caches.iter().map(open).collect::<Result<_, _>>()?;
     let options = LoadOptions {

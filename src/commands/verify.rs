@@ -1,10 +1,12 @@
 //! `caskd verify`
 
+use std::sync::Arc;
+
 use caskd_cache_builder::{Recheck, recheck};
-use caskd_formats::{Alignment, Cache, Io, OFFSETS, VerifyReport};
+use caskd_formats::{Alignment, Io, OFFSETS, Spread, VerifyReport};
 use serde::Serialize;
 
-use super::{parse_device, print_json, print_text};
+use super::{open_cache, parse_device, print_json, print_text};
 use crate::cli::VerifyArgs;
 use crate::exit::{Exit, Outcome};
 use crate::terminal::say;
@@ -18,11 +20,13 @@ struct Findings {
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Outcome {
-    let files = caskd_formats::verify(&args.cache, args.deep)?;
+    let shards = &args.elsewhere.shards;
+    let storage = Arc::new(Spread::new(&args.cache, shards)?);
+    let files = caskd_formats::verify_in(storage, args.deep)?;
     let teacher = match &args.teacher {
         // Damaged values would be compared for nothing.
         Some(teacher) if files.ok => {
-            let cache = Cache::open(&args.cache, Io::Read)?;
+            let cache = open_cache(&args.cache, shards, Io::Read)?;
             let device = parse_device(&args.device)?;
             Some(recheck(&cache, teacher, args.sample, device)?)
         }

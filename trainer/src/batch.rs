@@ -36,7 +36,7 @@ pub(crate) struct Batch {
     pub(crate) hidden: Vec<(u32, Tensor)>,
     /// The levels of the compact tier's code [P, R] f32.
     pub(crate) coefficients: Option<Tensor>,
-    /// What the compact tier's code needs of the statistics, at the target positions.
+    /// What rebuilding logits needs of the statistics, at the target positions.
     pub(crate) moments: Option<Moments>,
     /// log Σ exp of the teacher's logits at the target positions \[N\].
     pub(crate) log_sum_exp: Option<Tensor>,
@@ -103,7 +103,7 @@ impl Batch {
             .statistics
             .then(|| statistic_rows(sequences, |statistics| &statistics.log_sum_exp))
             .flatten();
-        let moments = columns.coefficients.then(|| {
+        let moments = columns.statistics.then(|| {
             let rows = |column: fn(&Statistics) -> &Vec<f32>| {
                 Some(statistic_rows(sequences, column)?.unsqueeze(1))
             };

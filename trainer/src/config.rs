@@ -64,6 +64,9 @@ pub struct TrainConfig {
     pub prefetch: usize,
     /// How the cache is read.
     pub io: CacheIo,
+    /// Folders in which shards are looked for that do not lie beside their cache's manifest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<PathBuf>,
     /// Folder for TensorBoard's event files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tensorboard: Option<PathBuf>,
@@ -180,6 +183,7 @@ impl Default for TrainConfig {
             device: "cpu".to_owned(),
             prefetch: 4,
             io: CacheIo::Mmap,
+            shards: Vec::new(),
             tensorboard: None,
             hard_weight: 1.0,
             soft_weight: 1.0,
@@ -224,7 +228,13 @@ pub(crate) const RECIPE_KEYS: [&str; 16] = [
 ];
 
 /// Keys that change how a run is carried out but not what it computes: a resumed run may differ.
-const KEYS_WITHOUT_EFFECT: [&str; 4] = ["checkpoint_every", "prefetch", "io", "tensorboard"];
+const KEYS_WITHOUT_EFFECT: [&str; 5] = [
+    "checkpoint_every",
+    "prefetch",
+    "io",
+    "shards",
+    "tensorboard",
+];
 
 impl TrainConfig {
     /// Reads and validates TOML.
@@ -487,6 +497,7 @@ pub(crate) fn known_keys() -> Vec<String> {
         temperature_squared: Some(true),
         teacher_tokenizer: Some(String::new()),
         tensorboard: Some(PathBuf::new()),
+        shards: vec![PathBuf::new()],
         ..TrainConfig::default()
     };
     let mut keys: Vec<String> = flattened(&every_option_set.to_table())

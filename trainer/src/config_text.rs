@@ -67,6 +67,10 @@ const SECTIONS: [(&str, &[(&str, &str)]); 6] = [
             ),
             ("prefetch", "batches read ahead"),
             ("io", "\"mmap\", or \"read\" for network file systems"),
+            (
+                "shards",
+                "list of folders with shards that do not lie beside their cache's manifest",
+            ),
         ],
     ),
     (
@@ -237,6 +241,7 @@ mod tests {
         changed.set("lora.rank", "3").unwrap();
         changed.set("max_steps", "7").unwrap();
         changed.set("tensorboard", "a \"board\"").unwrap();
+        changed.set("shards", "[\"near\", \"far\"]").unwrap();
         let terms = "seed = 3\n[[loss]]\nkind = \"kl\"\ntemperature = 4.0\n[[loss]]\nkind = \"cross-entropy\"\n";
         let terms = TrainConfig::from_toml(terms).unwrap();
         for config in [TrainConfig::default(), changed, terms] {

@@ -109,9 +109,8 @@ pub(crate) fn fused_head(
     let sigmas = sample_sigmas(hidden, of_teacher.as_ref(), batch, heads, losses, chunk);
     let norms = norms_of(losses.iter());
     let lookups = Lookups::default();
-    // In the compact tier the logits that hold at temperature 1 are not those of the others.
-    let at_one = heads.teacher.is_some_and(LinearCode::differs_at_one)
-        && losses.iter().any(ScaledLoss::is_at_temperature_one);
+    // The teacher's logits that hold at temperature 1 are not those of the others.
+    let at_one = losses.iter().any(ScaledLoss::is_at_temperature_one);
     let mut sums = vec![0.0; losses.len()];
     let mut gradients = Vec::new();
     let mut weight = heads.weight_gradient();

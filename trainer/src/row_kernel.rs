@@ -576,9 +576,16 @@ fn add_difference(
     reason = "it must take on its caller's instruction set"
 )]
 fn lay_over(t: &mut [f32], known: &RowKnown<'_>) {
-    if let Some(bias) = known.bias {
-        for (t, bias) in t.iter_mut().zip(bias) {
-            *t = *t + bias + known.mean;
+    match known.bias {
+        Some(bias) => {
+            for (t, bias) in t.iter_mut().zip(bias) {
+                *t = *t + bias + known.mean;
+            }
+        }
+        None => {
+            for t in t.iter_mut() {
+                *t += known.mean;
+            }
         }
     }
     lay_exact(t, known);

@@ -36,6 +36,9 @@ pub(crate) struct RunRecord {
     pub(crate) student_digest: String,
     /// What it trains on.
     pub(crate) caches: Vec<RunCache>,
+    /// Further folders of their shards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) shards: Vec<PathBuf>,
     /// Once the run is complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) summary: Option<TrainSummary>,
@@ -66,10 +69,10 @@ pub fn is_run(path: &Path) -> bool {
     path.join(RECORD).is_file()
 }
 
-/// The caches that a run was trained on.
-pub fn run_caches(run: &Path) -> Result<Vec<PathBuf>> {
-    let caches = read_record(run)?.caches;
-    Ok(caches.into_iter().map(|cache| cache.path).collect())
+/// The caches that a run was trained on, and further folders of their shards.
+pub fn run_caches(run: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let RunRecord { caches, shards, .. } = read_record(run)?;
+    Ok((caches.into_iter().map(|cache| cache.path).collect(), shards))
 }
 
 /// A finished run's student with the trained adapters attached.
@@ -161,7 +164,12 @@ pub fn paused_at(run: &Path) -> Option<u64> {
 
 impl RunRecord {
     /// The record of a run that begins.
-    pub(crate) fn new(student: &LoadedModel, student_path: &Path, caches: &CacheMix) -> RunRecord {
+    pub(crate) fn new(
+        student: &LoadedModel,
+        student_path: &Path,
+        caches: &CacheMix,
+        shards: &[PathBuf],
+    ) -> RunRecord {
         let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let caches = caches.iter().map(|(cache, weight)| RunCache {
             path: absolute(cache.dir()),
@@ -173,6 +181,7 @@ impl RunRecord {
             student: absolute(student_path),
             student_digest: student.digest.clone(),
             caches: caches.collect(),
+            shards: shards.iter().map(|folder| absolute(folder)).collect(),
             summary: None,
         }
     }

@@ -1,11 +1,11 @@
 //! The teacher's logits from the cache, whatever its tier: a linear code, coefficients × weightᵀ + bias, with what
 //! is known exactly laid over it.
 //!
-//! For the exact tier the coefficients are the last hidden states and the weight is the LM head W. For the compact
-//! tier they are the levels of the transform code, the weight is Wc·S (Wc the head less the mean of its rows, S the
-//! synthesis of the basis), and the bias Wc·μ less the tail's shift; the cached mean of the logits is added to each row, the top K replace
-//! what was rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds. Losses
-//! that divide by the logits' own spread take the cached one.
+//! For the exact tier the coefficients are the last hidden states and the weight is Wc, the LM head less the mean of its
+//! rows. For the compact tier they are the levels of the transform code, the weight is Wc·S (S the synthesis of the basis),
+//! and the bias Wc·μ less the tail's shift. The cached mean of the logits is added to each row, the top K replace what was
+//! rebuilt of them, and at temperature 1 the others are shifted so that the cached log-sum-exp holds. Losses that divide by
+//! the logits' own spread take the cached one.
 
 use caskd_formats::{Basis, Cache, Columns, Head, HeadDtype};
 use tch::{Device, Kind, Tensor};
@@ -50,10 +50,10 @@ enum Source {
 pub(crate) struct TeacherRows {
     /// [N, R].
     coefficients: Tensor,
-    exact: Option<ExactRows>,
+    exact: ExactRows,
 }
 
-/// What the compact tier knows exactly.
+/// What the cache knows exactly.
 #[derive(Debug)]
 struct ExactRows {
     /// [N, 1].
@@ -88,7 +88,7 @@ impl LinearCode {
         let head = head_tensor(&head)?.to_device(device);
         let (weight, bias, source) = match cache.basis()? {
             None => {
-                let weight = head.narrow(0, 0, vocabulary as i64).to_kind(kind);
+                let weight = tch::no_grad(|| centred(&head)).to_kind(kind);
                 let layer = cache.manifest().teacher.num_layers;
                 (weight, None, Source::Hidden(layer))
             }
@@ -105,14 +105,14 @@ impl LinearCode {
         }))
     }
 
-    /// A code of given weights [V, R].
+    /// The code of the exact tier with the head [V, R].
     #[cfg(test)]
-    pub(crate) fn for_test(weight: &Tensor, layer: u32) -> LinearCode {
+    pub(crate) fn for_test(head: &Tensor, layer: u32) -> LinearCode {
         LinearCode {
-            weight: weight.shallow_clone(),
+            weight: centred(head).to_kind(head.kind()),
             bias: None,
             source: Source::Hidden(layer),
-            vocabulary: weight.size()[0],
+            vocabulary: head.size()[0],
         }
     }
 
@@ -120,9 +120,10 @@ impl LinearCode {
     #[cfg(test)]
     pub(crate) fn for_test_of_levels(weight: &Tensor, bias: &Tensor) -> LinearCode {
         LinearCode {
+            weight: weight.shallow_clone(),
             bias: Some(bias.shallow_clone()),
             source: Source::Levels,
-            ..LinearCode::for_test(weight, 0)
+            vocabulary: weight.size()[0],
         }
     }
 
@@ -131,35 +132,37 @@ impl LinearCode {
     /// # Panics
     /// When its columns were not read; the plan of a run reads [`Columns::for_logits`].
     pub(crate) fn rows(&self, batch: &Batch) -> TeacherRows {
-        let at_targets = |rows: &Tensor| rows.index_select(0, &batch.targets_in_positions);
-        match self.source {
-            Source::Hidden(layer) => TeacherRows {
-                coefficients: at_targets(batch.teacher_hidden(layer)),
-                exact: None,
+        let read = "the columns that logits are rebuilt from are read together";
+        let coefficients = match self.source {
+            Source::Hidden(layer) => batch.teacher_hidden(layer),
+            Source::Levels => batch.coefficients.as_ref().expect(read),
+        };
+        let moments = batch.moments.as_ref().expect(read);
+        let log_sum_exp = batch.log_sum_exp.as_ref().expect(read).unsqueeze(1);
+        let (ids, logits) = if let Some(top_k) = &batch.top_k {
+            (top_k.ids.shallow_clone(), top_k.logits.shallow_clone())
+        } else {
+            // A cache of the exact tier may have been built without.
+            let none = log_sum_exp.narrow(1, 0, 0);
+            (none.to_kind(Kind::Int64), none)
+        };
+        TeacherRows {
+            coefficients: coefficients.index_select(0, &batch.targets_in_positions),
+            exact: ExactRows {
+                mean: moments.mean.shallow_clone(),
+                spread: KnownSpread {
+                    // In the compact tier it may be 0 below half of its last digit.
+                    sigma: moments.std.clamp_min(SMALLEST_SIGMA),
+                    min: moments.min.shallow_clone(),
+                },
+                log_sum_exp,
+                ids,
+                logits,
             },
-            Source::Levels => {
-                let read = "the columns of the compact tier are read together";
-                let top_k = batch.top_k.as_ref().expect(read);
-                let moments = batch.moments.as_ref().expect(read);
-                TeacherRows {
-                    coefficients: at_targets(batch.coefficients.as_ref().expect(read)),
-                    exact: Some(ExactRows {
-                        mean: moments.mean.shallow_clone(),
-                        spread: KnownSpread {
-                            // Below half of its last digit it may be 0.
-                            sigma: moments.std.clamp_min(SMALLEST_SIGMA),
-                            min: moments.min.shallow_clone(),
-                        },
-                        log_sum_exp: top_k.log_sum_exp.unsqueeze(1),
-                        ids: top_k.ids.shallow_clone(),
-                        logits: top_k.logits.shallow_clone(),
-                    }),
-                }
-            }
         }
     }
 
-    /// Logits in f32 [N, V]; those of the compact tier are right up to its rate at every temperature but 1.
+    /// Logits in f32 [N, V], right up to what the tier loses at every temperature but 1.
     pub(crate) fn logits(&self, rows: &TeacherRows) -> Tensor {
         let all = self.all_logits(rows);
         all.narrow(1, 0, self.vocabulary)
@@ -168,9 +171,7 @@ impl LinearCode {
     /// The logits that hold at temperature 1 [N, V].
     pub(crate) fn logits_at_one(&self, rows: &TeacherRows) -> Tensor {
         let logits = self.all_logits(rows);
-        let Some(exact) = &rows.exact else {
-            return logits.narrow(1, 0, self.vocabulary);
-        };
+        let exact = &rows.exact;
         let kept = (&exact.logits - &exact.log_sum_exp).exp().sum_dim_intlist(
             [-1].as_slice(),
             true,
@@ -186,17 +187,11 @@ impl LinearCode {
             .narrow(1, 0, self.vocabulary)
     }
 
-    /// The spread of the logits as the cache knows it; `None` where they are exact, or where the student lacks some of the
-    /// vocabulary that it was measured over.
+    /// The spread of the logits as the cache knows it; `None` where the student lacks some of the vocabulary that it was
+    /// measured over.
     pub(crate) fn known_spread<'a>(&self, rows: &'a TeacherRows) -> Option<&'a KnownSpread> {
         let is_whole = self.weight.size()[0] == self.vocabulary;
-        let exact = rows.exact.as_ref().filter(|_| is_whole)?;
-        Some(&exact.spread)
-    }
-
-    /// Whether temperature 1 has logits of its own.
-    pub(crate) fn differs_at_one(&self) -> bool {
-        matches!(self.source, Source::Levels)
+        is_whole.then_some(&rows.exact.spread)
     }
 
     /// The products that logits are made of [N, V'], V' ≥ V, in memory of their own.
@@ -210,12 +205,7 @@ impl LinearCode {
             Some(bias) => Some(read(bias)?),
             None => None,
         };
-        let Some(exact) = &rows.exact else {
-            return Some(TeacherParts {
-                bias,
-                ..TeacherParts::default()
-            });
-        };
+        let exact = &rows.exact;
         Some(TeacherParts {
             bias,
             mean: Some(read(&exact.mean)?),
@@ -239,21 +229,18 @@ impl LinearCode {
             Some(bias) => product + bias,
             None => product,
         };
-        match &rows.exact {
-            Some(exact) => (product + &exact.mean).scatter(-1, &exact.ids, &exact.logits),
-            None => product,
-        }
+        let exact = &rows.exact;
+        (product + &exact.mean).scatter(-1, &exact.ids, &exact.logits)
     }
 
-    /// One logit a row, of the given tokens, at temperature 1: \[N\] f32.
+    /// One logit a row, of the given tokens, at temperature 1, where it is not among the top K: \[N\] f32.
     fn logits_of(&self, rows: &TeacherRows, tokens: &Tensor) -> Tensor {
-        if rows.exact.is_none() {
+        if matches!(self.source, Source::Hidden(_)) {
+            // Near enough without the shift, which needs all logits of the row.
             let weight = self.weight.index_select(0, tokens).to_kind(Kind::Float);
-            return (weight * &rows.coefficients).sum_dim_intlist(
-                [-1].as_slice(),
-                false,
-                Kind::Float,
-            );
+            let products =
+                (weight * &rows.coefficients).sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+            return (products + &rows.exact.mean).squeeze_dim(1);
         }
         // The shift to the exact log-sum-exp needs all logits of the row.
         let tokens = tokens.unsqueeze(1);
@@ -275,21 +262,26 @@ impl TeacherRows {
         let narrow = |tensor: &Tensor| tensor.narrow(0, first, count);
         TeacherRows {
             coefficients: narrow(&self.coefficients),
-            exact: self.exact.as_ref().map(|exact| ExactRows {
-                mean: narrow(&exact.mean),
-                spread: exact.spread.narrow(first, count),
-                log_sum_exp: narrow(&exact.log_sum_exp),
-                ids: narrow(&exact.ids),
-                logits: narrow(&exact.logits),
-            }),
+            exact: ExactRows {
+                mean: narrow(&self.exact.mean),
+                spread: self.exact.spread.narrow(first, count),
+                log_sum_exp: narrow(&self.exact.log_sum_exp),
+                ids: narrow(&self.exact.ids),
+                logits: narrow(&self.exact.logits),
+            },
         }
     }
 }
 
+/// The head [V, D] less the mean of its rows, in f32.
+fn centred(head: &Tensor) -> Tensor {
+    let head = head.to_kind(Kind::Float);
+    &head - head.mean_dim([0].as_slice(), true, Kind::Float)
+}
+
 /// Wc·S [V, R] and Wc·μ less the tail's shift \[V\] in f32, from the head [V, D].
 fn through_basis(head: &Tensor, basis: &Basis) -> (Tensor, Tensor) {
-    let head = head.to_kind(Kind::Float);
-    let centred = &head - head.mean_dim([0].as_slice(), true, Kind::Float);
+    let centred = centred(head);
     let parts = basis.parts();
     let to = |values: &[f32]| Tensor::from_slice(values).to_device(head.device());
     let synthesis = to(&parts.synthesis).view([basis.width() as i64, basis.rank() as i64]);

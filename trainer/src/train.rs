@@ -125,7 +125,7 @@ pub fn train(
     check_responses(&caches, &parts)?;
     let order = caches.order(config)?;
     let device = student.network.device();
-    let record = RunRecord::new(&student, student_path, &caches);
+    let record = RunRecord::new(&student, student_path, &caches, &config.shards);
     let mut model = student;
     let student = &mut model.network;
     prepare(student, config)?;

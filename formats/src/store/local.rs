@@ -41,10 +41,6 @@ impl Local {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.root.join(name)
-    }
-
     /// Every change of the disk passes here first.
     #[cfg_attr(not(test), expect(clippy::unused_self, clippy::unnecessary_wraps))]
     fn step(&self, path: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use caskd_formats::{Cache, Io};
+use caskd_formats::Io;
 use caskd_search::{
     Domain, Objective, Space, Study, StudyConfig, StudyView, Trial, TrialView, Value,
 };
@@ -11,7 +11,8 @@ use caskd_trainer::TrainConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::SearchArgs;
-use crate::commands::train::read_config;
+use crate::commands::open_cache;
+use crate::commands::train::{add_shards, read_config};
 use crate::exit::Failure;
 use crate::objective::{
     CommandObjective, Distillation, DistillationObjective, repeated, setting_text,
@@ -24,12 +25,13 @@ const DEFAULT_VALIDATION: f64 = 0.1;
 const NOTE: &str = "plan";
 
 /// Settings that the study decides, or that belong to what all trials share.
-const FIXED: [&str; 6] = [
+const FIXED: [&str; 7] = [
     "seed",
     "fraction",
     "device",
     "dtype",
     "io",
+    "shards",
     "allow_low_fidelity",
 ];
 
@@ -53,6 +55,9 @@ enum Kept {
     Distillation {
         cache: PathBuf,
         student: PathBuf,
+        /// Further folders of the cache's shards.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        shards: Vec<PathBuf>,
         /// Settings of every trial, as TOML.
         config: String,
         validation: f64,
@@ -88,13 +93,17 @@ impl Plan {
             Some(Kept::Distillation {
                 cache,
                 student,
+                shards,
                 config,
                 validation,
                 ..
             }) => Some(Self::Distillation(Distillation {
                 cache,
                 student,
-                base: TrainConfig::from_toml(&config)?,
+                base: TrainConfig {
+                    shards,
+                    ..TrainConfig::from_toml(&config)?
+                },
                 validation,
             })),
         })
@@ -131,9 +140,10 @@ impl Plan {
             _ => read_config(args.config.as_deref(), &args.settings)?,
         };
         base.allow_low_fidelity |= args.allow_low_fidelity;
+        add_shards(&mut base, &args.elsewhere)?;
         let validation = match args.validation.or(stored.map(|plan| plan.validation)) {
             Some(share) => share,
-            None => match Cache::open(&cache, Io::Read)?
+            None => match open_cache(&cache, &base.shards, Io::Read)?
                 .manifest()
                 .data
                 .preparation
@@ -338,10 +348,15 @@ impl Evaluator {
                     opened.cache.manifest().checksum.clone(),
                     opened.student.digest.clone(),
                 );
+                let without_shards = TrainConfig {
+                    shards: Vec::new(),
+                    ..objective.plan.base.clone()
+                };
                 Ok(Kept::Distillation {
                     cache: absolute(&objective.plan.cache),
                     student: absolute(&objective.plan.student),
-                    config: objective.plan.base.to_toml()?,
+                    shards: objective.plan.base.shards.clone(),
+                    config: without_shards.to_toml()?,
                     validation: objective.plan.validation,
                     cache_digest,
                     student_digest,

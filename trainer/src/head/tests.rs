@@ -48,9 +48,30 @@ fn sequence(rng: &mut SeededRng, positions: usize) -> Sequence {
     }
 }
 
-/// Sequences of 5, 9 and 3 positions.
-fn batch_of_three(rng: &mut SeededRng) -> Batch {
-    let sequences = [5, 9, 3].map(|positions| sequence(rng, positions));
+/// Sequences of 5, 9 and 3 positions of a teacher with the head [V, WIDTH].
+fn batch_of_three(rng: &mut SeededRng, teacher_head: &Tensor) -> Batch {
+    let sequences = [5, 9, 3].map(|positions| {
+        let mut sequence = sequence(rng, positions);
+        let hidden = Tensor::from_slice(&sequence.hidden[0].values).view([-1, WIDTH as i64]);
+        let logits = hidden.matmul(&teacher_head.tr());
+        let floats = |of: Tensor| Vec::<f32>::try_from(of.contiguous().view(-1)).unwrap();
+        let last = [-1_i64];
+        sequence.statistics = Some(Statistics {
+            mean: floats(logits.mean_dim(last.as_slice(), false, Kind::Float)),
+            std: floats(logits.std_dim(last.as_slice(), false, false)),
+            min: floats(logits.amin(last, false)),
+            max: floats(logits.amax(last, false)),
+            log_sum_exp: floats(logits.logsumexp(last.as_slice(), false)),
+        });
+        let (logits, ids) = logits.topk(2, -1, true, true);
+        let ids = Vec::<i64>::try_from(ids.contiguous().view(-1)).unwrap();
+        sequence.top_k = Some(TopK {
+            k: 2,
+            ids: ids.into_iter().map(|id| id as u32).collect(),
+            logits: floats(logits),
+        });
+        sequence
+    });
     let columns = Columns {
         statistics: true,
         top_k: true,
@@ -65,14 +86,12 @@ fn batch_of_three(rng: &mut SeededRng) -> Batch {
 #[test]
 fn chunks_add_up_to_unchunked_autograd() {
     let mut rng = SeededRng::new(2);
-    let batch = batch_of_three(&mut rng);
+    let teacher_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
+    let batch = batch_of_three(&mut rng, &teacher_head);
     let rows = batch.num_targets() as i64;
     assert_eq!((batch.num_positions(), rows), (17, 3 + 7 + 1));
     let hidden = random(&mut rng, &[rows, WIDTH as i64]);
-    let (student_head, teacher_head) = (
-        random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]),
-        random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]),
-    );
+    let student_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
     let code = LinearCode::for_test(&teacher_head, 2);
     let dual = |sigma: Sigma| DualScaling {
         scaling_value: 2.0,
@@ -186,11 +205,11 @@ fn chunks_add_up_to_unchunked_autograd() {
 #[test]
 fn the_row_kernel_agrees_with_autograd() {
     let mut rng = SeededRng::new(7);
-    let batch = batch_of_three(&mut rng);
+    let teacher_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
+    let batch = batch_of_three(&mut rng, &teacher_head);
     let rows = batch.num_targets() as i64;
     let hidden = random(&mut rng, &[rows, WIDTH as i64]);
     let student_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
-    let teacher_head = random(&mut rng, &[VOCABULARY as i64, WIDTH as i64]);
     let kl = |temperature: f64, tail: Tail| Kl {
         temperature,
         temperature_squared: temperature > 2.0,
@@ -238,21 +257,33 @@ fn the_row_kernel_agrees_with_autograd() {
             let wide = |logits: Tensor| logits.to_kind(Kind::Double);
             let leaf = wide(logits(&hidden, &student_head)).set_requires_grad(true);
             let teacher = wide(code.logits(&of_teacher));
+            let at_one = wide(code.logits_at_one(&of_teacher));
+            let sigma = code
+                .known_spread(&of_teacher)
+                .unwrap()
+                .sigma
+                .shallow_clone();
             let lookups = Lookups::default();
-            let rows = LogitRows {
-                student: &leaf,
-                teacher: Some(&teacher),
-                teacher_sigma: None,
-                top_k: batch.top_k.as_ref(),
-                labels: &batch.labels,
-                keys: &batch.keys,
-                sample_sigma: None,
-                of_student: None,
-                lookups: &lookups,
-            };
             let sums: Vec<Tensor> = scaled
                 .iter()
-                .map(|scaled| scaled.loss.value(&rows).sum(None::<Kind>))
+                .map(|scaled| {
+                    let rows = LogitRows {
+                        student: &leaf,
+                        teacher: Some(if scaled.is_at_temperature_one() {
+                            &at_one
+                        } else {
+                            &teacher
+                        }),
+                        teacher_sigma: Some(&sigma),
+                        top_k: batch.top_k.as_ref(),
+                        labels: &batch.labels,
+                        keys: &batch.keys,
+                        sample_sigma: None,
+                        of_student: None,
+                        lookups: &lookups,
+                    };
+                    scaled.loss.value(&rows).sum(None::<Kind>)
+                })
                 .collect();
             let total: Tensor = sums
                 .iter()

@@ -160,6 +160,9 @@ pub(crate) fn sequences(teacher: &LoadedModel, form: &CacheForm) -> Vec<Sequence
             tch::no_grad(|| {
                 let forward = teacher.network.forward(&input, &form.layers, false);
                 let logits = teacher.network.logits(&forward.last_hidden).squeeze_dim(0);
+                // Rows of the head that no token has give zeros.
+                let padding = (form.vocabulary - VOCABULARY) as i64;
+                let logits = logits.constant_pad_nd([0, padding]);
                 let hidden = forward.hidden.iter().map(|(layer, hidden)| HiddenState {
                     layer: *layer,
                     width: hidden.size()[2] as usize,
