@@ -132,6 +132,12 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// Weights that cannot be held or trained as asked.
+    #[error("cannot train this way: {message}")]
+    Training {
+        /// What is wrong.
+        message: String,
+    },
     /// libtorch refused an operation.
     #[error("libtorch could not {action}: {source}")]
     Torch {
@@ -181,6 +187,9 @@ impl Error {
             }
             Error::Unsupported { .. } => {
                 "this model cannot be run as it is; README names architectures and files that can".to_owned()
+            }
+            Error::Lora { .. } | Error::Training { .. } => {
+                "docs/STUDENTS.md says what trains and how; `caskd train --print-config` shows every key with a value that it takes".to_owned()
             }
             Error::Exists { .. } => "choose another output folder, or remove this one".to_owned(),
             _ => return None,
