@@ -32,6 +32,10 @@ def holm(p_values):
     return adjusted
 
 
+def probability(p):
+    return f"{p:.4f}" if p >= 5e-5 else "below 0.0001"
+
+
 def standard_error(a):
     return float(np.std(a, ddof=1) / np.sqrt(len(a)))
 
@@ -142,7 +146,7 @@ def tables(curves, surfaces, names, tests, total):
         for r in rows:
             lines.append(
                 f"| {r['sampler']} | {r['surface']} | {r['trials']} | {r['regret']:.2f} | {r['rival']} "
-                f"| {r['rival_regret']:.2f} | {r['p']:.4f} | {r['p_holm']:.4f} | {r['p_holm_all']:.4f} |"
+                f"| {r['rival_regret']:.2f} | {probability(r['p'])} | {probability(r['p_holm'])} | {probability(r['p_holm_all'])} |"
             )
     return lines
 

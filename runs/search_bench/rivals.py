@@ -90,7 +90,6 @@ def main():
     parser.add_argument("--tables", required=True, help="output of the example with --table 1")
     parser.add_argument("--out", required=True, help="JSON lines; what is there is kept")
     parser.add_argument("--names", default=",".join(SAMPLERS))
-    parser.add_argument("--surfaces", default="", help="numbers of the surfaces, separated by commas; all without it")
     parser.add_argument("--first-run", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=50)
@@ -103,7 +102,6 @@ def main():
         torch.set_num_threads(1)
     with open(args.tables) as file:
         tables = json.load(file)["tables"]
-    wanted = {int(n) for n in args.surfaces.split(",") if n} or set(range(1, len(tables) + 1))
     done = set()
     if os.path.exists(args.out):
         with open(args.out) as file:
@@ -112,7 +110,7 @@ def main():
         for name in args.names.split(","):
             for run in range(args.first_run, args.first_run + args.seeds):
                 for number, table in enumerate(tables, 1):
-                    if number not in wanted or (name, table["surface"], run) in done:
+                    if (name, table["surface"], run) in done:
                         continue
                     curve, seconds = regrets(table, number, name, run, args.trials)
                     row = {
