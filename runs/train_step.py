@@ -5,7 +5,8 @@
 SmolLM2 (or another Llama GGUF), r = 8 on all seven projections, 8 sequences of 128 tokens, every position a
 target. Both sides read the same Hugging Face folder. The rival gets the teacher's last hidden states (it multiplies
 them by the head, as we do; row `rival`) or its logits outright (row `rival, given logits`: no such product, no cache
-to read). Each run is a process of its own, and the runs take turns. Seconds are medians over the steps but the first
+to read). Three rows that hold less or train more come only where --only names them: `recompute`, `int8 base`, `all
+weights`, each with KL on the exact cache. Each run is a process of its own, and the runs take turns. Seconds are medians over the steps but the first
 two, peak memory is the process's VmHWM. Ratios are printed, nothing is asserted.
 """
 
@@ -69,6 +70,13 @@ def compare(args, work):
         "KL, sparse with a ghost": ["sparse", *soft, "--set", "tail=ghost"],
         "CE + KL, exact": ["exact", "--set", "scaling_value=2"],
     }
+    kl = ours["KL, exact"]
+    ours_on_demand = {
+        "recompute": [*kl, "--set", "recompute=true"],
+        "int8 base": [*kl, "--set", "quantize=int8"],
+        "all weights": [*kl, "--set", "mode=full", "--set", "learning_rate=1e-4"],
+    }
+    ours |= {row: settings for row, settings in ours_on_demand.items() if row in (args.only or ())}
     rivals = {"rival": "hidden", "rival, given logits": "given"}
     for dtype in args.dtypes:
         seconds, memory = {}, {}

@@ -133,6 +133,15 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
+/// A value of whatever size: losses may be tiny, a command's value may be anything.
+pub(crate) fn shown(value: f64) -> String {
+    if value == 0.0 || (1e-3..1e7).contains(&value.abs()) {
+        format!("{value:.4}")
+    } else {
+        format!("{value:.4e}")
+    }
+}
+
 /// `1536000` → `1.5 MB`.
 pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
@@ -160,5 +169,9 @@ mod tests {
         assert_eq!(duration(3700.0), "1h01m");
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1_536_000), "1.5 MB");
+        assert_eq!(
+            [6.12766, 0.0, -2.31e-5].map(shown),
+            ["6.1277", "0.0000", "-2.3100e-5"]
+        );
     }
 }

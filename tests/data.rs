@@ -553,3 +553,193 @@ fn the_real_teachers_chats_are_those_of_transformers() {
         );
     }
 }
+
+/// Templates of one tokenizer: without tools, and with them.
+const WITHOUT_TOOLS: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+const WITH_TOOLS: &str = "[{% for tool in tools %}{{ tool | tojson }}{% endfor %}]{% for m in messages %}<{{ m.role }}|{{ m.content }}>{% endfor %}{% if add_generation_prompt %}<assistant|{% endif %}";
+
+/// Conversations with tools, with an empty list of them, and without.
+fn talks_with_tools() -> String {
+    let tool = json!({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}});
+    let tools = [json!([tool]), json!([]), Value::Null];
+    let mut talks: Vec<Value> = tools
+        .iter()
+        .enumerate()
+        .map(|(index, tools)| {
+            json!({"tools": tools, "messages": [
+                {"role": "user", "content": format!("What is 1 + {index}?")},
+                {"role": "assistant", "content": format!("It is {}.", index + 1)},
+            ]})
+        })
+        .collect();
+    talks.push(json!({"messages": talk()}));
+    lines(&talks)
+}
+
+#[test]
+fn conversations_with_tools_have_their_own_template() {
+    let bench = Bench::new();
+    bench.write("data.jsonl", &talks_with_tools());
+    let both = json!([{"name": "default", "template": WITHOUT_TOOLS}, {"name": "tool_use", "template": WITH_TOOLS}]);
+    bench.write(
+        "teacher/tokenizer_config.json",
+        &json!({"chat_template": both}).to_string(),
+    );
+    let listed = rows(&bench, "listed", &["--data", "data.jsonl"]);
+    let begins: Vec<&str> = listed.iter().map(|row| &row.text[..2]).collect();
+    assert_eq!(begins, ["[{", "[]", "<u", "<u"]);
+    assert!(listed[0].text.ends_with("<assistant|It is 1.>"));
+
+    // Beside the configuration, where they count before what is inside.
+    bench.write(
+        "teacher/tokenizer_config.json",
+        &json!({"chat_template": "not this one"}).to_string(),
+    );
+    std::fs::create_dir(bench.path("teacher/additional_chat_templates")).unwrap();
+    bench.write("teacher/chat_template.jinja", WITHOUT_TOOLS);
+    bench.write(
+        "teacher/additional_chat_templates/tool_use.jinja",
+        WITH_TOOLS,
+    );
+    build(&bench, "beside", &["--data", "data.jsonl"]);
+    assert_eq!(files(&bench.path("listed")), files(&bench.path("beside")));
+
+    let named = ["--data", "data.jsonl", "--chat-template", "default"];
+    let named = rows(&bench, "named", &named);
+    assert!(named.iter().all(|row| row.text.starts_with("<user>")));
+    let output = bench.run(&[
+        "build",
+        "--teacher",
+        "teacher",
+        "--data",
+        "data.jsonl",
+        "--out",
+        "unknown",
+        "--chat-template",
+        "tools",
+    ]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(
+        text.contains("(it has: default, tool_use)") && text.contains("hint: "),
+        "{text}"
+    );
+    assert!(!bench.path("unknown").exists());
+}
+
+/// Set CASKD_PYTHON to a Python with transformers.
+#[test]
+fn the_template_for_tools_is_the_one_that_transformers_chooses() {
+    let Some(python) = std::env::var_os("CASKD_PYTHON") else {
+        eprintln!("skipped: CASKD_PYTHON is not set");
+        return;
+    };
+    let bench = Bench::new();
+    bench.write("data.jsonl", &talks_with_tools());
+    let config = |template: Value| {
+        let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast"});
+        if !template.is_null() {
+            config["chat_template"] = template;
+        }
+        bench.write("teacher/tokenizer_config.json", &config.to_string());
+    };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/witness_templates.py");
+    let check = |name: &str| {
+        let output = std::process::Command::new(&python)
+            .arg(&script)
+            .args(["teacher", "data.jsonl"])
+            .current_dir(bench.folder.path())
+            .env("HF_HUB_OFFLINE", "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let expected: Vec<String> = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let found = rows(&bench, name, &["--data", "data.jsonl"]);
+        let found: Vec<&String> = found.iter().map(|row| &row.text).collect();
+        assert_eq!(found, expected.iter().collect::<Vec<_>>(), "{name}");
+    };
+    config(
+        json!([{"name": "default", "template": WITHOUT_TOOLS}, {"name": "tool_use", "template": WITH_TOOLS}]),
+    );
+    check("listed");
+    config(
+        json!([{"name": "rag", "template": "rag"}, {"name": "default", "template": WITHOUT_TOOLS}]),
+    );
+    check("no-tools");
+    config(json!(
+        WITH_TOOLS.replace("for tool in tools", "for tool in tools or []")
+    ));
+    check("one");
+    std::fs::create_dir(bench.path("teacher/additional_chat_templates")).unwrap();
+    bench.write(
+        "teacher/additional_chat_templates/tool_use.jinja",
+        WITH_TOOLS,
+    );
+    bench.write("teacher/chat_template.jinja", WITHOUT_TOOLS);
+    check("files");
+}
+
+#[test]
+fn a_limit_takes_the_first_sequences_and_is_part_of_the_plan() {
+    let bench = Bench::new();
+    bench.records("a.jsonl", 4200);
+    bench.records("b.jsonl", 5);
+    bench.write("c.txt", &"A long text without an end. ".repeat(400));
+    let few = ["--data", "a.jsonl", "--data", "b.jsonl", "--limit", "7"];
+    let report = build(&bench, "few", &few);
+    assert_eq!(
+        (&report["sequences"], &report["records"]),
+        (&json!(7), &json!(7))
+    );
+    let sources: Vec<String> = exported(&bench, "few")
+        .into_iter()
+        .map(|row| row.source)
+        .collect();
+    assert_eq!(
+        sources,
+        (1..=7)
+            .map(|line| format!("a.jsonl:{line}"))
+            .collect::<Vec<_>>()
+    );
+    let manifest = |name: &str| -> Value {
+        let text = std::fs::read_to_string(bench.path(name).join("manifest.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let manifest_of_few = manifest("few");
+    let data = &manifest_of_few["data"];
+    assert_eq!(data["preparation"]["limit"], 7);
+    // The file is known whole.
+    let bytes = std::fs::metadata(bench.path("a.jsonl")).unwrap().len();
+    assert_eq!(data["files"].as_array().unwrap().len(), 1);
+    assert_eq!(data["files"][0]["bytes"], bytes);
+    assert_eq!(
+        build(&bench, "text", &["--data", "c.txt", "--limit", "3"])["sequences"],
+        3
+    );
+    // More than there is takes all.
+    let all = ["--data", "b.jsonl", "--limit", "100"];
+    assert_eq!(build(&bench, "all", &all)["sequences"], 5);
+    build(&bench, "some", &["--data", "b.jsonl", "--limit", "2"]);
+    let files_of = |name: &str| manifest(name)["data"]["files"].clone();
+    assert_eq!(files_of("some"), files_of("all"));
+
+    let plan = |limit: &str, more: &[&str]| {
+        let fixed = [
+            "build",
+            "--teacher",
+            "teacher",
+            "--data",
+            "a.jsonl",
+            "--plan",
+        ];
+        let rest = ["--out", "planned", "--limit", limit];
+        bench.run(&[&fixed[..], &rest, more].concat())
+    };
+    assert!(plan("7", &[]).status.success());
+    let other = plan("8", &["--resume"]);
+    assert_eq!(other.status.code(), Some(2), "{}", stderr(&other));
+    assert!(stderr(&other).contains("hint: "), "{}", stderr(&other));
+    let none = plan("0", &[]);
+    assert_eq!(none.status.code(), Some(2), "{}", stderr(&none));
+}

@@ -9,19 +9,24 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use caskd_models::{LoadOptions, load};
+use caskd_models::{LoadOptions, load, load_adapters};
 use caskd_trainer::load_run;
 use support::{Bench, stderr};
 use tch::{Device, Kind, Tensor};
 
-/// A pruned student with a run of adapters (`run`) and one of all weights (`full`).
+/// A pruned student with a run of adapters (`run`), one of adapters on a base in 8 bits (`eight`) and one of all weights
+/// (`full`).
 fn bench() -> Bench {
     let bench = Bench::new();
     bench.cache("cache", 24, &[]);
     bench.ok(&[
         "prune", "--model", "teacher", "--method", "taylor", "--cache", "cache", "--out", "student",
     ]);
-    for (out, mode) in [("run", "mode=lora"), ("full", "mode=full")] {
+    for (out, mode) in [
+        ("run", "mode=lora"),
+        ("eight", "quantize=int8"),
+        ("full", "mode=full"),
+    ] {
         bench.ok(&[
             "train",
             "--cache",
@@ -63,7 +68,7 @@ fn exported_models_give_the_runs_numbers() {
     let bench = bench();
     let options = LoadOptions::default();
     let ids = ids();
-    for run in ["run", "full"] {
+    for run in ["run", "eight", "full"] {
         let expected = logits(&load_run(&bench.path(run), &options).unwrap(), &ids);
         let untrained = load(&bench.path("student"), &options).unwrap();
         assert!(
@@ -90,6 +95,13 @@ fn exported_models_give_the_runs_numbers() {
             );
         }
     }
+    // Adapters that were trained on a base in 8 bits come with that base.
+    bench.ok(&["export-model", "eight", "--peft", "--out", "peft"]);
+    let mut exported = load(&bench.path("peft/base"), &options).unwrap();
+    load_adapters(&mut exported.network, &bench.path("peft")).unwrap();
+    let expected = load_run(&bench.path("eight"), &options).unwrap();
+    assert!(difference(&logits(&exported, &ids), &logits(&expected, &ids)) < 1e-4);
+
     let config = std::fs::read_to_string(bench.path("run-padded/config.json")).unwrap();
     assert!(!config.contains("caskd"), "{config}");
 }

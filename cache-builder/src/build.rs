@@ -160,6 +160,8 @@ pub fn build(
         &mut building(spec.data.positions, spec.data.positions - waiting, progress),
     )?;
     let totals = pass.totals;
+    // Its head in f32 is not needed beside what follows.
+    drop(pass);
 
     let measuring = Instant::now();
     if written.completed && options.fidelity && !writer.is_finished() {

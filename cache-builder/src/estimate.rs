@@ -11,7 +11,8 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
-use crate::build::Progress;
+use crate::build::{Progress, Stage};
+use crate::fidelity::{ROWS, SAMPLE_POSITIONS, rehearse};
 use crate::footprint::{Footprint, MemoryPlan};
 use crate::options::{BuildOptions, USUAL_TOP_K};
 use crate::prepare::{cache_spec, check_options, read_data, warn_beyond_context};
@@ -33,8 +34,12 @@ const TOP_K_BYTES: f64 = 2.56;
 const INT8_BYTES: f64 = 0.87;
 const F16_BYTES: f64 = 2.0;
 
-/// Seconds that the fit of a code takes beside its pass, at width 576; its products grow with the cube of the width.
-const FIT_SECONDS: f64 = 15.0;
+/// Seconds that the fit of a code takes beside its pass at width 576, vocabulary 49,152 and 18,432 positions, on two cores
+/// of an EPYC: of the trials of steps and K, which grow with positions and width; of the head's products, with its size and
+/// the width; of the decompositions, with the cube of the width.
+const FIT_TRIAL_SECONDS: f64 = 12.0;
+const FIT_HEAD_SECONDS: f64 = 4.0;
+const FIT_CUBE_SECONDS: f64 = 0.5;
 
 /// Positions that are measured, at most.
 const MEASURED_POSITIONS: usize = 2048;
@@ -63,6 +68,19 @@ pub struct Measurement {
     pub head_seconds: f64,
     /// Seconds until the layer's weights were read.
     pub read_seconds: f64,
+    /// Seconds of these positions in the comparison of a cache with the teacher, passes apart.
+    pub comparison_seconds: f64,
+}
+
+/// What one stage of a build is expected to take.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct PhaseEstimate {
+    /// The stage; reading includes the loading of the teacher.
+    pub phase: Stage,
+    /// Seconds, one machine.
+    pub seconds: f64,
+    /// Bytes of memory, the teacher's included.
+    pub memory_bytes: u64,
 }
 
 /// What a build is expected to take.
@@ -92,9 +110,9 @@ pub struct Estimate {
     pub measurement: Measurement,
     /// Positions a second.
     pub tokens_per_second: f64,
-    /// Seconds of the fit of the compact tier, or 0.
-    pub fit_seconds: f64,
-    /// Seconds of teacher and fit, one machine.
+    /// The stages that the build will go through.
+    pub phases: Vec<PhaseEstimate>,
+    /// Seconds of all of them.
     pub seconds: f64,
 }
 
@@ -109,16 +127,21 @@ pub fn estimate(
 ) -> Result<Option<Estimate>> {
     check_options(options)?;
     let files = ModelFiles::open(&options.teacher)?;
+    let started = Instant::now();
     let Some(data) = read_data(options, &files, stop, progress)? else {
         return Ok(None);
     };
+    let reading_seconds = started.elapsed().as_secs_f64();
     warn_beyond_context(&files, &data.sequences);
     let shapes = padded_shapes(&data.sequences, options.batch_tokens);
     let mut spec = cache_spec(options, &files, String::new(), data.info)?;
     if options.tier == Tier::Compact && options.top_k.is_none() {
         spec.top_k = USUAL_CODE_K.min(spec.vocab_size);
     }
-    let footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
+    let mut footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
+    if !options.fidelity {
+        footprint.measuring = 0;
+    }
     let memory = footprint.plan(&options.placement)?;
     let measurement = tch::no_grad(|| measure(&files, options, &shapes))?;
 
@@ -126,76 +149,123 @@ pub fn estimate(
         .iter()
         .map(|(rows, longest)| (rows * longest) as u64)
         .sum();
-    let passes = padded as f64 / measurement.positions as f64;
-    let computing = measurement.layer_seconds * measurement.layers as f64;
-    let mut seconds = passes * (computing + measurement.head_seconds);
-    if memory.layered {
-        // Reading hides behind computing where a block of positions is large enough.
-        let blocks = (padded as f64 / memory.block_positions.max(1) as f64).ceil();
-        let reading = measurement.read_seconds * measurement.layers as f64;
-        let block = passes * computing / blocks.max(1.0);
-        seconds += blocks * (reading - block).max(0.0);
-    }
     let positions = spec.data.positions;
-    let tokens_per_second = positions as f64 / seconds.max(1e-9);
-    let fit_seconds = if options.tier == Tier::Compact {
-        let sample = (FIT_POSITIONS + HELD_OUT_POSITIONS).min(positions as usize);
-        let width = (spec.teacher.hidden_size as f64 / 576.0).powi(3);
-        sample as f64 / tokens_per_second + FIT_SECONDS * width.max(1.0)
-    } else {
-        0.0
-    };
+    let building = measurement.pass_seconds(padded, &memory);
+    let tokens_per_second = positions as f64 / building.max(1e-9);
+    let (fitting_bytes, measuring_bytes) = footprint.of_phases(&memory);
+    let mut phases = vec![PhaseEstimate {
+        phase: Stage::Reading,
+        // Weights are read once for their digest.
+        seconds: reading_seconds
+            + measurement.reading_seconds() * if memory.layered { 1.0 } else { 2.0 },
+        memory_bytes: footprint.loaded(&memory),
+    }];
+    if options.tier == Tier::Compact {
+        let sample = positions.min((FIT_POSITIONS + HELD_OUT_POSITIONS) as u64);
+        phases.push(PhaseEstimate {
+            phase: Stage::Fitting,
+            seconds: sample as f64 / tokens_per_second + fit_seconds(&spec, sample),
+            memory_bytes: fitting_bytes,
+        });
+    }
+    phases.push(PhaseEstimate {
+        phase: Stage::Building,
+        seconds: building,
+        memory_bytes: memory.bytes,
+    });
+    if options.fidelity {
+        let sample = positions.min(SAMPLE_POSITIONS as u64) as f64;
+        let share = sample / measurement.positions as f64;
+        // Teacher and student; the student's weights are read anew.
+        let passes = 2.0 * share * measurement.layer_seconds * measurement.layers as f64;
+        phases.push(PhaseEstimate {
+            phase: Stage::Measuring,
+            seconds: passes
+                + measurement.reading_seconds()
+                + share * measurement.comparison_seconds,
+            memory_bytes: measuring_bytes,
+        });
+    }
     Ok(Some(Estimate {
         sequences: spec.data.sequences,
         positions,
         targets: spec.data.targets,
         padding: padded - positions,
         tier: options.tier,
-        tiers: tiers(options, &spec),
+        tiers: tiers(options, &spec)?,
         footprint,
         in_memory_bytes: footprint.in_memory(),
         least_bytes: footprint.least(),
         memory,
         measurement,
         tokens_per_second,
-        fit_seconds,
-        seconds: seconds + fit_seconds,
+        seconds: phases.iter().map(|phase| phase.seconds).sum(),
+        phases,
     }))
+}
+
+/// Seconds of a fit beside its pass.
+fn fit_seconds(spec: &CacheSpec, sample: u64) -> f64 {
+    let width = spec.teacher.hidden_size as f64 / 576.0;
+    let positions = sample as f64 / (FIT_POSITIONS + HELD_OUT_POSITIONS) as f64;
+    let vocab = spec.vocab_size as f64 / 49_152.0;
+    FIT_TRIAL_SECONDS * positions * width
+        + FIT_HEAD_SECONDS * vocab * width * width
+        + FIT_CUBE_SECONDS * width.powi(3)
+}
+
+impl Measurement {
+    /// Seconds until all weights are read once.
+    fn reading_seconds(&self) -> f64 {
+        self.read_seconds * self.layers as f64
+    }
+
+    /// Seconds of the teacher for so many positions.
+    fn pass_seconds(&self, positions: u64, memory: &MemoryPlan) -> f64 {
+        let passes = positions as f64 / self.positions as f64;
+        let computing = passes * self.layer_seconds * self.layers as f64;
+        let mut seconds = computing + passes * self.head_seconds;
+        if memory.layered {
+            // Reading hides behind computing where a block of positions is large enough.
+            let blocks = (positions as f64 / memory.block_positions.max(1) as f64).ceil();
+            seconds += blocks * (self.reading_seconds() - computing / blocks.max(1.0)).max(0.0);
+        }
+        seconds
+    }
 }
 
 /// K of the compact tier, which the fit chooses among 4, 8 and 16.
 const USUAL_CODE_K: usize = 8;
 
-fn tiers(options: &BuildOptions, spec: &CacheSpec) -> BTreeMap<&'static str, TierEstimate> {
+fn tiers(options: &BuildOptions, spec: &CacheSpec) -> Result<BTreeMap<&'static str, TierEstimate>> {
     let width = spec.teacher.hidden_size as f64;
     let wide = if spec.vocab_size > 1 << 16 {
         WIDE_ID_BYTES
     } else {
         0.0
     };
-    let value = |codec: HiddenCodec| match codec {
-        HiddenCodec::Int8 => INT8_BYTES,
-        HiddenCodec::F16 => F16_BYTES,
+    // The usual layers are not the same in all tiers.
+    let layers = |tier| -> Result<f64> {
+        let layers = options.layers.resolve(
+            spec.teacher.num_layers,
+            spec.teacher.hidden_size,
+            tier,
+            options.hidden_codec,
+        )?;
+        let bytes = layers.iter().map(|layer| {
+            let value = match layer.codec {
+                HiddenCodec::Int8 => INT8_BYTES,
+                HiddenCodec::F16 => F16_BYTES,
+            };
+            layer.width as f64 * value
+        });
+        Ok(bytes.sum())
     };
-    let layers: f64 = spec
-        .layers
-        .iter()
-        .map(|layer| layer.width as f64 * value(layer.codec))
-        .sum();
-    let has_last = spec
-        .layers
-        .iter()
-        .any(|layer| layer.layer == spec.teacher.num_layers);
     let top_k = options.top_k.unwrap_or(USUAL_TOP_K.min(spec.vocab_size)) as f64;
-    let native = NATIVE_BYTES + wide;
-    let sparse = native + top_k * (TOP_K_BYTES + wide) + layers;
-    let exact = sparse
-        + if has_last {
-            0.0
-        } else {
-            width * value(options.hidden_codec)
-        };
-    let compact = layers
+    let entries = NATIVE_BYTES + wide + top_k * (TOP_K_BYTES + wide);
+    let sparse = entries + layers(Tier::Sparse)?;
+    let exact = entries + layers(Tier::Exact)?;
+    let compact = layers(Tier::Compact)?
         + match options.code_target {
             CodeTarget::Rate(bytes) => f64::from(bytes),
             // Measured at two points: 202 bytes at 0.014 nats, 114 at 0.076; a bit a coefficient for a factor of four.
@@ -211,11 +281,11 @@ fn tiers(options: &BuildOptions, spec: &CacheSpec) -> BTreeMap<&'static str, Tie
         shard_bytes: (bytes_per_position * spec.data.positions as f64) as u64,
         shared_bytes,
     };
-    BTreeMap::from([
+    Ok(BTreeMap::from([
         ("sparse", of(sparse, head)),
         ("compact", of(compact, head + basis)),
         ("exact", of(exact, head)),
-    ])
+    ]))
 }
 
 /// Runs one layer, and the head, over the batch shape in the middle of the data's.
@@ -284,13 +354,19 @@ fn measure(
             &mut kept,
         );
     });
-    let share = positions as f64 / measured_rows as f64 * vocab as f64 / part as f64;
+    let of_vocab = vocab as f64 / part as f64;
+    let compared = hidden
+        .narrow(0, 0, ROWS.min(hidden.size()[0]))
+        .to_device(Device::Cpu);
+    let comparison = rehearse(&compared, &weights.to_device(Device::Cpu))?;
+    let share = positions as f64 / measured_rows as f64 * of_vocab;
     Ok(Measurement {
         positions,
         layer_seconds,
         layers,
         head_seconds: chunk_seconds * share,
         read_seconds,
+        comparison_seconds: comparison * of_vocab * positions as f64 / compared.size()[0] as f64,
     })
 }
 

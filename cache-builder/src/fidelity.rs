@@ -8,16 +8,19 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use caskd_formats::{
     Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier, split_hash,
 };
-use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, load, prune};
+use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, linear, load, prune};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::TokenizedSequence;
+use crate::error::torch;
 use crate::layers::Event;
-use crate::rebuild::{Rebuilt, kl_rows};
+use crate::rebuild::Rebuilt;
+use crate::row_comparison::{Logits, Scales, compare};
 use crate::teacher::Teacher;
 use crate::{Error, Result};
 
@@ -27,8 +30,13 @@ pub(crate) const SAMPLE_POSITIONS: usize = 1024;
 /// Positions whose gradients make one batch: eight sequences of 128 tokens.
 const BATCH: i64 = 1024;
 
-/// Positions whose logits exist at one time.
-const ROWS: i64 = 128;
+/// Positions whose logits exist at one time, and these logits where the vocabulary is large.
+pub(crate) const ROWS: i64 = 128;
+const LOGITS: i64 = 8 << 20;
+
+/// How often logits of some positions are in memory at one time: three products, five rows' worth of the comparison, two
+/// temporary ones.
+const LOGIT_COPIES: u64 = 10;
 
 /// Dimensions that the student's hidden states are projected to.
 const PROJECTED: i64 = 64;
@@ -164,6 +172,43 @@ pub(crate) fn measure_build(
     })
 }
 
+/// Bytes that a comparison takes, heads apart: logits of some positions as tensors and rows, and gradients by temperature.
+pub(crate) fn bytes(vocab: u64) -> u64 {
+    let logits = (LOGITS as u64).min(ROWS as u64 * vocab);
+    let figures = 2 * Fidelity::keys().count() as u64 * vocab * PROJECTED as u64;
+    4 * (LOGIT_COPIES * logits + figures)
+}
+
+/// Seconds that the comparison of `hidden` [N, D] over a `head` [V, D] takes, both f32 on the CPU, beside the passes of
+/// teacher and student.
+pub(crate) fn rehearse(hidden: &Tensor, head: &Tensor) -> Result<f64> {
+    let rows = hidden.size()[0];
+    let started = Instant::now();
+    let logits = linear(hidden, head, None);
+    let product = started.elapsed().as_secs_f64();
+    let mut chunk = Chunk::default();
+    for values in [&mut chunk.teacher, &mut chunk.student, &mut chunk.rebuilt] {
+        copy(&logits, values)?;
+    }
+    let features = hidden
+        .narrow(1, 0, PROJECTED.min(hidden.size()[1]))
+        .contiguous();
+    let mut figures = Figures::new(head.size()[0], features.size()[1]);
+    let scales = Scales {
+        teacher: 1.0,
+        student: 1.0,
+        rebuilt: 1.0,
+    };
+    // The first time memory is new.
+    let mut seconds = f64::INFINITY;
+    for _ in 0..2 {
+        let started = Instant::now();
+        chunk.add(&mut figures, &vec![scales; rows as usize], &features);
+        seconds = seconds.min(started.elapsed().as_secs_f64());
+    }
+    Ok(3.0 * product + Fidelity::keys().count() as f64 * seconds)
+}
+
 /// Each sequence as a batch of its own, [1, T].
 fn id_batches(sequences: &[Sequence]) -> Vec<Tensor> {
     let ids = sequences.iter().map(|sequence| {
@@ -249,39 +294,45 @@ fn measure(
         rows
     };
     let mut totals: BTreeMap<String, Figures> = Fidelity::keys()
-        .map(|key| (key, Figures::default()))
+        .map(|key| (key, Figures::new(common, projected.size()[1])))
         .collect();
+    // Logits of both vocabularies exist for a moment only: what follows is over the common one.
+    let rows_at_once = (LOGITS / common).clamp(1, ROWS);
+    let mut chunk = Chunk::default();
     for batch in (0..whole).step_by(BATCH as usize) {
         let end = whole.min(batch + BATCH);
-        for first in (batch..end).step_by(ROWS as usize) {
-            let count = ROWS.min(end - first);
-            let logits = rebuilt.logits(first, count);
-            let chunk = Chunk {
-                teacher: teacher_hidden
-                    .narrow(0, first, count)
-                    .matmul(&of_teacher.tr())
-                    .narrow(1, 0, common),
-                student: student_hidden
-                    .narrow(0, first, count)
-                    .matmul(&of_student.tr())
-                    .narrow(1, 0, common),
-                at_one: rebuilt
-                    .at_temperature_one(&logits, first, count)
-                    .narrow(1, 0, common),
-                rebuilt: logits.narrow(1, 0, common),
-                // That of the whole vocabulary.
-                rebuilt_sigma: rebuilt
-                    .sigma(first, count)
-                    .filter(|_| common == of_teacher.size()[0]),
-                projected: projected.narrow(0, first, count),
+        for first in (batch..end).step_by(rows_at_once as usize) {
+            let count = rows_at_once.min(end - first);
+            let of = |hidden: &Tensor, head: &Tensor| {
+                linear(&hidden.narrow(0, first, count), head, None).narrow(1, 0, common)
             };
+            copy(&of(teacher_hidden, of_teacher), &mut chunk.teacher)?;
+            copy(&of(student_hidden, of_student), &mut chunk.student)?;
+            let logits = rebuilt.logits(first, count);
+            let projected = projected.narrow(0, first, count);
+            let at_one = rebuilt.at_temperature_one(&logits, first, count);
+            copy(&at_one.narrow(1, 0, common), &mut chunk.rebuilt)?;
             for temperature in TEMPERATURES {
                 if let Some(figures) = totals.get_mut(&temperature.to_string()) {
-                    chunk.add_temperature(figures, f64::from(temperature));
+                    let scale = 1.0 / temperature as f32;
+                    let scales = Scales {
+                        teacher: scale,
+                        student: scale,
+                        rebuilt: scale,
+                    };
+                    chunk.add(figures, &vec![scales; count as usize], &projected);
+                }
+                // Beyond temperature 1, the first, the rebuilt logits are as they come.
+                if temperature == 1 {
+                    copy(&logits.narrow(1, 0, common), &mut chunk.rebuilt)?;
                 }
             }
             if let Some(figures) = totals.get_mut("dual-scaling") {
-                chunk.add_dual_scaling(figures);
+                // That of the whole vocabulary.
+                let known = rebuilt
+                    .sigma(first, count)
+                    .filter(|_| common == of_teacher.size()[0]);
+                chunk.add_dual_scaling(figures, known.as_ref(), &projected)?;
             }
         }
         totals.values_mut().for_each(Figures::end_batch);
@@ -305,85 +356,105 @@ fn measure(
 }
 
 /// What is added up for one temperature.
-#[derive(Default)]
 struct Figures {
     kl: f64,
     /// Of the batch under way: the projected gradient [V, P] and what the rebuilt logits add to it.
-    gradient: Option<Tensor>,
-    error: Option<Tensor>,
+    gradient: Tensor,
+    error: Tensor,
     squared_errors: f64,
     batches: f64,
 }
 
 impl Figures {
-    /// Adds (p_s − p_t)ᵀ·f and (p_t − p_r)ᵀ·f for features f [N, P].
-    fn add(&mut self, teacher: &Tensor, student: &Tensor, rebuilt: &Tensor, features: &Tensor) {
-        self.kl += kl_rows(teacher, rebuilt);
-        let p = teacher.softmax(-1, Kind::Float);
-        let add = |sum: &mut Option<Tensor>, difference: Tensor| {
-            let product = difference.tr().matmul(features);
-            *sum = Some(
-                sum.take()
-                    .map_or_else(|| product.shallow_clone(), |sum| sum + &product),
-            );
-        };
-        add(&mut self.gradient, student.softmax(-1, Kind::Float) - &p);
-        add(&mut self.error, p - rebuilt.softmax(-1, Kind::Float));
+    fn new(vocab: i64, features: i64) -> Figures {
+        let zeros = || Tensor::zeros([vocab, features], (Kind::Float, Device::Cpu));
+        Figures {
+            kl: 0.0,
+            gradient: zeros(),
+            error: zeros(),
+            squared_errors: 0.0,
+            batches: 0.0,
+        }
     }
 
     fn end_batch(&mut self) {
-        if let (Some(gradient), Some(error)) = (self.gradient.take(), self.error.take()) {
-            let norm = |tensor: &Tensor| tensor.square().sum(Kind::Double).double_value(&[]);
-            self.squared_errors += norm(&error) / norm(&gradient).max(f64::MIN_POSITIVE);
-            self.batches += 1.0;
-        }
+        let norm = |tensor: &Tensor| tensor.square().sum(Kind::Double).double_value(&[]);
+        self.squared_errors += norm(&self.error) / norm(&self.gradient).max(f64::MIN_POSITIVE);
+        self.batches += 1.0;
+        let _ = (self.gradient.zero_(), self.error.zero_());
     }
 }
 
-/// Logits of some positions [N, V].
+/// Logits of some positions over the common vocabulary, each [N·V].
+#[derive(Default)]
 struct Chunk {
-    teacher: Tensor,
-    student: Tensor,
-    rebuilt: Tensor,
-    /// Of the rebuilt ones [N, 1], where the cache knows it.
-    rebuilt_sigma: Option<Tensor>,
-    at_one: Tensor,
-    /// The student's hidden states [N, P].
-    projected: Tensor,
+    teacher: Vec<f32>,
+    student: Vec<f32>,
+    rebuilt: Vec<f32>,
+    /// q − p and p − r.
+    gradient: Vec<f32>,
+    error: Vec<f32>,
 }
 
 impl Chunk {
-    fn add_temperature(&self, figures: &mut Figures, temperature: f64) {
-        let rebuilt = if temperature == 1.0 {
-            &self.at_one
-        } else {
-            &self.rebuilt
+    /// Adds (q − p)ᵀ·f and (p − r)ᵀ·f for features f [N, P].
+    fn add(&mut self, figures: &mut Figures, scales: &[Scales], features: &Tensor) {
+        self.gradient.resize(self.teacher.len(), 0.0);
+        self.error.resize(self.teacher.len(), 0.0);
+        let logits = Logits {
+            teacher: &self.teacher,
+            student: &self.student,
+            rebuilt: &self.rebuilt,
         };
-        let at = |logits: &Tensor| logits / temperature;
-        figures.add(
-            &at(&self.teacher),
-            &at(&self.student),
-            &at(rebuilt),
-            &self.projected,
-        );
+        figures.kl += compare(logits, scales, &mut self.gradient, &mut self.error);
+        let add = |sum: &mut Tensor, difference: &[f32]| {
+            let difference = Tensor::from_slice(difference).view([scales.len() as i64, -1]);
+            let _ = sum.addmm_(&difference.tr(), features);
+        };
+        add(&mut figures.gradient, &self.gradient);
+        add(&mut figures.error, &self.error);
     }
 
-    fn add_dual_scaling(&self, figures: &mut Figures) {
-        let sigma = |logits: &Tensor| logits.std_dim([-1_i64].as_slice(), false, true);
-        let scaled = |logits: &Tensor| logits / (sigma(logits) * SCALING_VALUE);
-        let of_rebuilt = match &self.rebuilt_sigma {
+    fn add_dual_scaling(
+        &mut self,
+        figures: &mut Figures,
+        rebuilt_sigma: Option<&Tensor>,
+        features: &Tensor,
+    ) -> Result<()> {
+        let rows = features.size()[0];
+        let sigma = |logits: &[f32]| {
+            let logits = Tensor::from_slice(logits).view([rows, -1]);
+            logits.std_dim([-1_i64].as_slice(), false, true)
+        };
+        let of_student = sigma(&self.student);
+        let of_rebuilt = match rebuilt_sigma {
             Some(known) => known.shallow_clone(),
             None => sigma(&self.rebuilt),
         };
+        let sigmas = Tensor::cat(&[&sigma(&self.teacher), &of_student, &of_rebuilt], 1);
+        let mut scales = Vec::new();
+        copy(&(sigmas * SCALING_VALUE).reciprocal(), &mut scales)?;
+        let scales: Vec<Scales> = scales
+            .chunks_exact(3)
+            .map(|of| Scales {
+                teacher: of[0],
+                student: of[1],
+                rebuilt: of[2],
+            })
+            .collect();
         // dL/d(student's logits) = (q − p) / (σ_s · b): b is the same everywhere.
-        let features = &self.projected / sigma(&self.student);
-        figures.add(
-            &scaled(&self.teacher),
-            &scaled(&self.student),
-            &(&self.rebuilt / (of_rebuilt * SCALING_VALUE)),
-            &features,
-        );
+        self.add(figures, &scales, &(features / of_student));
+        Ok(())
     }
+}
+
+/// The numbers of a tensor, in place of what `values` held.
+fn copy(tensor: &Tensor, values: &mut Vec<f32>) -> Result<()> {
+    values.resize(tensor.numel(), 0.0);
+    tensor
+        .contiguous()
+        .f_copy_data(values, tensor.numel())
+        .map_err(torch("reading logits"))
 }
 
 /// [N, D] → [N, 64] by a fixed Gaussian matrix; narrower states stay as they are.

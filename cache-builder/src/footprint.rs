@@ -1,13 +1,14 @@
 //! What memory a build takes, from its sizes alone; whether the teacher fits; how many positions go through a layer at once.
 
-use caskd_formats::CacheSpec;
+use caskd_formats::{CacheSpec, Tier};
 use caskd_models::ModelFiles;
 use serde::Serialize;
 use tch::{Device, Kind};
 
 use crate::teacher::Placement;
 use crate::teacher_pass::{HEAD_ROWS, HEAD_SLICE_BYTES};
-use crate::{Error, Result};
+use crate::transform_fit::{FIT_POSITIONS, HELD_OUT_POSITIONS};
+use crate::{Error, Result, fidelity};
 
 /// libtorch and this program before they hold anything.
 const PROGRAM: u64 = 400 << 20;
@@ -20,6 +21,10 @@ const MOST_BLOCK_POSITIONS: u64 = 131_072;
 
 /// Shards in memory at one time: one being computed, one waiting, one being encoded, and its bytes.
 const SHARDS_IN_MEMORY: u64 = 4;
+
+/// Copies of the sample's hidden states in a fit, as f32; matrices [D, D] in f64.
+const FIT_COPIES: u64 = 8;
+const FIT_MATRICES: u64 = 10;
 
 /// Bytes that the parts of a build take.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -40,6 +45,10 @@ pub struct Footprint {
     pub chunk: u64,
     /// Decoded sequences on their way to the disk.
     pub shards: u64,
+    /// The fit of the compact tier's code, weights apart; nothing in other tiers.
+    pub fitting: u64,
+    /// The comparison of the cache with the teacher, weights apart.
+    pub measuring: u64,
     /// Activations of one position between two layers, kept hidden states included.
     pub position: u64,
     /// Positions of one batch.
@@ -82,6 +91,15 @@ impl Footprint {
             .iter()
             .filter(|layer| layer.layer < spec.teacher.num_layers)
             .count() as u64;
+        let parts_of_head = HostParts {
+            vocab,
+            width,
+            wide_head: if kind == Kind::Float {
+                0
+            } else {
+                vocab * width * 4
+            },
+        };
         let shard_positions = spec
             .data
             .positions
@@ -90,11 +108,7 @@ impl Footprint {
             weights: files.num_parameters() * element,
             block,
             head: parts.head,
-            wide_head: if kind == Kind::Float {
-                0
-            } else {
-                vocab * width * 4
-            },
+            wide_head: parts_of_head.wide_head,
             embedding: parts.embedding,
             batch,
             chunk: 2 * HEAD_ROWS as u64 * vocab * 4
@@ -102,6 +116,15 @@ impl Footprint {
             shards: SHARDS_IN_MEMORY
                 * shard_positions
                 * (kept_width * 4 + spec.top_k as u64 * 8 + 48),
+            // A code that is there already needs no fit.
+            fitting: if spec.tier == Tier::Compact && spec.code.is_none() {
+                parts_of_head.fitting(spec.data.positions)
+            } else {
+                0
+            },
+            measuring: parts_of_head
+                .comparing(spec.tier)
+                .max(parts_of_head.wide_head + 2 * block + batch.max(parts.embedding)),
             position: width * element * (1 + inner),
             batch_positions: tokens,
         }
@@ -109,7 +132,8 @@ impl Footprint {
 
     /// Bytes of a build with the whole teacher in memory.
     pub fn in_memory(&self) -> u64 {
-        PROGRAM + self.weights + self.wide_head + self.batch.max(self.chunk) + self.shards
+        let building = self.wide_head + self.batch.max(self.chunk) + self.shards;
+        PROGRAM + self.weights + building.max(self.fitting).max(self.measuring)
     }
 
     /// Bytes of a build layer by layer, activations apart.
@@ -120,9 +144,32 @@ impl Footprint {
         PROGRAM + self.shards + head.max(blocks)
     }
 
+    /// Bytes of what comes before and after the pass, on a CPU.
+    fn beside_the_pass(&self) -> u64 {
+        PROGRAM + self.head + self.fitting.max(self.measuring)
+    }
+
     /// The least that a build layer by layer takes: one batch in a block of positions.
     pub fn least(&self) -> u64 {
-        self.layered(false) + self.position * self.batch_positions
+        (self.layered(false) + self.position * self.batch_positions).max(self.beside_the_pass())
+    }
+
+    /// Bytes before the first position.
+    pub(crate) fn loaded(&self, plan: &MemoryPlan) -> u64 {
+        PROGRAM + if plan.layered { 0 } else { self.weights }
+    }
+
+    /// Bytes of the fit and of the comparison, where the pass goes as `plan` says.
+    pub(crate) fn of_phases(&self, plan: &MemoryPlan) -> (u64, u64) {
+        let weights = if plan.layered {
+            self.head
+        } else {
+            self.weights
+        };
+        (
+            PROGRAM + weights + self.fitting,
+            PROGRAM + weights + self.measuring,
+        )
     }
 
     /// How the build goes within the budget of a placement.
@@ -159,7 +206,9 @@ impl Footprint {
         } else {
             budget.saturating_sub(fixed)
         };
-        if fixed + self.position * self.batch_positions > budget {
+        // On a GPU neither happens in its memory.
+        let beside = if on_device { 0 } else { self.beside_the_pass() };
+        if (fixed + self.position * self.batch_positions).max(beside) > budget {
             return Err(Error::Option {
                 problem: format!(
                     "{} MiB of memory are too little: even layer by layer the build takes {} MiB",
@@ -179,13 +228,44 @@ impl Footprint {
             layered: true,
             block_positions: block_positions as usize,
             wide_head,
-            bytes: fixed
-                + if placement.spill.is_some() {
-                    waiting
-                } else {
-                    self.position * block_positions
-                },
+            bytes: beside.max(
+                fixed
+                    + if placement.spill.is_some() {
+                        waiting
+                    } else {
+                        self.position * block_positions
+                    },
+            ),
         })
+    }
+}
+
+/// Sizes that fit and comparison follow from.
+struct HostParts {
+    vocab: u64,
+    width: u64,
+    wide_head: u64,
+}
+
+impl HostParts {
+    /// Hidden states of the sample in f64 and f32, the head twice more for the metric, matrices [D, D].
+    fn fitting(&self, positions: u64) -> u64 {
+        let sample = positions.min((FIT_POSITIONS + HELD_OUT_POSITIONS) as u64);
+        self.wide_head
+            + 2 * self.vocab * self.width * 4
+            + sample * self.width * 4 * FIT_COPIES
+            + self.width * self.width * 8 * FIT_MATRICES
+    }
+
+    /// Logits of some positions of three kinds with what is made of them, gradients by temperature.
+    fn comparing(&self, tier: Tier) -> u64 {
+        // The head centred, or times the basis.
+        let centred = if tier == Tier::Sparse {
+            0
+        } else {
+            self.vocab * self.width * 4
+        };
+        self.wide_head + centred + fidelity::bytes(self.vocab)
     }
 }
 
@@ -205,6 +285,8 @@ mod tests {
             batch: 300 * MIB,
             chunk: 320 * MIB,
             shards: 600 * MIB,
+            fitting: 0,
+            measuring: 700 * MIB,
             position: 8192,
             batch_positions: 2048,
         }

@@ -23,6 +23,7 @@ mod plan;
 mod prepare;
 mod rebuild;
 mod recheck;
+mod row_comparison;
 mod statistics;
 mod teacher;
 mod teacher_pass;
@@ -35,7 +36,7 @@ pub use data::{
     TokenizedSequence, USUAL_CHAT_DATE, alpaca_prompt, tokenize,
 };
 pub use error::{Error, Result};
-pub use estimate::{Estimate, Measurement, TierEstimate, estimate};
+pub use estimate::{Estimate, Measurement, PhaseEstimate, TierEstimate, estimate};
 pub use fidelity::{measure_cache, pruned_teacher};
 pub use footprint::{Footprint, MemoryPlan};
 pub use import::{

@@ -52,6 +52,8 @@ pub(crate) const USUAL_TOP_K: usize = 64;
 /// `--layers`: which hidden states are kept beside what the tier needs itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerChoice {
+    /// The last and the middle one; in the compact tier none, for a hidden state in 8 bits would cost several times its code.
+    Usual,
     /// None.
     None,
     /// Named ones, in the numbering of Hugging Face's `output_hidden_states`.
@@ -100,6 +102,8 @@ impl LayerChoice {
         codec: HiddenCodec,
     ) -> Result<Vec<LayerSpec>> {
         let mut layers: Vec<u32> = match self {
+            Self::Usual if tier == Tier::Compact => Vec::new(),
+            Self::Usual => vec![num_layers / 2, num_layers],
             Self::None => Vec::new(),
             Self::Layers(names) => names
                 .iter()
@@ -153,6 +157,15 @@ mod tests {
         check("last,middle", Tier::Sparse, &[15, 30]);
         check("none", Tier::Sparse, &[]);
         check("none", Tier::Exact, &[30]);
+        for (tier, expected) in [
+            (Tier::Sparse, &[15, 30][..]),
+            (Tier::Exact, &[15, 30]),
+            (Tier::Compact, &[]),
+        ] {
+            let layers = LayerChoice::Usual.resolve(30, 8, tier, HiddenCodec::Int8);
+            let layers: Vec<u32> = layers.unwrap().iter().map(|spec| spec.layer).collect();
+            assert_eq!(layers, expected, "{tier:?}");
+        }
         check("7, 0,7", Tier::Exact, &[0, 7, 30]);
     }
 

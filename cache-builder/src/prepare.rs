@@ -57,7 +57,10 @@ pub(crate) fn prepare(
     warn_beyond_context(&files, &data.sequences);
     let digest = files.digest();
     let spec = cache_spec(options, &files, digest.clone(), data.info)?;
-    let footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
+    let mut footprint = Footprint::new(&files, options.kind, &spec, options.batch_tokens);
+    if !options.fidelity {
+        footprint.measuring = 0;
+    }
     let teacher = Teacher::load(
         (files, digest),
         &options.teacher,

@@ -1,9 +1,13 @@
 //! The teacher's logits as the cache gives them back, for measuring; what a trainer does in training.
 
 use caskd_formats::{Basis, CacheSpec, Sequence, Tier};
-use tch::{Kind, Tensor};
+use caskd_models::linear;
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
+
+/// Rows of the LM head that are centred at one time.
+const HEAD_ROWS: i64 = 16_384;
 
 /// Decoded sequences, and what turns them into logits of the whole vocabulary.
 #[derive(Debug)]
@@ -49,16 +53,28 @@ impl Rebuilt {
     pub(crate) fn compact(basis: &Basis, head: &Tensor, sequences: &[Sequence]) -> Result<Rebuilt> {
         let (rank, width) = (basis.rank() as i64, basis.width() as i64);
         let parts = basis.parts();
-        let centred = centred(head);
+        let vocab_size = head.size()[0];
+        let mean_row = head.mean_dim([0_i64].as_slice(), true, Kind::Float);
+        let mean_state = Tensor::from_slice(&parts.mean);
         let synthesis = Tensor::from_slice(&parts.synthesis).view([width, rank]);
-        let bias = centred.matmul(&Tensor::from_slice(&parts.mean)) - f64::from(parts.tail_shift);
+        let weight = Tensor::zeros([vocab_size, rank], (Kind::Float, Device::Cpu));
+        let bias = Tensor::zeros([vocab_size], (Kind::Float, Device::Cpu));
+        // A centred head as large as the head exists in slices only.
+        for first in (0..vocab_size).step_by(HEAD_ROWS as usize) {
+            let rows = HEAD_ROWS.min(vocab_size - first);
+            let centred = head.narrow(0, first, rows) - &mean_row;
+            weight
+                .narrow(0, first, rows)
+                .copy_(&centred.matmul(&synthesis));
+            bias.narrow(0, first, rows)
+                .copy_(&(centred.matmul(&mean_state) - f64::from(parts.tail_shift)));
+        }
         let levels: Vec<f32> = sequences
             .iter()
             .filter_map(|sequence| sequence.coefficients.as_ref())
             .flat_map(|found| found.levels.iter().map(|level| f32::from(*level)))
             .collect();
         let coefficients = Tensor::from_slice(&levels).view([-1, rank]);
-        let weight = centred.matmul(&synthesis);
         let overlay = top_k(sequences)?;
         Ok(Rebuilt::linear(
             coefficients,
@@ -138,7 +154,7 @@ impl Rebuilt {
                 bias,
                 mean,
             } => {
-                let product = coefficients.narrow(0, first, rows).matmul(&weight.tr());
+                let product = linear(&coefficients.narrow(0, first, rows), weight, None);
                 let product = match bias {
                     Some(bias) => product + bias,
                     None => product,

@@ -56,7 +56,10 @@ pub fn summarize_logits(
                     .zip(statistics)
                     .zip(entries.chunks_exact_mut(k))
                 {
-                    *statistics = row_summary::sweep(row, &mut selection);
+                    *statistics = widest(Summary {
+                        row,
+                        selection: &mut selection,
+                    });
                     entries.copy_from_slice(selection.finish());
                 }
             });
@@ -166,46 +169,75 @@ impl Selection {
     }
 }
 
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 type Lanes = [f32; LANES];
 
 /// Elements after which the lanes are added up in f64, so that f32 sums stay short.
-const BLOCK: usize = 64 * LANES;
+pub(crate) const BLOCK: usize = 64 * LANES;
 
-/// The sweep, compiled for the widest vectors that the processor has.
-mod row_summary {
+/// Work on rows of numbers that wants the widest vectors of the processor. `run` and what it calls are to be
+/// `inline(always)`: only then they take on the instruction set that was found.
+pub(crate) trait RowWork {
+    type Output;
+
+    fn run(self) -> Self::Output;
+}
+
+/// Work compiled for the widest vectors that the processor has.
+mod row_work {
     #![expect(
         unsafe_code,
         reason = "the wider versions are called only where the processor has them"
     )]
 
-    use super::{RowStatistics, Selection, sweep_portable};
+    use super::RowWork;
 
-    pub(super) fn sweep(row: &[f32], selection: &mut Selection) -> Option<RowStatistics> {
+    pub(crate) fn widest<W: RowWork>(work: W) -> W::Output {
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") {
                 // SAFETY: AVX-512F was detected just above.
-                return unsafe { sweep_avx512(row, selection) };
+                return unsafe { run_avx512(work) };
             }
             if is_x86_feature_detected!("avx2") {
                 // SAFETY: AVX2 was detected just above.
-                return unsafe { sweep_avx2(row, selection) };
+                return unsafe { run_avx2(work) };
             }
         }
-        sweep_portable(row, selection)
+        work.run()
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
-    fn sweep_avx512(row: &[f32], selection: &mut Selection) -> Option<RowStatistics> {
-        sweep_portable(row, selection)
+    fn run_avx512<W: RowWork>(work: W) -> W::Output {
+        work.run()
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn sweep_avx2(row: &[f32], selection: &mut Selection) -> Option<RowStatistics> {
-        sweep_portable(row, selection)
+    fn run_avx2<W: RowWork>(work: W) -> W::Output {
+        work.run()
+    }
+}
+
+pub(crate) use row_work::widest;
+
+/// The summary of one row; `selection` holds its top k afterwards.
+struct Summary<'a> {
+    row: &'a [f32],
+    selection: &'a mut Selection,
+}
+
+impl RowWork for Summary<'_> {
+    type Output = Option<RowStatistics>;
+
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) -> Option<RowStatistics> {
+        sweep_portable(self.row, self.selection)
     }
 }
 

@@ -256,6 +256,9 @@ impl Error {
             Error::DiskFull { .. } => {
                 "free some space, then run the same command again with --resume"
             }
+            Error::Io { error, .. } if error.kind() == std::io::ErrorKind::NotFound => {
+                "check the path"
+            }
             Error::InvalidSpec { .. }
             | Error::InvalidRequest(_)
             | Error::Io { .. }

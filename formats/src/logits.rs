@@ -57,21 +57,18 @@ pub(crate) fn rebuild(
     sequence: &Sequence,
 ) -> Result<Vec<f32>> {
     let positions = sequence.token_ids.len();
-    let (mut logits, tail_shift) = match basis {
-        Some(basis) => {
-            let hidden = through_basis(basis, sequence)?;
-            let logits = product(head, &hidden, basis.width())?;
-            (logits, basis.parts().tail_shift)
-        }
-        None => {
-            let is_last = |state: &&HiddenState| state.layer == last_layer;
-            let Some(state) = sequence.hidden.iter().find(is_last) else {
-                return Err(Error::InvalidRequest(format!(
-                    "logits come from layer {last_layer}, which the sequence does not have"
-                )));
-            };
-            (product(head, &state.values, state.width)?, 0.0)
-        }
+    let (mut logits, tail_shift) = if let Some(basis) = basis {
+        let hidden = through_basis(basis, sequence)?;
+        let logits = product(head, &hidden, basis.width())?;
+        (logits, basis.parts().tail_shift)
+    } else {
+        let is_last = |state: &&HiddenState| state.layer == last_layer;
+        let Some(state) = sequence.hidden.iter().find(is_last) else {
+            return Err(Error::InvalidRequest(format!(
+                "logits come from layer {last_layer}, which the sequence does not have"
+            )));
+        };
+        (product(head, &state.values, state.width)?, 0.0)
     };
     let Some(statistics) = &sequence.statistics else {
         return absent("statistics");

@@ -206,6 +206,9 @@ pub struct Preparation {
     /// Columns that were named: field of the record form to column of the file.
     #[serde(skip_serializing_if = "is_default")]
     pub columns: BTreeMap<String, String>,
+    /// Sequences that were taken at most, before packing; 0: all.
+    #[serde(skip_serializing_if = "is_default")]
+    pub limit: u64,
 }
 
 impl Preparation {

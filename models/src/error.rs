@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Result of this crate.
@@ -132,6 +133,12 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// Weights that cannot be held or trained as asked.
+    #[error("cannot train this way: {message}")]
+    Training {
+        /// What is wrong.
+        message: String,
+    },
     /// libtorch refused an operation.
     #[error("libtorch could not {action}: {source}")]
     Torch {
@@ -151,8 +158,16 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
                 "check the path".to_owned()
+            }
+            Error::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+                ) =>
+            {
+                "free some space and run the command again".to_owned()
             }
             Error::NotAModel { .. } => {
                 "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
@@ -166,6 +181,7 @@ impl Error {
             Error::NoWeights { .. } => {
                 "older formats (pytorch_model.bin) are not read; save the model as safetensors with transformers".to_owned()
             }
+            Error::Prune { .. } => "see `caskd prune --help`, and docs/STUDENTS.md".to_owned(),
             Error::Damaged { .. } => "fetch or copy the file again and compare its size".to_owned(),
             Error::UnknownArchitecture { .. } => {
                 format!("supported are: {}", crate::config::ARCHITECTURES.join(", "))
@@ -181,6 +197,9 @@ impl Error {
             }
             Error::Unsupported { .. } => {
                 "this model cannot be run as it is; README names architectures and files that can".to_owned()
+            }
+            Error::Lora { .. } | Error::Training { .. } => {
+                "docs/STUDENTS.md says what trains and how; `caskd train --print-config` shows every key with a value that it takes".to_owned()
             }
             Error::Exists { .. } => "choose another output folder, or remove this one".to_owned(),
             _ => return None,

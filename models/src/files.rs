@@ -39,6 +39,7 @@ use crate::linear::Pass;
 use crate::norm::Norm;
 use crate::sparsity::Sparsity;
 use crate::tokenizer::read_json;
+use crate::training::masked_in_8_bits;
 use crate::weights::{Checked, SafetensorsFolder, WeightSource};
 use crate::{
     Error, LoadOptions, LoadedModel, LoadedTokenizer, Network, Result, is_gguf, load_tokenizer,
@@ -219,6 +220,29 @@ impl ModelFiles {
     /// # Errors
     /// A compute type that is neither f32 nor bf16, no device, missing or misshapen tensors.
     pub fn load(mut self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+        self.source.keep_mapped();
+        self.load_finished(kind, devices, &|_| {})
+    }
+
+    /// The same with the projections in 8 bits, as [`Network::quantize`] makes them: each block as soon as it is read,
+    /// so that no more than one is in memory as it was.
+    ///
+    /// # Errors
+    /// Those of [`ModelFiles::load`]; a masked model.
+    pub fn load_in_8_bits(self, kind: Kind, devices: &[Device]) -> Result<LoadedModel> {
+        if self.sparsity.is_some() {
+            return Err(masked_in_8_bits());
+        }
+        self.load_finished(kind, devices, &|block| block.quantize())
+    }
+
+    /// Loads everything, and does to each block what is to be done to it.
+    fn load_finished(
+        self,
+        kind: Kind,
+        devices: &[Device],
+        finish: &dyn Fn(&mut Block),
+    ) -> Result<LoadedModel> {
         if !matches!(kind, Kind::Float | Kind::BFloat16) {
             return Err(Error::unsupported(
                 &self.path,
@@ -233,8 +257,8 @@ impl ModelFiles {
                 devices.len(),
             ));
         }
-        self.source.keep_mapped();
-        let mut network = Network::load(&self.config, self.source.as_ref(), kind, devices)?;
+        let source = self.source.as_ref();
+        let mut network = Network::load(&self.config, source, kind, devices, finish)?;
         if let Some(sparsity) = self.sparsity.clone() {
             network.set_sparsity(sparsity);
         }

@@ -248,7 +248,9 @@ impl WeightSource for GgufFile {
     }
 
     fn digest(&self) -> String {
-        blake3::hash(self.file.bytes()).to_hex().to_string()
+        let mut hasher = blake3::Hasher::new();
+        self.file.hash_into(&mut hasher);
+        hasher.finalize().to_hex().to_string()
     }
 }
 

@@ -11,7 +11,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use serde_json::{Map, Value, json};
 
 use crate::gguf::GgufFile;
-use crate::tokenizer::LoadedTokenizer;
+use crate::tokenizer::{LoadedTokenizer, named_templates};
 use crate::{Error, Result};
 
 /// `tokenizer.ggml.token_type`: what llama.cpp calls unknown, control, user-defined and unused
@@ -247,11 +247,8 @@ impl GgufFile {
                 config.insert(name.to_owned(), json!(token));
             }
         }
-        if self.value("tokenizer.chat_template").is_some() {
-            config.insert(
-                "chat_template".to_owned(),
-                json!(self.text("tokenizer.chat_template")?),
-            );
+        if let Some(templates) = self.chat_templates()? {
+            config.insert("chat_template".to_owned(), templates);
         }
         let context_length = format!("{}.context_length", self.text("general.architecture")?);
         if let Some(length) = self.optional_number(&context_length)? {
@@ -275,6 +272,28 @@ impl GgufFile {
             .get(id)
             .map(|&token| Some((id, token)))
             .ok_or_else(|| self.wrong_type(&key))
+    }
+
+    /// A text, or a list where there are others beside the default one.
+    fn chat_templates(&self) -> Result<Option<Value>> {
+        let key = "tokenizer.chat_template";
+        let default = match self.value(key) {
+            Some(_) => Some(self.text(key)?),
+            None => None,
+        };
+        if self.value("tokenizer.chat_templates").is_none() {
+            return Ok(default.map(|text| json!(text)));
+        }
+        let mut named: Vec<(String, String)> = Vec::new();
+        for name in self.strings("tokenizer.chat_templates")? {
+            let text = self.text(&format!("{key}.{name}"))?;
+            named.push((name.to_owned(), text.to_owned()));
+        }
+        if let Some(text) = default {
+            named.retain(|(name, _)| name != "default");
+            named.push(("default".to_owned(), text.to_owned()));
+        }
+        Ok(Some(named_templates(&named)))
     }
 
     fn strings(&self, key: &str) -> Result<Vec<&str>> {

@@ -15,6 +15,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
+use crate::tokenizer::TEMPLATE_FOLDER;
 use crate::weights::{INDEX, SINGLE_FILE, shards_of_index};
 use crate::{Error, Result};
 
@@ -173,6 +174,17 @@ impl Hub {
         for file in std::iter::once(TOKENIZER).chain(OPTIONAL.into_iter().filter(|file| has(file)))
         {
             Hub::get(&repo, name, file)?;
+        }
+        for file in info.siblings.iter().map(|known| &known.rfilename) {
+            let named = file.strip_prefix(TEMPLATE_FOLDER);
+            let named = named.and_then(|rest| rest.strip_prefix('/'));
+            // One folder deep: a name of the hub's is no way through our folders.
+            if named.is_some_and(|name| {
+                name.strip_suffix(".jinja")
+                    .is_some_and(|name| !name.contains('/'))
+            }) {
+                Hub::get(&repo, name, file)?;
+            }
         }
         if has(SINGLE_FILE) {
             Hub::get(&repo, name, SINGLE_FILE)?;

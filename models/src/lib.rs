@@ -171,6 +171,14 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     load_across(path, options.kind, &[options.device])
 }
 
+/// [`load`] with the projections in 8 bits: [`ModelFiles::load_in_8_bits`].
+///
+/// # Errors
+/// Those of [`load`]; a masked model.
+pub fn load_in_8_bits(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    ModelFiles::open(path)?.load_in_8_bits(options.kind, &[options.device])
+}
+
 /// Loads a model with its layers placed across devices, as many on each: block i of L goes to
 /// device i·P/L of P, the embedding to the first, final norm and head to the last.
 ///

@@ -173,6 +173,12 @@ impl Linear {
         self.scale = Some(scale);
     }
 
+    /// Undoes [`Linear::quantize`] but for the rounding.
+    pub(crate) fn unpack(&mut self, kind: Kind) {
+        self.weight = self.weight_in(kind);
+        self.scale = None;
+    }
+
     /// W += ΔW, in f32, and the adapter is gone.
     pub(crate) fn merge(&mut self) {
         let Some(adapter) = self.adapter.take() else {

@@ -88,6 +88,16 @@ impl MappedFile {
         Ok(copy)
     }
 
+    /// Hashes the whole file, and leaves no page of it with the process.
+    pub(crate) fn hash_into(&self, hasher: &mut blake3::Hasher) {
+        const PIECE: usize = 16 << 20;
+        for start in (0..self.map.len()).step_by(PIECE) {
+            let range = start..self.map.len().min(start + PIECE);
+            hasher.update(&self.map[range.clone()]);
+            self.release(range);
+        }
+    }
+
     /// Tells the system that these bytes are not needed soon, so that they do not count as ours.
     pub(crate) fn release(&self, range: Range<usize>) {
         if self.in_place {

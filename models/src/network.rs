@@ -51,6 +51,7 @@ impl Network {
         source: &dyn WeightSource,
         kind: Kind,
         devices: &[Device],
+        finish: &dyn Fn(&mut Block),
     ) -> Result<Network> {
         let on = |device: Device| LoadOptions { device, kind };
         let (first, last) = match devices {
@@ -63,7 +64,10 @@ impl Network {
         let blocks = (0..layers)
             .map(|index| {
                 let device = devices.get(index * devices.len() / layers);
-                Block::load(config, index, source, &on(*device.unwrap_or(&first)))
+                let device = *device.unwrap_or(&first);
+                let mut block = Block::load(config, index, source, &on(device))?;
+                finish(&mut block);
+                Ok(block)
             })
             .collect::<Result<Vec<_>>>()?;
         let norm = config.final_norm(source, &on(last))?;
@@ -92,7 +96,8 @@ impl Network {
     /// libtorch cannot allocate them.
     pub fn random(config: impl Into<Config>, seed: u64, options: &LoadOptions) -> Result<Network> {
         let source = RandomWeights { seed };
-        Network::load(&config.into(), &source, options.kind, &[options.device])
+        let devices = [options.device];
+        Network::load(&config.into(), &source, options.kind, &devices, &|_| {})
     }
 
     /// Runs the network on `input_ids` [B, T] i64, padded on the right: attention is causal, so

@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::gguf::GgufFile;
 use crate::{Error, Result, hub, is_gguf};
+
+/// Where folders keep chat templates beside the default one.
+pub(crate) const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 
 /// A tokenizer without its network.
 #[derive(Debug)]
@@ -58,14 +61,48 @@ fn load_folder(folder: &Path) -> Result<LoadedTokenizer> {
     let path = folder.join("tokenizer.json");
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     let config_path = folder.join("tokenizer_config.json");
-    let mut config = read_json(&config_path)?.unwrap_or_else(|| serde_json::json!({}));
-    // Newer folders keep the chat template beside the configuration; it counts before one inside.
-    let template = folder.join("chat_template.jinja");
-    if template.is_file() {
-        let text = std::fs::read_to_string(&template).map_err(Error::io("read", &template))?;
-        config["chat_template"] = Value::String(text);
+    let mut config = read_json(&config_path)?.unwrap_or_else(|| json!({}));
+    if let Some(templates) = chat_templates(folder)? {
+        config["chat_template"] = templates;
     }
     LoadedTokenizer::from_json(&path, &bytes, config)
+}
+
+/// The chat templates that newer folders keep beside the configuration, where they count before those inside: a text, or
+/// a list of `name` and `template` where there are others than the default.
+fn chat_templates(folder: &Path) -> Result<Option<Value>> {
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(Error::io("read", path));
+    let mut named = Vec::new();
+    let default = folder.join("chat_template.jinja");
+    if default.is_file() {
+        named.push(("default".to_owned(), read(&default)?));
+    }
+    let others = folder.join(TEMPLATE_FOLDER);
+    if others.is_dir() {
+        for entry in std::fs::read_dir(&others).map_err(Error::io("read", &others))? {
+            let path = entry.map_err(Error::io("read", &others))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if let Some(name) = name.and_then(|name| name.strip_suffix(".jinja")) {
+                // A second `default` counts before the first, as in transformers.
+                named.retain(|(known, _)| known != name);
+                named.push((name.to_owned(), read(&path)?));
+            }
+        }
+    }
+    named.sort_unstable();
+    Ok(match named.as_slice() {
+        [] => None,
+        [(name, text)] if name == "default" => Some(json!(text)),
+        several => Some(named_templates(several)),
+    })
+}
+
+/// A list of templates as older configurations have it.
+pub(crate) fn named_templates(templates: &[(String, String)]) -> Value {
+    templates
+        .iter()
+        .map(|(name, template)| json!({ "name": name, "template": template }))
+        .collect()
 }
 
 impl LoadedTokenizer {

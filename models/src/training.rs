@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::block::Context;
+use crate::block::{Block, Context};
 use crate::linear::Pass;
 use crate::network::Forward;
 use crate::{Error, Network, Result};
@@ -26,7 +26,7 @@ impl Network {
     /// Adapters are attached, or the weights are in 8 bits.
     pub fn train_all(&mut self) -> Result<()> {
         if self.lora().is_some() || self.is_quantized() {
-            return Err(Error::Lora {
+            return Err(Error::Training {
                 message: "all weights train only without adapters, and not in 8 bits".to_owned(),
             });
         }
@@ -60,19 +60,27 @@ impl Network {
     /// # Errors
     /// Adapters are attached, the network is masked or in 8 bits already.
     pub fn quantize(&mut self) -> Result<()> {
-        if self.lora().is_some() || self.sparsity().is_some() || self.is_quantized() {
-            return Err(Error::Lora {
-                message: "a base goes into 8 bits before adapters are attached, and neither masked nor twice".to_owned(),
+        if self.sparsity().is_some() {
+            return Err(masked_in_8_bits());
+        }
+        if self.lora().is_some() || self.is_quantized() {
+            return Err(Error::Training {
+                message: "a base goes into 8 bits once, and before adapters are attached"
+                    .to_owned(),
             });
         }
-        tch::no_grad(|| {
-            for block in &mut self.blocks {
-                for (_, linear) in block.linears_mut() {
-                    linear.quantize();
-                }
-            }
-        });
+        self.blocks.iter_mut().for_each(Block::quantize);
         Ok(())
+    }
+
+    /// Ends [`Network::quantize`]: the rounded weights in the type that passes compute in.
+    pub fn unpack(&mut self) {
+        let kind = self.kind();
+        for block in &mut self.blocks {
+            for (_, linear) in block.linears_mut() {
+                linear.unpack(kind);
+            }
+        }
     }
 
     /// Whether the projections are in 8 bits.
@@ -160,6 +168,23 @@ impl Network {
                 });
             }
         }
+    }
+}
+
+impl Block {
+    pub(crate) fn quantize(&mut self) {
+        tch::no_grad(|| {
+            for (_, linear) in self.linears_mut() {
+                linear.quantize();
+            }
+        });
+    }
+}
+
+/// A mask is where the stored weight is zero, and 8 bits round others to zero too.
+pub(crate) fn masked_in_8_bits() -> Error {
+    Error::Training {
+        message: "a masked base does not go into 8 bits".to_owned(),
     }
 }
 

@@ -231,7 +231,7 @@ impl WeightSource for SafetensorsFolder {
     fn digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for file in &self.files {
-            hasher.update(file.bytes());
+            file.hash_into(&mut hasher);
         }
         hasher.finalize().to_hex().to_string()
     }

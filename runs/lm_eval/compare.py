@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
-"""Scores task files with lm-evaluation-harness and compares with `caskd eval --per-item`.
+"""Scores task files with lm-evaluation-harness and compares with what `caskd eval` found.
 
-usage: compare.py TEACHER.gguf ITEMS.jsonl TASK=FILE.jsonl ... [--limit N]
+usage: compare.py MODEL TASK=FILE.jsonl ... --items ITEMS.jsonl [--limit N]
+       compare.py MODEL wikitext=FILE --scores SCORES.json [--limit N] [--max-len 512]
 
-ITEMS.jsonl is what `caskd eval --per-item` wrote for the same tasks, in the same order. The files
-are in a prepared form (query/choices/gold, contexts/continuation/gold, or context/continuation).
-Needs lm_eval, torch, transformers, gguf. Prints a line a task: largest and median difference of
-the log-likelihoods, both accuracies, items a second of the harness.
+MODEL is a GGUF file or a Hugging Face folder. ITEMS.jsonl is what `caskd eval --per-item` wrote for the
+same tasks, in the same order; the files are in a prepared form (query/choices/gold,
+contexts/continuation/gold, or context/continuation). SCORES.json is what `caskd eval --task
+wikitext=FILE --json` printed (FILE: JSONL with a `page` a line, or running text). Needs lm_eval, torch,
+transformers, gguf. Prints a line a task: largest and median difference of the log-likelihoods, both
+accuracies, items a second of the harness; for wikitext both word and byte perplexities.
 """
 
 import argparse
+import importlib.util
 import json
-import os
+import math
+import pathlib
+import re
 import statistics
 import sys
 import time
 
+import lm_eval
 import torch
 from gguf import GGUFReader
 from lm_eval.api.instance import Instance
@@ -31,35 +38,74 @@ def requests_of(item):
     return [(item["context"], " " + item["continuation"])]
 
 
+def pages_of(path):
+    """The pages of JSONL lines, or of running text that titles (` = Title = `) cut into pages."""
+    text = pathlib.Path(path).read_text()
+    if path.endswith(".jsonl"):
+        return [json.loads(line)["page"] for line in text.splitlines() if line.strip()]
+    starts = [found.start() for found in re.finditer(r"^ *= (?!=).*(?<!=) = *$", text, re.MULTILINE)]
+    # White space before the first title belongs to its page.
+    return [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)])]
+
+
+def compare_wikitext(harness, path, limit, scores):
+    """The harness's own functions for the page and the counts; true where both perplexities agree to 1e-4."""
+    rules = pathlib.Path(lm_eval.__file__).parent / "tasks/wikitext/preprocess_wikitext.py"
+    spec = importlib.util.spec_from_file_location("preprocess_wikitext", rules)
+    wikitext = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wikitext)
+    docs = [{"page": page} for page in pages_of(path)][:limit]
+    instances = [Instance("loglikelihood_rolling", doc, (wikitext.wikitext_detokenizer(doc),), i) for i, doc in enumerate(docs)]
+    started = time.monotonic()
+    results = harness.loglikelihood_rolling(instances, disable_tqdm=True)
+    seconds = time.monotonic() - started
+    counts = [wikitext.process_results(doc, (result,)) for doc, result in zip(docs, results)]
+    (mine,) = (task for task in json.load(open(scores))["tasks"] if task["task"] == "wikitext")
+    assert mine["items"] == len(docs), f"{mine['items']} pages in {scores}, {len(docs)} in {path}"
+    agree = True
+    for metric in ("word_perplexity", "byte_perplexity"):
+        total, weight = (sum(column) for column in zip(*(count[metric] for count in counts)))
+        theirs = math.exp(-total / weight)
+        agree &= abs(mine[metric] / theirs - 1) < 1e-4
+        print(f"wikitext: {len(docs)} pages, {metric} {theirs:.5f} (harness) {mine[metric]:.5f} (caskd)")
+    print(f"wikitext: {-total:.3f} nats (harness) {mine['nats']:.3f} (caskd), harness {seconds:.1f} s, caskd {mine['seconds']:.1f} s")
+    return agree
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher")
-    parser.add_argument("items")
+    parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--items")
+    parser.add_argument("--scores")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--max-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
 
-    folder, file = os.path.split(args.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    # The class that transformers make of a GGUF tokenizer puts <bos> first whatever the file says.
-    adds_bos = GGUFReader(args.teacher).get_field("tokenizer.ggml.add_bos_token")
-    harness = HFLM(
-        pretrained=network,
-        tokenizer=tokenizer,
-        batch_size=args.batch_size,
-        device="cpu",
-        add_bos_token=bool(adds_bos and adds_bos.contents()),
-    )
+    if args.model.is_dir():
+        source, adds_bos = {"pretrained_model_name_or_path": args.model}, None
+    else:
+        source = {"pretrained_model_name_or_path": args.model.parent, "gguf_file": args.model.name}
+        # The class that transformers make of a GGUF tokenizer puts <bos> first whatever the file says.
+        field = GGUFReader(args.model).get_field("tokenizer.ggml.add_bos_token")
+        adds_bos = bool(field and field.contents())
+    network = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    common = {"pretrained": network, "tokenizer": AutoTokenizer.from_pretrained(**source), "device": "cpu", "add_bos_token": adds_bos}
+    harness = HFLM(**common, batch_size=args.batch_size)
 
     ours = {}
-    for line in open(args.items):
+    for line in open(args.items) if args.items else ():
         item = json.loads(line)
         ours.setdefault(item["task"], []).append(item)
     worst = 0.0
     for task in args.tasks:
         name, path = task.split("=", 1)
+        if name == "wikitext":
+            rolling = HFLM(**common, batch_size=args.batch_size, max_length=args.max_len)
+            if not compare_wikitext(rolling, path, args.limit, args.scores):
+                worst = math.inf
+            continue
         items = [json.loads(line) for line in open(path) if line.strip()][: args.limit]
         instances, owners = [], []
         for index, item in enumerate(items):

@@ -7,9 +7,10 @@ use clap::Args;
 use super::{DataArgs, DtypeArg, HiddenArg, TierArg};
 
 /// What the plan has decided already.
-const PLANNED: [&str; 19] = [
+const PLANNED: [&str; 20] = [
     "data",
     "column",
+    "limit",
     "loss_on",
     "prompt",
     "chat_template",

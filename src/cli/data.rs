@@ -13,6 +13,9 @@ pub(crate) struct DataArgs {
     /// Another name for a field of the record forms, for instance text=body; may be repeated
     #[arg(long, value_name = "FIELD=NAME")]
     pub(crate) column: Vec<String>,
+    /// Take only the first N sequences of the data, for a quick try [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
     /// Longest sequence in tokens; longer records are cut, and counted
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     pub(crate) max_len: usize,
@@ -22,8 +25,9 @@ pub(crate) struct DataArgs {
     /// How instruction records become prompts: in Alpaca's words, or by the teacher's chat template
     #[arg(long, value_enum, default_value = "alpaca")]
     pub(crate) prompt: PromptArg,
-    /// A chat template instead of the tokenizer's own
-    #[arg(long, value_name = "FILE.jinja")]
+    /// One of the tokenizer's chat templates by name, or a file with another one [default: `default`, and `tool_use` for
+    /// conversations with tools where the tokenizer has it]
+    #[arg(long, value_name = "NAME|FILE.jinja")]
     pub(crate) chat_template: Option<PathBuf>,
     /// The date that is told to chat templates which ask for today's, so that tomorrow's cache is the same
     /// [default: 2024-07-26]

@@ -60,8 +60,8 @@ pub(crate) struct ImportArgs {
     /// llama.cpp: the token that every window began with, or `recorded` [default: the tokenizer's BOS if the text begins with it]
     #[arg(long, value_name = "ID|recorded")]
     pub(crate) window_start: Option<String>,
-    /// A chat template instead of the tokenizer's own, for records of messages without token ids
-    #[arg(long, value_name = "FILE.jinja")]
+    /// For records of messages without token ids: one of the tokenizer's chat templates by name, or a file with another one
+    #[arg(long, value_name = "NAME|FILE.jinja")]
     pub(crate) chat_template: Option<PathBuf>,
     /// The date that chat templates which ask for today's are told [default: 2024-07-26]
     #[arg(long, value_name = "YYYY-MM-DD")]

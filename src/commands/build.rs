@@ -4,7 +4,7 @@ mod placement;
 mod share;
 
 use caskd_cache_builder::{
-    BuildOptions, BuildReport, CommitOptions, Progress as BuildProgress, Share, Stage,
+    BuildOptions, BuildReport, CommitOptions, LayerChoice, Progress as BuildProgress, Share, Stage,
     WorkerOptions, build, commit, estimate, plan, work,
 };
 use caskd_formats::{CodeTarget, Fidelity, HiddenCodec, Tier};
@@ -95,19 +95,22 @@ fn run_estimate(args: &BuildArgs, options: &BuildOptions) -> Outcome {
             bytes(found.least_bytes)
         )
     });
-    let fit = if found.fit_seconds > 0.0 {
-        format!(", {} of it for the fit", duration(found.fit_seconds))
-    } else {
-        String::new()
-    };
     lines.push(format!(
-        "time:   {} at {:.0} tokens/s{fit}\n        from one of {} layers and the head, measured on {} positions; {:.0}% of the batches is padding",
+        "\ntime: {} at {:.0} tokens/s in the teacher, from one of {} layers and the head, measured on {} positions;\n      {:.0}% of the batches is padding",
         duration(found.seconds),
         found.tokens_per_second,
         found.measurement.layers,
         found.measurement.positions,
         100.0 * found.padding as f64 / (found.padding + found.positions) as f64,
     ));
+    for phase in &found.phases {
+        lines.push(format!(
+            "  {:<30} {:>8} {:>10} of memory",
+            phase_name(phase.phase, "building: teacher and shards"),
+            duration(phase.seconds),
+            bytes(phase.memory_bytes)
+        ));
+    }
     print_text(lines.join("\n"));
     Ok(Exit::Done)
 }
@@ -215,12 +218,6 @@ fn run_commit(args: &BuildArgs) -> Outcome {
 
 /// The options of a build or of its plan.
 fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
-    let layers = match (&args.layers, args.tier) {
-        (Some(layers), _) => layers.as_str(),
-        // A hidden state in 8 bits would cost several times the code.
-        (None, TierArg::Compact) => "none",
-        (None, _) => "last,middle",
-    };
     Ok(BuildOptions {
         teacher: args.teacher.clone().unwrap_or_default(),
         data: args.data.data.clone(),
@@ -232,12 +229,15 @@ fn build_options(args: &BuildArgs) -> Result<BuildOptions, Failure> {
         },
         top_k: args.top_k,
         code_target: code_target(args)?,
-        layers: layers.parse().map_err(|problem| {
-            Failure::user(
-                format!("--layers: {problem}"),
-                "for instance: --layers last,middle",
-            )
-        })?,
+        layers: match &args.layers {
+            None => LayerChoice::Usual,
+            Some(layers) => layers.parse().map_err(|problem| {
+                Failure::user(
+                    format!("--layers: {problem}"),
+                    "for instance: --layers last,middle",
+                )
+            })?,
+        },
         hidden_codec: match args.hidden {
             HiddenArg::Int8 => HiddenCodec::Int8,
             HiddenArg::F16 => HiddenCodec::F16,
@@ -316,14 +316,30 @@ pub(crate) fn build_with_progress(
             duration(report.waiting_seconds)
         ));
     }
+    let mut phases = vec![("reading and loading", report.load_seconds)];
+    if report.fit_seconds > 0.0 {
+        phases.push(("fit", report.fit_seconds));
+    }
+    phases.push(("teacher and shards", report.pass_seconds));
+    if report.fidelity.is_some() {
+        phases.push(("fidelity", report.fidelity_seconds));
+    }
+    let phases: Vec<String> = phases
+        .into_iter()
+        .map(|(name, seconds)| format!("{name} {}", duration(seconds)))
+        .collect();
     say(format!(
-        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it; with the disk {}",
+        "time: {} ({})",
+        duration(report.seconds),
+        phases.join(", ")
+    ));
+    say(format!(
+        "teacher: {} for {} positions ({:.0} tokens/s); statistics, top-k and encoding took {:.1}% of it",
         duration(report.teacher_seconds),
         report.teacher_positions,
         report.tokens_per_second,
         100.0 * (report.statistics_seconds + report.encoding_seconds)
             / report.teacher_seconds.max(1e-9),
-        duration(report.pass_seconds),
     ));
     Ok(report)
 }
@@ -342,13 +358,7 @@ fn with_progress<T>(
             if let Some((_, finished)) = bar.take() {
                 finished.finish();
             }
-            let label = match stage {
-                Stage::Reading => "reading the data",
-                Stage::Fitting => "fitting the code",
-                Stage::Building => label,
-                Stage::Measuring => "measuring the fidelity",
-            };
-            bar = Some((stage, Progress::new(label)));
+            bar = Some((stage, Progress::new(phase_name(stage, label))));
         }
         let Some((_, bar)) = &mut bar else { return };
         if let Some(bad) = progress.bad_record {
@@ -366,6 +376,16 @@ fn with_progress<T>(
         bar.finish();
     }
     Ok(done)
+}
+
+/// What a stage is called; that of building by what is built.
+fn phase_name(stage: Stage, building: &str) -> &str {
+    match stage {
+        Stage::Reading => "reading the data",
+        Stage::Fitting => "fitting the code",
+        Stage::Building => building,
+        Stage::Measuring => "measuring the fidelity",
+    }
 }
 
 fn say_fidelity(fidelity: &Fidelity) {

@@ -17,6 +17,12 @@ pub(crate) fn data_options(args: &DataArgs) -> Result<DataOptions, Failure> {
             "0.05 keeps a twentieth of the sequences apart",
         ));
     }
+    if args.limit == Some(0) {
+        return Err(Failure::user(
+            "--limit 0 leaves no sequence",
+            "give at least 1",
+        ));
+    }
     let mut options = DataOptions {
         loss_on: match args.loss_on {
             LossOnArg::Response => LossOn::Response,
@@ -26,24 +32,17 @@ pub(crate) fn data_options(args: &DataArgs) -> Result<DataOptions, Failure> {
             PromptArg::Alpaca => PromptForm::Alpaca,
             PromptArg::Chat => PromptForm::Chat,
         },
-        chat_template: template_text(args.chat_template.as_deref())?,
+        chat_template: args.chat_template.clone(),
         chat_date: args.chat_date,
         pack: args.pack,
         keep_duplicates: args.duplicates == DuplicatesArg::Keep,
         validation_millionths: (args.validation * 1e6).round() as u32,
         on_error: on_error(args.on_error),
+        limit: args.limit,
         ..DataOptions::default()
     };
     options.set_columns(&args.column)?;
     Ok(options)
-}
-
-/// The text of `--chat-template`.
-pub(crate) fn template_text(path: Option<&Path>) -> Result<Option<String>, Failure> {
-    path.map(|path| {
-        std::fs::read_to_string(path).map_err(|error| Failure::file("read", path, &error))
-    })
-    .transpose()
 }
 
 pub(crate) fn on_error(argument: OnErrorArg) -> OnError {

@@ -59,6 +59,8 @@ pub(crate) fn run(args: &ExportModelArgs) -> Outcome {
             "leave out --peft",
         ));
     }
+    // What other programs load has no 8 bits of ours.
+    model.network.unpack();
     if padded {
         pad_to_dense(&mut model);
     }

@@ -6,7 +6,7 @@ use caskd_cache_builder::{
 use caskd_formats::{Statistic, ValueKind};
 use serde::Serialize;
 
-use super::data::{BadRecordTalk, on_error, template_text};
+use super::data::{BadRecordTalk, on_error};
 use super::print_json;
 use crate::cli::{ImportArgs, ImportFormat, ValuesArg};
 use crate::exit::{Exit, Failure, Outcome};
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &ImportArgs) -> Outcome {
         },
         shift: args.shift,
         window_start: window_start(args.window_start.as_deref())?,
-        chat_template: template_text(args.chat_template.as_deref())?,
+        chat_template: args.chat_template.clone(),
         chat_date: args.chat_date,
         on_error: on_error(args.on_error),
         out: args.out.clone(),

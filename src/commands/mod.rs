@@ -96,11 +96,18 @@ pub(crate) fn refuse_existing(path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes a whole file under its final name, or nothing.
+/// Writes a whole file under its final name, or nothing. A name that something other than a file has, such as a device,
+/// is refused: the file would take its place.
 pub(crate) fn write_file(
     path: &Path,
     fill: impl FnOnce(&mut dyn std::io::Write) -> std::io::Result<()>,
 ) -> Result<(), Failure> {
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Err(Failure::user(
+            format!("`{}` is there and is no file", path.display()),
+            "give the name of a file to write",
+        ));
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

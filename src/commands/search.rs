@@ -15,7 +15,7 @@ use super::{print_json, write_file};
 use crate::cli::{LadderArgs, SamplerArg, SearchArgs};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::setting_text;
-use crate::terminal::{self, duration, say};
+use crate::terminal::{self, duration, say, shown};
 
 pub(crate) use compare::{COMPARISON_FILE, Comparison, Test, best_so_far};
 use plan::Evaluator;
@@ -315,15 +315,6 @@ fn reason(why: &Why) -> String {
         ),
         (Some(improvement), ..) => format!("EI {}", shown(improvement)),
         _ => why.by.clone(),
-    }
-}
-
-/// A value of whatever size: a command's may be anything.
-pub(crate) fn shown(value: f64) -> String {
-    if value == 0.0 || (1e-3..1e7).contains(&value.abs()) {
-        format!("{value:.4}")
-    } else {
-        format!("{value:.4e}")
     }
 }
 

@@ -8,11 +8,11 @@ use caskd_search::{
 };
 use serde::Serialize;
 
-use super::search::{share, shown};
+use super::search::share;
 use super::{print_json, print_text};
 use crate::cli::StatusArgs;
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{duration, stopped};
+use crate::terminal::{duration, shown, stopped};
 
 /// Between two looks of `--watch`.
 const LOOK: Duration = Duration::from_secs(2);

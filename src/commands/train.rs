@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use caskd_formats::Cache;
-use caskd_models::{LoadOptions, load};
+use caskd_models::LoadOptions;
 use caskd_trainer::{
-    CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, train,
+    CacheMix, Control, StepReport, TrainConfig, TrainSummary, check_fidelity, load_base, train,
 };
 
 use super::{open_cache, parse_device, print_json, print_text};
 use crate::cli::{ShardArgs, TrainArgs};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{self, Progress, bytes, duration, say};
+use crate::terminal::{self, Progress, bytes, duration, say, shown};
 
 pub(crate) fn run(args: &TrainArgs) -> Outcome {
     let mut config = read_config(args.config.as_deref(), &args.settings)?;
@@ -118,7 +118,7 @@ pub(crate) fn train_with_progress(
         }
     }
     let caches = CacheMix::new(caches)?;
-    let student_model = load(student, &options)?;
+    let student_model = load_base(student, &options, config.quantize)?;
     let mut bar = Progress::new(label);
     let mut control = Control {
         resume,
@@ -134,14 +134,14 @@ pub(crate) fn train_with_progress(
     }
     if summary.completed {
         say(format!(
-            "run `{}`: {} steps, {} tokens in {} ({:.0} tokens/s, {:.1}% of it waiting for data), final loss {:.4}",
+            "run `{}`: {} steps, {} tokens in {} ({:.0} tokens/s, {:.1}% of it waiting for data), final loss {}",
             out.display(),
             summary.steps,
             summary.tokens,
             duration(summary.seconds),
             summary.tokens_per_second,
             100.0 * summary.data_wait_seconds / summary.seconds.max(1e-9),
-            summary.final_loss,
+            shown(summary.final_loss),
         ));
     } else {
         say(format!(
@@ -158,12 +158,12 @@ fn live(report: &StepReport) -> String {
     let terms: Vec<String> = report
         .terms
         .iter()
-        .map(|(name, value)| format!("{name} {value:.4}"))
+        .map(|(name, value)| format!("{name} {}", shown(*value)))
         .collect();
     parts.push(if terms.len() > 1 {
-        format!("loss {:.4} ({})", report.loss, terms.join(", "))
+        format!("loss {} ({})", shown(report.loss), terms.join(", "))
     } else {
-        format!("loss {:.4}", report.loss)
+        format!("loss {}", shown(report.loss))
     });
     parts.push(format!("|g| {:.3}", report.grad_norm));
     parts.push(format!("{:.0} tokens/s", report.tokens_per_second));

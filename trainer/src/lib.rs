@@ -69,4 +69,4 @@ pub use recipe::{KdType, LayerPair, Layers};
 pub use run_folder::{is_run, load_run, load_run_onto, paused_at, run_caches};
 pub use schedule::{Course, Schedule};
 pub use tasks::{ItemScore, Task, TaskScore, evaluate_task};
-pub use train::{Control, StepReport, TrainSummary, train};
+pub use train::{Control, StepReport, TrainSummary, load_base, train};

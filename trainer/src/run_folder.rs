@@ -12,8 +12,8 @@ use crate::checkpoint;
 use crate::config::Quantize;
 use crate::mix::CacheMix;
 use crate::optimizer::write_tensors;
-use crate::train::prepare;
 use crate::train::{StepReport, TrainSummary};
+use crate::train::{load_base, prepare};
 use crate::{Error, Result, TrainConfig};
 
 const CONFIG: &str = "config.toml";
@@ -92,7 +92,7 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     if trained.is_dir() {
         return Ok(load(&trained, options)?);
     }
-    let mut model = load(&record.student, options)?;
+    let mut model = load_base(&record.student, options, read_config(run)?.quantize)?;
     if model.digest != record.student_digest {
         return Err(Error::StudentChanged {
             path: record.student,
@@ -105,7 +105,7 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
 
 /// Puts a finished run's adapters on the base that they were trained on: in 8 bits, where it was.
 fn attach_trained(model: &mut LoadedModel, run: &Path) -> Result<()> {
-    if read_config(run)?.quantize == Quantize::Int8 {
+    if read_config(run)?.quantize == Quantize::Int8 && !model.network.is_quantized() {
         model.network.quantize()?;
     }
     Ok(load_adapters(&mut model.network, &run.join(ADAPTER))?)

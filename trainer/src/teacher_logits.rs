@@ -139,13 +139,12 @@ impl LinearCode {
         };
         let moments = batch.moments.as_ref().expect(read);
         let log_sum_exp = batch.log_sum_exp.as_ref().expect(read).unsqueeze(1);
-        let (ids, logits) = match &batch.top_k {
-            Some(top_k) => (top_k.ids.shallow_clone(), top_k.logits.shallow_clone()),
+        let (ids, logits) = if let Some(top_k) = &batch.top_k {
+            (top_k.ids.shallow_clone(), top_k.logits.shallow_clone())
+        } else {
             // A cache of the exact tier may have been built without.
-            None => {
-                let none = log_sum_exp.narrow(1, 0, 0);
-                (none.to_kind(Kind::Int64), none)
-            }
+            let none = log_sum_exp.narrow(1, 0, 0);
+            (none.to_kind(Kind::Int64), none)
         };
         TeacherRows {
             coefficients: coefficients.index_select(0, &batch.targets_in_positions),

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use caskd_formats::Columns;
-use caskd_models::{LoadedModel, Network, SeededRng, save_adapters};
+use caskd_models::{
+    LoadOptions, LoadedModel, Network, SeededRng, load, load_in_8_bits, save_adapters,
+};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -344,12 +346,23 @@ impl Cursor {
     }
 }
 
+/// Loads a student as a run with this `quantize` holds it: in 8 bits at once, not as a whole before.
+///
+/// # Errors
+/// Those of [`caskd_models::load`]; a masked student in 8 bits.
+pub fn load_base(path: &Path, options: &LoadOptions, quantize: Quantize) -> Result<LoadedModel> {
+    Ok(match quantize {
+        Quantize::None => load(path, options)?,
+        Quantize::Int8 => load_in_8_bits(path, options)?,
+    })
+}
+
 /// Makes what the configuration trains trainable.
 pub(crate) fn prepare(student: &mut Network, config: &TrainConfig) -> Result<()> {
     match config.mode {
         Mode::Full => student.train_all()?,
         Mode::Lora => {
-            if config.quantize == Quantize::Int8 {
+            if config.quantize == Quantize::Int8 && !student.is_quantized() {
                 student.quantize()?;
             }
             student.attach_lora(&config.lora, config.seed)?;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use caskd_formats::Cache;
 use caskd_models::{LoadOptions, LoadedModel, save_model};
-use caskd_trainer::{Control, StepReport, TrainConfig, load_run, train};
+use caskd_trainer::{Control, Quantize, StepReport, TrainConfig, load_base, load_run, train};
 use tch::Tensor;
 use tiny::{CacheForm, TOKENS, Tiny, load_student, train_quietly};
 
@@ -165,6 +165,13 @@ fn a_base_in_eight_bits_trains_and_resumes_exactly() {
             .network
             .is_quantized()
     );
+    // Read block by block into 8 bits, or read whole and then put into 8 bits: the same.
+    let base = load_base(&tiny.student(), &LoadOptions::default(), Quantize::Int8).unwrap();
+    let mut whole = load_student(&tiny.student()).network;
+    whole.quantize().unwrap();
+    assert!(base.network.is_quantized());
+    assert_eq!(base.network.parameters(), whole.parameters());
+
     let plain = tiny.path("plain");
     let (_, others) =
         train_quietly(&config_of("none"), &tiny.student(), &cache, &plain, false).unwrap();

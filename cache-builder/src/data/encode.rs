@@ -8,10 +8,10 @@ use tokenizers::Tokenizer;
 
 use super::TokenizedSequence;
 use super::chat::{render_chat, render_question};
-use super::jinja::ChatTemplate;
 use super::options::{DataOptions, PromptForm, USUAL_CHAT_DATE};
 use super::record::{FORMS, Problem, RecordBody, message};
-use crate::{Error, Result};
+use super::templates::Templates;
+use crate::Result;
 
 /// The prompt of an instruction record, as Stanford Alpaca words it; the response follows directly.
 pub fn alpaca_prompt(instruction: &str, input: &str) -> String {
@@ -27,7 +27,7 @@ pub fn alpaca_prompt(instruction: &str, input: &str) -> String {
 }
 
 const TEMPLATE_HINT: &str =
-    "look at the roles and their order; another template: --chat-template FILE.jinja";
+    "look at the roles and their order; another template: --chat-template NAME|FILE.jinja";
 
 /// What turns records into sequences.
 pub(crate) struct Encoder<'a> {
@@ -37,7 +37,7 @@ pub(crate) struct Encoder<'a> {
     max_len: usize,
     loss_on: LossOn,
     prompt: PromptForm,
-    template: std::result::Result<ChatTemplate, Problem>,
+    templates: Templates,
     date: chrono::NaiveDate,
     special: Vec<String>,
 }
@@ -56,32 +56,9 @@ impl<'a> Encoder<'a> {
         max_len: usize,
         options: &DataOptions,
     ) -> Result<Self> {
-        let source = match &options.chat_template {
-            Some(source) => Some(source.clone()),
-            None => template_of(&tokenizer.tokenizer_config),
-        };
         let date = options.chat_date.unwrap_or(USUAL_CHAT_DATE);
-        let template = match source {
-            None => Err(Problem::new(
-                "the teacher's tokenizer has no chat template for this conversation",
-                "give one: --chat-template FILE.jinja",
-            )),
-            Some(source) => {
-                ChatTemplate::new(&source, &tokenizer.tokenizer_config, date).map_err(|problem| {
-                    Problem::new(
-                        format!("the chat template can't be read: {problem}"),
-                        "give another one: --chat-template FILE.jinja",
-                    )
-                })
-            }
-        };
-        // The tokenizer's own matters only once there is a conversation.
-        if let (Some(_), Err(problem)) = (&options.chat_template, &template) {
-            return Err(Error::Option {
-                problem: problem.message.clone(),
-                hint: problem.hint.clone(),
-            });
-        }
+        let config = &tokenizer.tokenizer_config;
+        let templates = Templates::new(config, options.chat_template.as_deref(), date)?;
         let mut special: Vec<String> = tokenizer
             .tokenizer
             .get_added_tokens_decoder()
@@ -97,7 +74,7 @@ impl<'a> Encoder<'a> {
             max_len,
             loss_on: options.loss_on,
             prompt: options.prompt,
-            template,
+            templates,
             date,
             special,
         })
@@ -105,13 +82,8 @@ impl<'a> Encoder<'a> {
 
     /// Digest of the chat template and the date that it was told, as far as a record has used them.
     pub(crate) fn used_template(&self) -> (Option<String>, Option<String>) {
-        let used = self.template.as_ref().ok();
-        let used = used.filter(|template| template.was_used());
-        let dated = used.filter(|template| template.asked_for_date());
-        (
-            used.map(|template| template.digest.clone()),
-            dated.map(|_| self.date.to_string()),
-        )
+        let (digest, asked_for_date) = self.templates.used();
+        (digest, asked_for_date.then(|| self.date.to_string()))
     }
 
     /// The special tokens that the tokenizer puts before and behind a text.
@@ -187,7 +159,7 @@ impl<'a> Encoder<'a> {
         let RecordBody::Chat { messages, tools } = body else {
             return Err(Problem::new("it is no conversation", FORMS));
         };
-        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let template = self.templates.of(tools)?;
         let text = render_question(template, messages, tools)
             .map_err(|message| Problem::new(message, TEMPLATE_HINT))?;
         self.tokens(&text, false)
@@ -256,7 +228,7 @@ impl<'a> Encoder<'a> {
         messages: &[minijinja::Value],
         tools: &minijinja::Value,
     ) -> std::result::Result<TokenizedSequence, Problem> {
-        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let template = self.templates.of(tools)?;
         let chat = render_chat(template, messages, tools, &self.special)
             .map_err(|message| Problem::new(message, TEMPLATE_HINT))?;
         if chat.turns.is_empty() && self.loss_on == LossOn::Response {
@@ -338,17 +310,4 @@ impl<'a> Encoder<'a> {
             cut_tokens: 0,
         })
     }
-}
-
-/// The template of a tokenizer's configuration: a text, or the one called `default` of a list.
-fn template_of(config: &serde_json::Value) -> Option<String> {
-    let entry = config.get("chat_template")?;
-    let text = match entry.as_array() {
-        None => entry.as_str(),
-        Some(list) => list
-            .iter()
-            .find(|entry| entry["name"] == "default")
-            .and_then(|entry| entry["template"].as_str()),
-    };
-    text.map(str::to_owned)
 }

@@ -108,7 +108,8 @@ impl TextBlocks {
         self.reader.bytes_done()
     }
 
-    pub(crate) fn identity(&self) -> DataFile {
+    /// The identity of the whole file.
+    pub(crate) fn identity(&mut self) -> Result<DataFile> {
         self.reader.identity()
     }
 }
@@ -241,11 +242,11 @@ impl Records {
         }
     }
 
-    /// The identity of the whole file; only right after the last record.
-    pub(crate) fn identity(&self) -> DataFile {
-        match &self.reader {
-            Reader::Lines(reader) => reader.get_ref().identity(),
-            Reader::List { identity, .. } | Reader::Rows { identity, .. } => identity.clone(),
+    /// The identity of the whole file.
+    pub(crate) fn identity(&mut self) -> Result<DataFile> {
+        match &mut self.reader {
+            Reader::Lines(reader) => reader.get_mut().identity(),
+            Reader::List { identity, .. } | Reader::Rows { identity, .. } => Ok(identity.clone()),
         }
     }
 }
@@ -275,7 +276,7 @@ fn open_list(path: &Path) -> Result<Reader> {
     })?;
     Ok(Reader::List {
         entries: entries.into_iter(),
-        identity: reader.identity(),
+        identity: reader.identity()?,
     })
 }
 
@@ -283,13 +284,7 @@ fn open_list(path: &Path) -> Result<Reader> {
 const BATCH_ROWS: usize = 1024;
 
 fn open_parquet(path: &Path, options: &DataOptions) -> Result<Reader> {
-    let mut stream = Stream::open(path)?;
-    std::io::copy(
-        &mut BufReader::with_capacity(READ_BYTES, &mut stream),
-        &mut std::io::sink(),
-    )
-    .map_err(|source| unreadable(path, source))?;
-    let identity = stream.identity();
+    let identity = Stream::open(path)?.identity()?;
     let damaged = |message: String| damaged_parquet(path, message);
     let file = File::open(path).map_err(|source| unreadable(path, source))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file)

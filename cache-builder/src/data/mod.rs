@@ -8,6 +8,7 @@ mod options;
 mod pack;
 mod record;
 mod stream;
+mod templates;
 mod text;
 
 use std::collections::HashSet;
@@ -99,7 +100,8 @@ const BATCH_RECORDS: usize = 4096;
 ///
 /// Files are streams: beside the finished sequences only a few megabytes of text are in memory. Records are encoded on
 /// all cores, and their order is that of the files. Sequences that lose all their targets at `max_len` are dropped and
-/// counted, as are those whose token digest has come before.
+/// counted, as are those whose token digest has come before. With a limit nothing is read behind the last sequence, but
+/// for the digest of its file.
 ///
 /// # Errors
 /// A file that can't be read, a bad record (unless those are skipped), data without a sequence to learn from.
@@ -142,6 +144,9 @@ pub fn tokenize(
         info: DataInfo::default(),
     };
     for path in files {
+        if reading.is_full() {
+            break;
+        }
         let kind = FileKind::of(path)?;
         let read = match kind {
             FileKind::Text => reading.read_text(path)?,
@@ -203,7 +208,9 @@ impl Reading<'_> {
         let mut waiting = before;
         let mut window = 0;
         self.counts().records += 1;
-        while let Some(block) = blocks.next_block(text.block())? {
+        while !self.is_full()
+            && let Some(block) = blocks.next_block(text.block())?
+        {
             waiting.append(&mut text.push(block).map_err(refused)?);
             self.take_windows(&name, &mut waiting, &mut window, false);
             if !self.progress(blocks.bytes_done()) {
@@ -214,7 +221,13 @@ impl Reading<'_> {
         waiting.extend(after);
         self.take_windows(&name, &mut waiting, &mut window, true);
         self.progress(blocks.bytes_done());
-        Ok(Some(blocks.identity()))
+        Ok(Some(blocks.identity()?))
+    }
+
+    /// Whether there are as many sequences as were asked for.
+    fn is_full(&self) -> bool {
+        let limit = self.options.limit;
+        limit.is_some_and(|limit| self.sequences.len() >= limit)
     }
 
     /// Takes whole windows off the front of `tokens`, or with `all` every token.
@@ -251,7 +264,7 @@ impl Reading<'_> {
                 batch.push(record);
             }
             if batch.is_empty() {
-                return Ok(Some(records.identity()));
+                return Ok(Some(records.identity()?));
             }
             let (encoder, options) = (self.encoder, self.options);
             let encoded: Vec<(u64, std::result::Result<EncodedRecord, Problem>)> = batch
@@ -259,6 +272,9 @@ impl Reading<'_> {
                 .map(|record| (record.number, encode(encoder, options, &name, record)))
                 .collect();
             for (number, encoded) in encoded {
+                if self.is_full() {
+                    return Ok(Some(records.identity()?));
+                }
                 self.counts().records += 1;
                 match encoded {
                     Ok(record) => self.take_record(record),
@@ -316,6 +332,9 @@ impl Reading<'_> {
     }
 
     fn take(&mut self, sequence: TokenizedSequence) {
+        if self.is_full() {
+            return;
+        }
         self.tokens += sequence.token_ids.len() as u64;
         if targets(&sequence) == 0 {
             self.info.skipped += 1;
@@ -361,6 +380,7 @@ impl Reading<'_> {
                 chat_template,
                 chat_date,
                 columns: options.columns.clone(),
+                limit: options.limit.unwrap_or(0) as u64,
                 ..self.info.preparation
             },
             ..self.info

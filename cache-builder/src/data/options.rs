@@ -1,6 +1,7 @@
 //! What a build may choose about its data.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use caskd_formats::LossOn;
 
@@ -16,8 +17,8 @@ pub struct DataOptions {
     pub loss_on: LossOn,
     /// How an instruction record becomes a prompt.
     pub prompt: PromptForm,
-    /// A chat template (Jinja) in place of the tokenizer's own.
-    pub chat_template: Option<String>,
+    /// One of the tokenizer's chat templates by name, or a file with another one (Jinja).
+    pub chat_template: Option<PathBuf>,
     /// The date that chat templates are told, in place of [`USUAL_CHAT_DATE`].
     pub chat_date: Option<chrono::NaiveDate>,
     /// Put several short records into one sequence.
@@ -28,6 +29,8 @@ pub struct DataOptions {
     pub validation_millionths: u32,
     /// What a bad record does.
     pub on_error: OnError,
+    /// Sequences that are taken at most, the first ones, before any are packed together.
+    pub limit: Option<usize>,
 }
 
 /// How an instruction record becomes a prompt.

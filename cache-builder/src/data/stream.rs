@@ -102,14 +102,20 @@ impl Stream {
         self.file().bytes
     }
 
-    /// What the file is, once it has been read to its end.
-    pub(crate) fn identity(&self) -> DataFile {
-        let file = self.file();
-        DataFile {
+    /// What the file is. What nobody has read of it is read here, as it stands on the disk.
+    pub(crate) fn identity(&mut self) -> Result<DataFile> {
+        let file = match &mut self.reader {
+            Unpacked::Plain(file) => file.as_mut(),
+            Unpacked::Gzip(decoder) => decoder.get_mut(),
+            Unpacked::Zstd(decoder) => decoder.get_mut().get_mut(),
+        };
+        let read = std::io::copy(file, &mut std::io::sink());
+        read.map_err(|source| unreadable(&self.path, source))?;
+        Ok(DataFile {
             name: file_name(&self.path),
             bytes: file.bytes,
             digest: file.hasher.finalize().to_hex().to_string(),
-        }
+        })
     }
 }
 
@@ -176,9 +182,12 @@ mod tests {
             let mut read = Vec::new();
             stream.read_to_end(&mut read).unwrap();
             assert!(read == text, "{name}");
-            let identity = stream.identity();
+            let identity = stream.identity().unwrap();
             assert_eq!(identity.bytes, bytes.len() as u64);
             assert_eq!(identity.digest, blake3::hash(&bytes).to_hex().to_string());
+            let mut unread = Stream::open(&path).unwrap();
+            assert_eq!(unread.read(&mut [0; 10]).unwrap(), 10);
+            assert_eq!(unread.identity().unwrap(), identity);
             if name != "a.jsonl" {
                 std::fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
                 let cut = Stream::open(&path).unwrap().read_to_end(&mut Vec::new());

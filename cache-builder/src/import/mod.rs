@@ -106,8 +106,9 @@ pub struct ImportOptions {
     pub shift: Option<i64>,
     /// The first token of llama.cpp's windows.
     pub window_start: WindowStart,
-    /// A chat template (Jinja) in place of the tokenizer's own, for records of messages without token ids.
-    pub chat_template: Option<String>,
+    /// One of the tokenizer's chat templates by name, or a file with another one (Jinja), for records of messages without
+    /// token ids.
+    pub chat_template: Option<PathBuf>,
     /// The date that chat templates are told, in place of [`crate::USUAL_CHAT_DATE`].
     pub chat_date: Option<chrono::NaiveDate>,
     /// What a bad record does.
