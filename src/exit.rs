@@ -55,8 +55,10 @@ impl Failure {
     /// A file that can't be read or written.
     pub(crate) fn file(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Self {
         let hint = match error.kind() {
-            std::io::ErrorKind::StorageFull => {
-                "the disk is full: free some space and run the command again"
+            std::io::ErrorKind::StorageFull
+            | std::io::ErrorKind::QuotaExceeded
+            | std::io::ErrorKind::FileTooLarge => {
+                "the disk or your share of it is full: free some space and run the command again"
             }
             std::io::ErrorKind::NotFound => "check the path",
             _ => "check the path and its permissions",

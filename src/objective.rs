@@ -182,13 +182,18 @@ impl Objective for DistillationObjective {
             return Ok(Outcome::Stopped);
         }
         let model = load_run_onto(&opened.student, &run)?;
-        let score = evaluate_cache(
+        let scored = evaluate_cache(
             &model,
             &opened.cache,
             Some(&opened.validation),
             EVAL_TOKENS,
             &mut |_, _| {},
-        )?;
+        );
+        let score = match scored {
+            Ok(score) => score,
+            Err(error) if error.is_divergence() => return Ok(Outcome::Failed(error.to_string())),
+            Err(error) => return Err(error.into()),
+        };
         Ok(if stopped() && !score.perplexity.is_finite() {
             Outcome::Stopped
         } else {

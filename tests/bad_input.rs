@@ -4,6 +4,7 @@
 
 mod support;
 
+use caskd_models::save_model;
 use support::{Bench, stderr, tiny_model};
 
 /// Runs, and wants exit code 2, a hint, and each of `expected` in the message.
@@ -455,4 +456,70 @@ fn bad_settings() {
     );
     assert_eq!(bench.run(&["build"]).status.code(), Some(2));
     assert_eq!(bench.run(&["no-such-command"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_model_whose_numbers_are_not_finite() {
+    let bench = Bench::new();
+    bench.cache("cache", 6, &[]);
+    bench.write("text.txt", "Some words, and some more.");
+    let model = tiny_model(256, 3);
+    for (name, weight) in model.network.parameters() {
+        if name.ends_with("2.self_attn.v_proj.weight") {
+            let _ = tch::no_grad(|| weight.get(0).fill_(f64::NAN));
+        }
+    }
+    save_model(&model, &bench.path("nan")).unwrap();
+    for arguments in [
+        &["eval", "--model", "nan", "--cache", "cache"][..],
+        &["eval", "--model", "nan", "--text", "text.txt"],
+        &["prune", "--model", "nan", "--cache", "cache", "--out", "x"],
+        &[
+            "prune",
+            "--model",
+            "nan",
+            "--method",
+            "magnitude",
+            "--parts",
+            "all",
+            "--out",
+            "x",
+        ],
+        &[
+            "train",
+            "--student",
+            "nan",
+            "--cache",
+            "cache",
+            "--out",
+            "run",
+        ],
+    ] {
+        refused(&bench, arguments, &["not finite"]);
+    }
+    assert!(!bench.path("x").exists());
+}
+
+#[test]
+fn a_device_is_not_written_over() {
+    let bench = Bench::new();
+    bench.cache("cache", 6, &[]);
+    let device = bench.path("device");
+    std::os::unix::fs::symlink("/dev/null", &device).unwrap();
+    bench.write(
+        "items.jsonl",
+        "{\"context\": \"a b\", \"continuation\": \"c\"}\n",
+    );
+    let output = bench.run(&[
+        "eval",
+        "--model",
+        "teacher",
+        "--task",
+        "lambada=items.jsonl",
+        "--per-item",
+        "device",
+    ]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no file"), "{}", stderr(&output));
+    assert!(device.symlink_metadata().unwrap().is_symlink());
 }

@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Result of this crate.
@@ -157,8 +158,16 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Error::Io { source, path, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Error::Io { source, path, .. } if source.kind() == ErrorKind::NotFound => {
                 missing_file_hint(path)
+            }
+            Error::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+                ) =>
+            {
+                "free some space and run the command again".to_owned()
             }
             Error::NotAModel { .. } => {
                 "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
@@ -172,6 +181,7 @@ impl Error {
             Error::NoWeights { .. } => {
                 "older formats (pytorch_model.bin) are not read; save the model as safetensors with transformers".to_owned()
             }
+            Error::Prune { .. } => "see `caskd prune --help`, and docs/STUDENTS.md".to_owned(),
             Error::Damaged { .. } => "fetch or copy the file again and compare its size".to_owned(),
             Error::UnknownArchitecture { .. } => {
                 format!("supported are: {}", crate::config::ARCHITECTURES.join(", "))

@@ -91,7 +91,7 @@ impl LayerEnergies<'_> {
     /// The importance of every single weight: [out, in] f32 on the CPU.
     ///
     /// # Errors
-    /// A criterion that was measured on a network of other sizes, or not on this layer.
+    /// A criterion that was measured on a network of other sizes, or not on this layer; a value that is not finite.
     pub(crate) fn scores(&self, linear: &Linear, path: &str) -> Result<Tensor> {
         let weight = linear.weight.to_device(Device::Cpu).to_kind(Kind::Float);
         let elsewhere = || Error::Prune {
@@ -100,21 +100,30 @@ impl LayerEnergies<'_> {
                 self.layer
             ),
         };
-        match self.criterion {
-            Criterion::Magnitude => Ok(weight.abs()),
+        let scores = match self.criterion {
+            Criterion::Magnitude => weight.abs(),
             Criterion::Wanda(norms) => {
                 let norms = norms
                     .of(self.layer, path)
                     .filter(|norms| norms.len() as i64 == weight.size()[1]);
-                Ok(weight.abs() * Tensor::from_slice(norms.ok_or_else(elsewhere)?))
+                weight.abs() * Tensor::from_slice(norms.ok_or_else(elsewhere)?)
             }
             Criterion::Taylor(saliencies) => {
                 let saliency = saliencies
                     .of(self.layer, path)
                     .filter(|saliency| saliency.size() == weight.size());
-                Ok(saliency.ok_or_else(elsewhere)?.shallow_clone())
+                saliency.ok_or_else(elsewhere)?.shallow_clone()
             }
+        };
+        if scores.isfinite().all().int64_value(&[]) == 0 {
+            return Err(Error::Prune {
+                message: format!(
+                    "the importance of weights of layer {}, `{path}`, is not finite: the model is damaged",
+                    self.layer
+                ),
+            });
         }
+        Ok(scores)
     }
 }
 

@@ -22,8 +22,8 @@ use crate::space::Space;
 use crate::view::{StudyView, TrialState, TrialView, Why};
 use store::{Lease, NewTrial, Store, Taker, TrialRow};
 
-pub(crate) use lease::Heartbeat;
 pub use lease::Holder;
+pub(crate) use lease::{Heartbeat, is_dead};
 pub use location::{Location, STUDY_FILE};
 pub use store::Told;
 

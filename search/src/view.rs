@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::StudyConfig;
 use crate::params::Params;
+use crate::study::is_dead;
 
 /// State of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -104,6 +105,13 @@ pub struct TrialView {
     pub started_at: f64,
     /// When it was finished, in seconds since 1970.
     pub finished_at: Option<f64>,
+}
+
+impl TrialView {
+    /// True where the trial is running no longer, for certain: its worker was a process of this machine that has ended.
+    pub fn worker_died(&self) -> bool {
+        self.state == TrialState::Running && self.owner.as_deref().is_some_and(is_dead)
+    }
 }
 
 /// A value that came after its lease had gone to somebody else.

@@ -164,6 +164,9 @@ fn killed_workers_of_a_file() {
             child.kill().unwrap();
             child.wait().unwrap();
             killed += u32::from(!ended);
+            for trial in read_study(&location).map_or_else(|_| Vec::new(), |view| view.trials) {
+                assert_eq!(trial.worker_died(), trial.state == TrialState::Running);
+            }
             let after = look();
             nothing_lost(&before, &after);
             before = after;

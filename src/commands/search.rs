@@ -174,7 +174,8 @@ fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Result<Option<Ladder>,
         && *last > most
     {
         say(format!(
-            "note: the last fraction is {most} instead of {last}: the rest judges the trials"
+            "note: the last fraction is {} instead of {last}: the rest judges the trials",
+            share(most)
         ));
         *last = most;
     }
@@ -196,7 +197,7 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
             format!(
                 "--fraction {} and --validation {} don't fit: a trial would be judged on what it trains on",
                 plan.study.fraction,
-                1.0 - most
+                share(1.0 - most)
             ),
             "both must be positive, and at most 1 together",
         ));
@@ -317,6 +318,11 @@ fn reason(why: &Why) -> String {
     }
 }
 
+/// A share of the data or the steps in few digits.
+pub(crate) fn share(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
 fn as_line(event: &StudyProgress) -> String {
     match event {
         StudyProgress::Started {
@@ -369,8 +375,8 @@ fn as_line(event: &StudyProgress) -> String {
         StudyProgress::Distrusted { rung } => format!(
             "note: at share {} the trials rank otherwise than at {} (rank correlation {:.2} over {} pairs): twice as \
              many go on, and the higher share chooses the winner",
-            rung.shares.0,
-            rung.shares.1,
+            share(rung.shares.0),
+            share(rung.shares.1),
             rung.spearman.unwrap_or(f64::NAN),
             rung.pairs
         ),

@@ -8,10 +8,11 @@ use caskd_search::{
 };
 use serde::Serialize;
 
+use super::search::share;
 use super::{print_json, print_text};
 use crate::cli::StatusArgs;
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{duration, stopped};
+use crate::terminal::{duration, shown, stopped};
 
 /// Between two looks of `--watch`.
 const LOOK: Duration = Duration::from_secs(2);
@@ -44,6 +45,8 @@ struct Running<'a> {
     since_seconds: f64,
     /// Until the trial is handed out again; negative where that may happen any moment.
     lease_seconds: Option<f64>,
+    /// The worker was a process of this machine and has certainly ended.
+    worker_died: bool,
 }
 
 pub(crate) fn run(args: &StatusArgs) -> Outcome {
@@ -85,6 +88,7 @@ impl<'a> Status<'a> {
                 owner: t.owner.as_deref(),
                 since_seconds: (now - t.started_at).max(0.0),
                 lease_seconds: t.lease_expires.map(|expires| expires - now),
+                worker_died: t.worker_died(),
             })
             .collect();
         let finished: Vec<&TrialView> = view
@@ -152,13 +156,15 @@ fn text(status: &Status<'_>) -> String {
             let _ = writeln!(
                 out,
                 "share {} foretells {} with rank correlation {rho:.2} over {} pairs{verdict}",
-                rung.shares.0, rung.shares.1, rung.pairs
+                share(rung.shares.0),
+                share(rung.shares.1),
+                rung.pairs
             );
         }
     }
     match status.best {
         Some(best) => {
-            let value = best.value.unwrap_or(f64::NAN);
+            let value = shown(best.value.unwrap_or(f64::NAN));
             let _ = writeln!(out, "best: trial {}, {value}: {}", best.number, best.params);
         }
         None => out.push_str("no trial has a value yet\n"),
@@ -166,7 +172,7 @@ fn text(status: &Status<'_>) -> String {
     if let (Some(best), Some(other)) = (status.best, status.recommended)
         && best.number != other.number
     {
-        let value = other.value.unwrap_or(f64::NAN);
+        let value = shown(other.value.unwrap_or(f64::NAN));
         let _ = writeln!(
             out,
             "worth more by all trials together: trial {}, {value}: {}",
@@ -175,6 +181,7 @@ fn text(status: &Status<'_>) -> String {
     }
     for trial in &status.running {
         let held = match trial.lease_seconds {
+            _ if trial.worker_died => "which has ended: the next worker takes it up".to_owned(),
             Some(left) if left >= 0.0 => format!("held for another {}", duration(left)),
             _ => "its lease has run out".to_owned(),
         };

@@ -145,7 +145,7 @@ fn restore_one(
         path: cursor_path.clone(),
         source,
     })?;
-    let damaged = |path: PathBuf| Error::NoCheckpoint {
+    let damaged = |path: PathBuf| Error::DamagedCheckpoint {
         path,
         reason: "its checksum is wrong".to_owned(),
     };
@@ -171,7 +171,7 @@ pub(crate) fn restore_adapters(path: &Path, trainable: &[(String, Tensor)]) -> R
         let saved = adapters
             .iter()
             .find(|(of, saved)| of == name && saved.size() == tensor.size());
-        let (_, saved) = saved.ok_or_else(|| Error::NoCheckpoint {
+        let (_, saved) = saved.ok_or_else(|| Error::DamagedCheckpoint {
             path: adapters_path.clone(),
             reason: format!("it has no `{name}` of the network's size"),
         })?;

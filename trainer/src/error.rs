@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -262,6 +263,12 @@ pub enum Error {
         /// From 0.
         request: usize,
     },
+    /// A model whose log-probabilities are NaN or infinite.
+    #[error("the model's log-probabilities on {what} are not finite")]
+    ScoreNotFinite {
+        /// The text or the sequences.
+        what: String,
+    },
     /// The output folder exists and no resumption was asked for.
     #[error("`{path}` exists already")]
     OutputExists {
@@ -301,6 +308,14 @@ pub enum Error {
         path: PathBuf,
         /// The run.
         run: PathBuf,
+    },
+    /// A file of a checkpoint is not what was written.
+    #[error("`{path}`: {reason}")]
+    DamagedCheckpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
     /// Every checkpoint of a run is damaged.
     #[error("no checkpoint of `{path}` can be read: {reason}")]
@@ -393,7 +408,7 @@ impl Error {
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
                     .to_owned(),
             ),
-            Error::RequestNotANumber { .. } => Some("the model's weights may be damaged, or overflow in this dtype".to_owned()),
+            Error::RequestNotANumber { .. } | Error::ScoreNotFinite { .. } => Some("the model's weights may be damaged, or overflow in this dtype".to_owned()),
             Error::OutputExists { .. } => Some("choose another folder, or continue this run with `--resume`".to_owned()),
             Error::RunBusy { .. } => Some("wait for it or stop it, or choose another folder".to_owned()),
             Error::NotARun { .. } => Some("name a folder that `caskd train` wrote".to_owned()),
@@ -408,9 +423,14 @@ impl Error {
                 ),
                 None => "no checkpoint was written before it; try a lower learning_rate or loss weight".to_owned(),
             }),
-            Error::NoCheckpoint { .. } => Some("start the run again in another folder".to_owned()),
+            Error::NoCheckpoint { .. } | Error::DamagedCheckpoint { .. } => Some("start the run again in another folder".to_owned()),
             Error::NoDevice { .. } => Some("set `device` to \"cpu\", or to a GPU that libtorch sees, as \"cuda:0\"".to_owned()),
-            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            Error::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+                ) =>
+            {
                 Some("free some space and continue with `--resume`".to_owned())
             }
             Error::Tensors { action: "write", .. } => {
@@ -423,7 +443,7 @@ impl Error {
     /// True where a loss or gradient left the finite numbers: the configuration diverges, nothing is
     /// broken.
     pub fn is_divergence(&self) -> bool {
-        matches!(self, Error::NotFinite { .. })
+        matches!(self, Error::NotFinite { .. } | Error::ScoreNotFinite { .. })
     }
 
     /// True where the user can mend it (exit code 2), false where it is our fault (exit code 1).

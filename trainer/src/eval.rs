@@ -46,7 +46,7 @@ pub struct CacheScore {
 /// batches of at most `batch_tokens` padded tokens. `progress` hears (tokens done, all tokens).
 ///
 /// # Errors
-/// A model that does not fit the cache, unreadable files, no target at all.
+/// A model that does not fit the cache, unreadable files, no target at all, logits of the model that are not finite.
 pub fn evaluate_cache(
     model: &LoadedModel,
     cache: &Cache,
@@ -71,7 +71,7 @@ pub fn evaluate_cache(
             sums.teacher_nats += teacher_nats(&batch, code.as_ref(), vocabulary)?;
         }
         let hidden = hidden_rows(&model.network, &batch.input_ids, &batch.targets);
-        tch::no_grad(|| sums.add(&hidden, &batch, &head, code.as_ref()));
+        tch::no_grad(|| sums.add(&hidden, &batch, &head, code.as_ref()))?;
         sums.tokens += batch.num_positions() as u64;
         progress(sums.tokens, total_tokens);
     }
@@ -129,7 +129,16 @@ struct Sums {
 
 impl Sums {
     /// Adds what follows from the logits of a batch's target positions, chunk by chunk.
-    fn add(&mut self, hidden: &Tensor, batch: &Batch, head: &Tensor, code: Option<&LinearCode>) {
+    ///
+    /// # Errors
+    /// Logits of the model that are not finite.
+    fn add(
+        &mut self,
+        hidden: &Tensor,
+        batch: &Batch,
+        head: &Tensor,
+        code: Option<&LinearCode>,
+    ) -> Result<()> {
         let of_teacher = code.map(|code| (code, code.rows(batch)));
         for (first, rows) in chunks(hidden.size()[0], rows_per_chunk(head.size()[0])) {
             let student = logits(&hidden.narrow(0, first, rows), head);
@@ -137,6 +146,11 @@ impl Sums {
             self.nats += student
                 .cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0)
                 .double_value(&[]);
+            if !self.nats.is_finite() {
+                return Err(Error::ScoreNotFinite {
+                    what: batch.source_of_target(first).to_owned(),
+                });
+            }
             let teacher = of_teacher
                 .as_ref()
                 .map(|(code, all)| code.logits_at_one(&all.narrow(first, rows)));
@@ -166,6 +180,7 @@ impl Sums {
             }
         }
         self.targets += batch.num_targets() as u64;
+        Ok(())
     }
 }
 

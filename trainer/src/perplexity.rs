@@ -55,7 +55,7 @@ pub struct Rolling {
 /// Scores a text. `progress` hears (tokens done, all tokens).
 ///
 /// # Errors
-/// A text without a token to score, a stride that is 0 or above the window.
+/// A text without a token to score, a stride that is 0 or above the window, log-probabilities that are not finite.
 pub fn evaluate_text(
     model: &LoadedModel,
     text: &str,
@@ -146,6 +146,11 @@ impl TextSums {
         if tokens == 0 {
             return Err(Error::NoSequences {
                 reason: "the text holds no token that could be scored".to_owned(),
+            });
+        }
+        if !nats.is_finite() {
+            return Err(Error::ScoreNotFinite {
+                what: "the text".to_owned(),
             });
         }
         let seconds = started.elapsed().as_secs_f64();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use faer::Mat;
 
-use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order};
+use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order, dot};
 use super::posterior::Cholesky;
 
 /// Log-normal priors on the hyper-parameters: mean and standard deviation of the logarithm.
@@ -20,7 +20,7 @@ pub(crate) struct Priors {
 impl Default for Priors {
     fn default() -> Self {
         Self {
-            length: (0.0, 0.8),
+            length: (-0.7, 0.8),
             weight: (-0.3, 1.0),
             product: (-1.0, 1.0),
             additive: (-2.5, 1.5),
@@ -287,10 +287,6 @@ fn lbfgs(
         }
     }
     Hyper { theta: x }
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
 fn norm(a: &[f64]) -> f64 {

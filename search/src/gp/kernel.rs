@@ -92,6 +92,30 @@ impl Columns {
             len: points.len(),
         }
     }
+
+    /// How many leading places point `i` shares with the one before. Points that are listed in order share most.
+    pub(crate) fn shared(&self, i: usize) -> usize {
+        if i == 0 {
+            return 0;
+        }
+        let same = |index: &&Vec<u32>| index[i] == index[i - 1];
+        self.index.iter().take_while(same).count()
+    }
+}
+
+/// Σ aᵢbᵢ in eight running sums, so that the additions need not wait for each other.
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let mut sums = [0.0; LANES];
+    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a_blocks.remainder().iter().zip(b_blocks.remainder());
+    let rest: f64 = rest.map(|(x, y)| x * y).sum();
+    for (x, y) in a_blocks.zip(b_blocks) {
+        for lane in 0..LANES {
+            sums[lane] += x[lane] * y[lane];
+        }
+    }
+    sums.iter().sum::<f64>() + rest
 }
 
 /// k_j between the places of two sets, and its derivative by the logarithm of its scale; row-major.

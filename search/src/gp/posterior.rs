@@ -7,7 +7,7 @@ use faer::linalg::triangular_solve::{
 };
 use faer::{Mat, MatMut, Par};
 
-use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order};
+use super::kernel::{CONSTANT, Columns, FactorTable, Hyper, Order, dot};
 use crate::space::{Point, Space};
 
 /// Candidates that are predicted together: a block of columns of the cross covariance stays in the cache.
@@ -209,17 +209,7 @@ impl<'a> Posterior<'a> {
             let count = BLOCK.min(candidates.len - start);
             for (offset, column) in block[..n * count].chunks_exact_mut(n).enumerate() {
                 let candidate = start + offset;
-                let shared = if candidate == 0 {
-                    0
-                } else {
-                    let same = |index: &Vec<u32>| index[candidate] == index[candidate - 1];
-                    candidates
-                        .index
-                        .iter()
-                        .take_while(|index| same(index))
-                        .count()
-                };
-                for j in shared..d {
+                for j in candidates.shared(candidate)..d {
                     let place = candidates.index[j][candidate] as usize;
                     let factors = &rows[j][place * n..(place + 1) * n];
                     let weight = additive[j];
@@ -242,12 +232,8 @@ impl<'a> Posterior<'a> {
                 Par::Seq,
             );
             for column in block[..n * count].chunks_exact(n) {
-                let (mut mean, mut explained) = (0.0, 0.0);
-                for (v, y) in column.iter().zip(&self.whitened) {
-                    mean += v * y;
-                    explained += v * v;
-                }
-                prediction.mean.push(mean);
+                prediction.mean.push(dot(column, &self.whitened));
+                let explained = dot(column, column);
                 prediction.variance.push((variance - explained).max(1e-12));
             }
         }

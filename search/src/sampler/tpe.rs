@@ -5,7 +5,7 @@ use super::sobol::scrambled;
 use super::{History, Sampler, Suggestion, Tried};
 use crate::config::StudyConfig;
 use crate::error::Result;
-use crate::gp::kernel::Columns;
+use crate::gp::kernel::{Columns, dot};
 use crate::rng::{Rng, Stream};
 use crate::space::{Domain, Point, Space};
 use crate::view::Why;
@@ -154,17 +154,19 @@ impl<'a> Parzen<'a> {
                     .collect()
             })
             .collect();
-        let mut kernels = vec![1.0; n];
+        let d = factors.len();
+        // The kernels' products over the first j parameters, for every j; only what changed is computed again.
+        let mut kernels = vec![vec![1.0; n]; d];
         (0..candidates.len)
             .map(|i| {
-                kernels.fill(1.0);
-                for (index, factors) in candidates.index.iter().zip(&factors) {
-                    let place = index[i] as usize;
-                    for (kernel, factor) in kernels.iter_mut().zip(&factors[place * n..]) {
-                        *kernel *= factor;
+                let of = |j: usize| &factors[j][candidates.index[j][i] as usize * n..][..n];
+                for j in candidates.shared(i)..d - 1 {
+                    let (done, open) = kernels.split_at_mut(j + 1);
+                    for ((next, product), factor) in open[0].iter_mut().zip(&done[j]).zip(of(j)) {
+                        *next = product * factor;
                     }
                 }
-                ((kernels.iter().sum::<f64>() + 1.0) / (n as f64 + 1.0)).ln()
+                ((dot(&kernels[d - 1], of(d - 1)) + 1.0) / (n as f64 + 1.0)).ln()
             })
             .collect()
     }

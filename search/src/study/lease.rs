@@ -60,7 +60,7 @@ pub(super) fn claim(owner: &str) -> String {
 
 /// True only where it is certain that the owner's process has ended: same running kernel, same process namespace,
 /// and no process of that number and start time.
-pub(super) fn is_dead(owner: &str) -> bool {
+pub(crate) fn is_dead(owner: &str) -> bool {
     let Some((process, place)) = owner.split_once(" in ") else {
         return false;
     };
