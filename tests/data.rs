@@ -709,6 +709,8 @@ fn a_limit_takes_the_first_sequences_and_is_part_of_the_plan() {
     let manifest_of_few = manifest("few");
     let data = &manifest_of_few["data"];
     assert_eq!(data["preparation"]["limit"], 7);
+    let card = bench.json(&["inspect", "few", "--json"]);
+    assert!(card["command"].as_str().unwrap().contains(" --limit 7"));
     // The file is known whole.
     let bytes = std::fs::metadata(bench.path("a.jsonl")).unwrap().len();
     assert_eq!(data["files"].as_array().unwrap().len(), 1);

@@ -17,10 +17,11 @@ pub(crate) enum Attention {
     Causal,
     /// What a mask leaves, by the fused kernel: [T, T] or [H, T, T] added to the scores.
     Masked(Tensor),
-    /// The same by whole products.
-    Products(Tensor),
-    /// The same where no position sees a later one.
+    /// The same by whole products, where no position sees a later one.
     CausalProducts(Tensor),
+    /// The same for groups of positions that lie side by side in one sequence and see nothing of each other: the mask
+    /// [T, T] or [H, T, T] and their lengths.
+    Groups(Tensor, Vec<i64>),
 }
 
 impl Attention {
@@ -59,8 +60,8 @@ impl Attention {
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let (batch, positions) = (q.size()[0], q.size()[1]);
         let mixed = match self {
-            Attention::Products(mask) => by_products(q, k, v, mask, positions),
             Attention::CausalProducts(mask) => by_products(q, k, v, mask, QUERY_BLOCK),
+            Attention::Groups(mask, lengths) => by_groups(q, k, v, mask, lengths),
             Attention::Causal => by_kernel(q, k, v, None),
             Attention::Masked(mask) => by_kernel(q, k, v, Some(mask)),
         };
@@ -82,6 +83,44 @@ fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Tenso
     let [q, k, v] = [q, k, v].map(|heads| heads.transpose(1, 2));
     let grouped = q.size()[1] != k.size()[1];
     Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, mask.is_none(), None, grouped)
+}
+
+/// Each group by itself: pairs of positions of different groups are not even looked at.
+fn by_groups(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, lengths: &[i64]) -> Tensor {
+    let mut first = 0;
+    let mixed: Vec<Tensor> = lengths
+        .iter()
+        .map(|&length| {
+            let of = |heads: &Tensor| heads.narrow(1, first, length);
+            let mask = mask.narrow(-2, first, length).narrow(-1, first, length);
+            let mixed = by_products(&of(q), &of(k), &of(v), &mask, length);
+            first += length;
+            mixed
+        })
+        .collect();
+    Tensor::cat(&mixed, 2)
+}
+
+/// Lengths of the smallest groups of neighbours among N tokens that see nothing of each other; row i of `visible` \[N·N\]
+/// says what token i sees.
+pub(crate) fn groups(visible: &[bool], tokens: usize) -> Vec<i64> {
+    // How far to the right what stands left of a border is seen from, or sees.
+    let mut reach = vec![0; tokens];
+    for (i, row) in visible.chunks_exact(tokens.max(1)).enumerate() {
+        for (j, _) in row.iter().enumerate().filter(|(_, sees)| **sees) {
+            let (left, right) = (i.min(j), i.max(j));
+            reach[left] = reach[left].max(right);
+        }
+    }
+    let (mut lengths, mut first, mut last) = (Vec::new(), 0, 0);
+    for (i, reach) in reach.into_iter().enumerate() {
+        last = last.max(reach).max(i);
+        if last == i {
+            lengths.push((i + 1 - first) as i64);
+            first = i + 1;
+        }
+    }
+    lengths
 }
 
 /// Two batched products for each `block` of queries, the H/G query heads of a group side by side as
@@ -125,6 +164,17 @@ fn by_products(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, block: i64) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_end_where_nobody_sees_further() {
+        let n = 7;
+        let mut visible = vec![false; n * n];
+        for (i, j) in [(0, 0), (1, 0), (1, 1), (2, 2), (5, 3), (4, 4), (3, 6)] {
+            visible[i * n + j] = true;
+        }
+        assert_eq!(groups(&visible, n), [2, 1, 4]);
+        assert!(groups(&[], 0).is_empty());
+    }
 
     /// Blocks of queries, whole products and the kernel agree, gradients too, with and without a
     /// window, for grouped heads and a last block that is not full.

@@ -82,15 +82,16 @@ impl Context {
         config: &Config,
         places: &Tensor,
         visible: &Tensor,
+        groups: &[i64],
         options: &LoadOptions,
     ) -> Context {
         let (kind, device) = (options.kind, options.device);
         Context(match config {
             Config::Llama(config) => {
-                Kinds::Llama(config.packed_context(places, visible, kind, device))
+                Kinds::Llama(config.packed_context(places, visible, groups, kind, device))
             }
             Config::Bloom(config) => {
-                Kinds::Bloom(config.packed_context(places, visible, kind, device))
+                Kinds::Bloom(config.packed_context(places, visible, groups, kind, device))
             }
         })
     }

@@ -198,11 +198,12 @@ impl BloomConfig {
     }
 
     /// What the blocks share where N tokens are packed: `places` [N] are their positions, `visible`
-    /// [N, N] (bool) says which attends to which; both on the CPU.
+    /// [N, N] (bool) says which attends to which, `groups` how many in a row see nothing of others; all on the CPU.
     pub(crate) fn packed_context(
         &self,
         places: &Tensor,
         visible: &Tensor,
+        groups: &[i64],
         kind: Kind,
         device: Device,
     ) -> Context {
@@ -211,7 +212,7 @@ impl BloomConfig {
         Context {
             batch: 1,
             positions: places.numel() as i64,
-            attention: Attention::Products(bias.to_kind(kind).to_device(device)),
+            attention: Attention::Groups(bias.to_kind(kind).to_device(device), groups.to_vec()),
             pass: Pass::Inference,
         }
     }

@@ -158,8 +158,8 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
-                "check the path".to_owned()
+            Error::Io { source, path, .. } if source.kind() == ErrorKind::NotFound => {
+                missing_file_hint(path)
             }
             Error::Io { source, .. }
                 if matches!(
@@ -235,5 +235,17 @@ impl Error {
             field: field.to_owned(),
             value: value.to_string(),
         }
+    }
+}
+
+/// What to do about a file that is not there.
+fn missing_file_hint(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str());
+    match name.unwrap_or_default() {
+        "tokenizer.json" => "folders with tokenizer.model alone: load them with transformers' AutoTokenizer, whose save_pretrained writes tokenizer.json".to_owned(),
+        shard if Path::new(shard).extension().is_some_and(|ending| ending == "safetensors") => {
+            format!("{} names it: fetch the rest of the model", crate::weights::INDEX)
+        }
+        _ => "check the path".to_owned(),
     }
 }

@@ -188,11 +188,12 @@ impl LlamaConfig {
     }
 
     /// What the blocks share where N tokens are packed: `places` [N] are their positions, `visible`
-    /// [N, N] (bool) says which attends to which; both on the CPU.
+    /// [N, N] (bool) says which attends to which, `groups` how many in a row see nothing of others; all on the CPU.
     pub(crate) fn packed_context(
         &self,
         places: &Tensor,
         visible: &Tensor,
+        groups: &[i64],
         kind: Kind,
         device: Device,
     ) -> Context {
@@ -200,7 +201,7 @@ impl LlamaConfig {
         let attention = |visible: &Tensor| {
             let mask = Tensor::zeros([n, n], (kind, device))
                 .masked_fill_(&visible.logical_not().to_device(device), f64::NEG_INFINITY);
-            Attention::Products(mask)
+            Attention::Groups(mask, groups.to_vec())
         };
         let window = self.sliding_window.as_ref().map(|window| {
             let distance = places.unsqueeze(1) - places.unsqueeze(0);

@@ -5,6 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::attention::groups;
 use crate::block::{Block, Context, Site};
 use crate::config::Config;
 use crate::files::Embedding;
@@ -174,7 +175,8 @@ impl Network {
     /// Hidden states after the final norm of N tokens that are not one sequence but many, packed side
     /// by side: [N] ids → [N, D]. `positions` are those within each token's own sequence, and a token
     /// attends to those for which its row of `visible` \[N·N\] holds, so that continuations of one
-    /// context can share it. Without a graph and without dropout.
+    /// context can share it. Neighbours that see nothing of the others cost no attention with them. Without a graph and
+    /// without dropout.
     ///
     /// # Panics
     /// When the three disagree on N, or an id is outside the vocabulary.
@@ -188,9 +190,11 @@ impl Network {
         );
         tch::no_grad(|| {
             let places = Tensor::from_slice(positions);
+            let groups = groups(visible, input_ids.len());
             let visible = Tensor::from_slice(visible).view([n, n]);
-            let contexts =
-                self.contexts(|options| Context::packed(&self.config, &places, &visible, options));
+            let contexts = self.contexts(|options| {
+                Context::packed(&self.config, &places, &visible, &groups, options)
+            });
             let embedded = self.embedding.forward(&Tensor::from_slice(input_ids));
             let x = self.run_blocks(embedded, &contexts, &mut |_, _| {}, &mut |_, _, _| {});
             self.norm.forward(&x)

@@ -258,12 +258,12 @@ pub(crate) fn check(
 }
 
 /// The first and the last layers matter most: LLM-Pruner (Section 4.1) keeps four and two of LLaMA's 32, layers 4 to
-/// 30, the 30th not included. Below eight layers the first and the last are kept.
+/// 30, the 30th not included. Below eight layers the first and the last are kept, of one or two none.
 pub fn default_scope(layers: usize) -> Range<usize> {
-    if layers < 8 {
-        1..layers.saturating_sub(1)
-    } else {
-        4..layers - 2
+    match layers {
+        0..=2 => 0..layers,
+        3..=7 => 1..layers - 1,
+        _ => 4..layers - 2,
     }
 }
 
@@ -400,5 +400,6 @@ mod tests {
     fn the_scope_of_llm_pruner() {
         assert_eq!(default_scope(32), 4..30);
         assert_eq!(default_scope(7), 1..6);
+        assert_eq!(default_scope(2), 0..2);
     }
 }

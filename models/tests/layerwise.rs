@@ -143,25 +143,35 @@ fn layers_across_devices_give_the_same_bytes() {
     assert!(many.to_string().contains("devices"), "{many}");
 }
 
-/// Two continuations of one context, packed beside it, against each sequence alone.
+/// Two continuations of one context, packed beside it with a sequence of their own before them, against each sequence alone.
 #[test]
 fn packed_continuations_are_those_of_each_sequence() {
     let (context, a, b) = ([5i64, 9, 2, 7, 11, 3], [8i64, 1], [4i64, 6]);
-    let packed: Vec<i64> = context.iter().chain(&a).chain(&b).copied().collect();
-    let positions: Vec<f32> = [0, 1, 2, 3, 4, 5, 6, 7, 6, 7]
+    let before = [3i64, 12, 7];
+    let packed: Vec<i64> = before
+        .iter()
+        .chain(&context)
+        .chain(&a)
+        .chain(&b)
+        .copied()
+        .collect();
+    let positions: Vec<f32> = [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 6, 7]
         .map(|p: i32| p as f32)
         .to_vec();
-    let visible: Vec<bool> = (0..10)
-        .flat_map(|i| (0..10).map(move |j| j <= i && !(i >= 8 && (6..8).contains(&j))))
+    let of_another = |i: i32, j: i32| (i < 3) != (j < 3) || (i >= 11 && (9..11).contains(&j));
+    let visible: Vec<bool> = (0..13)
+        .flat_map(|i| (0..13).map(move |j| j <= i && !of_another(i, j)))
         .collect();
     for name in ARCHITECTURES {
         let network = tiny(name).network;
         let found = network.forward_packed(&packed, &positions, &visible);
-        for (tokens, first) in [(a, 6), (b, 8)] {
-            let whole: Vec<i64> = context.iter().chain(&tokens).copied().collect();
+        let with = |tokens: [i64; 2]| context.iter().chain(&tokens).copied().collect();
+        for (whole, skipped, first) in [(before.to_vec(), 0, 0), (with(a), 6, 9), (with(b), 6, 11)]
+        {
             let alone = network.forward(&Tensor::from_slice(&whole).unsqueeze(0), &[], false);
-            let expected = alone.last_hidden.squeeze_dim(0).narrow(0, 6, 2);
-            let difference = max_difference(&expected, &found.narrow(0, first, 2));
+            let count = whole.len() as i64 - skipped;
+            let expected = alone.last_hidden.squeeze_dim(0).narrow(0, skipped, count);
+            let difference = max_difference(&expected, &found.narrow(0, first, count));
             assert!(difference < 1e-4, "{name}: {difference}");
         }
     }

@@ -161,6 +161,7 @@ fn data_words(data: &DataInfo) -> Vec<String> {
         when(true, format!("--chat-date {date}"));
     }
     when(of.packed, "--pack".to_owned());
+    when(of.limit > 0, format!("--limit {}", of.limit));
     when(of.keep_duplicates, "--duplicates keep".to_owned());
     when(
         of.validation_millionths > 0,

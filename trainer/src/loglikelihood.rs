@@ -10,8 +10,11 @@ use tch::Tensor;
 use crate::head::{chunks, logits, rows_per_chunk};
 use crate::{Error, Result};
 
-/// Tokens of one pass, where no single request is longer. Attention's share grows with their number.
-const PACKED_TOKENS: usize = 384;
+/// Tokens of one pass, where no single request is longer: as many as make products of matrices efficient.
+const PACKED_TOKENS: usize = 1024;
+
+/// Tokens that requests with contexts of their own may share a pass as one tree in: attention is among all of them.
+const TREE_TOKENS: usize = 384;
 
 /// A continuation to score after its context, both as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +94,7 @@ impl<'a> Tree<'a> {
         // What the root loses stands in every stem so far.
         let copied = (self.stems.len() - 1) * (self.root.len() - shared);
         let together = self.tokens() + copied + alone - shared;
-        if copied >= shared || together > PACKED_TOKENS {
+        if copied >= shared || together > TREE_TOKENS {
             return false;
         }
         self.root = &context[..shared];

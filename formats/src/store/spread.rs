@@ -7,8 +7,9 @@ use crate::cache::Io;
 use crate::error::Result;
 use crate::source::Source;
 
-/// A cache's folder, and further ones in which a shard that is not in it is looked for by its file name, in order. The
-/// name tells the content, so one folder may serve several caches. Only reading goes there: what is written is written
+/// A cache's folder, and further ones in which a shard that is not in it is looked for by its file name, in order: in
+/// the folder itself and in its `shards/`, for it may be another copy of the cache. The name tells the content, so one
+/// folder may serve several caches. Only reading goes there: what is written is written
 /// to the cache's folder.
 #[derive(Debug)]
 pub struct Spread {
@@ -36,7 +37,8 @@ impl Spread {
     fn places<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Local, &'a str)> {
         let (folder, file) = split(name);
         let further = self.further.iter().filter(move |_| folder == SHARDS);
-        std::iter::once((&self.home, name)).chain(further.map(move |local| (local, file)))
+        let further = further.flat_map(move |local| [(local, file), (local, name)]);
+        std::iter::once((&self.home, name)).chain(further)
     }
 }
 
@@ -113,7 +115,7 @@ mod tests {
     fn shards_are_found_in_the_first_folder_that_has_them() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        for folder in ["cache/shards", "two", "three"] {
+        for folder in ["cache/shards", "two", "three/shards"] {
             fs::create_dir_all(at(folder)).unwrap();
         }
         for file in [
@@ -121,7 +123,7 @@ mod tests {
             "two/a",
             "two/b",
             "three/b",
-            "three/c",
+            "three/shards/c",
             "two/head",
         ] {
             fs::write(at(file), file).unwrap();
@@ -131,7 +133,11 @@ mod tests {
         for (name, place, called) in [
             ("shards/a", "cache/shards/a", "shards/a".to_owned()),
             ("shards/b", "two/b", at("two/b").display().to_string()),
-            ("shards/c", "three/c", at("three/c").display().to_string()),
+            (
+                "shards/c",
+                "three/shards/c",
+                at("three/shards/c").display().to_string(),
+            ),
         ] {
             let source = store.open(name, place.len() as u64, Io::Read).unwrap();
             assert_eq!(source.range(0, place.len()).unwrap(), place);
