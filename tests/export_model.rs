@@ -11,7 +11,7 @@ use std::process::Command;
 
 use caskd_models::{LoadOptions, load, load_adapters};
 use caskd_trainer::load_run;
-use support::{Bench, stderr};
+use support::{Bench, python_with, stderr};
 use tch::{Device, Kind, Tensor};
 
 /// A pruned student with a run of adapters (`run`), one of adapters on a base in 8 bits (`eight`) and one of all weights
@@ -162,18 +162,9 @@ fn what_makes_no_sense_is_refused() {
 /// transformers and peft give the same logits to 1e-3.
 #[test]
 fn transformers_and_peft_agree() {
-    let Some(python) = std::env::var_os("CASKD_PYTHON") else {
-        eprintln!("SKIPPED: set CASKD_PYTHON to a Python with transformers and peft");
+    let Some(python) = python_with("transformers, peft") else {
         return;
     };
-    let has = Command::new(&python)
-        .args(["-c", "import transformers, peft"])
-        .output()
-        .unwrap();
-    if !has.status.success() {
-        eprintln!("SKIPPED: CASKD_PYTHON has no transformers or no peft");
-        return;
-    }
     let bench = bench();
     bench.ok(&["export-model", "run", "--out", "padded"]);
     bench.ok(&[

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{Bench, files, stderr};
+use crate::support::{Bench, files, python_with, stderr};
 use crate::{build, lines, rows, talk};
 
 /// `cache-builder/tests/golden/make_chat.py` has the same conversations tokenized by transformers.
@@ -141,8 +141,7 @@ fn conversations_with_tools_have_their_own_template() {
 /// Set CASKD_PYTHON to a Python with transformers.
 #[test]
 fn the_template_for_tools_is_the_one_that_transformers_chooses() {
-    let Some(python) = std::env::var_os("CASKD_PYTHON") else {
-        eprintln!("skipped: CASKD_PYTHON is not set");
+    let Some(python) = python_with("transformers") else {
         return;
     };
     let bench = Bench::new();

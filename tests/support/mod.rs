@@ -205,3 +205,18 @@ fn byte_tokenizer(vocabulary: usize) -> tokenizers::Tokenizer {
     });
     json.to_string().parse().unwrap()
 }
+
+/// The Python of `CASKD_PYTHON` where it has these modules; else says what is skipped for want of them.
+pub(crate) fn python_with(modules: &str) -> Option<std::ffi::OsString> {
+    let Some(python) = std::env::var_os("CASKD_PYTHON") else {
+        eprintln!("SKIPPED: set CASKD_PYTHON to a Python with {modules}");
+        return None;
+    };
+    let import = format!("import {modules}");
+    let has = Command::new(&python).args(["-c", &import]).output();
+    if !has.unwrap().status.success() {
+        eprintln!("SKIPPED: CASKD_PYTHON lacks one of {modules}");
+        return None;
+    }
+    Some(python)
+}
