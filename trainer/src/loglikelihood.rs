@@ -312,15 +312,16 @@ impl Packed {
 
 /// Splits text as lm-evaluation-harness does (0.4.13, `_encode_pair`): white space at the context's end
 /// moves to the continuation, both are tokenized together, and the continuation is what follows as
-/// many tokens as the context has alone. An empty context is the tokenizer's BOS, else its EOS.
+/// many tokens as the context has alone. Special tokens are those that the tokenizer puts around a text (a BOS with Llama 2
+/// and 3). An empty context is the tokenizer's BOS, else its EOS.
 ///
 /// # Errors
 /// A text that the tokenizer refuses, an empty context of a tokenizer with neither token.
 pub fn request(model: &LoadedModel, context: &str, continuation: &str) -> Result<Request> {
-    let encode = |text: &str| -> Result<Vec<u32>> {
+    let encode = |text: &str, with_special_tokens: bool| -> Result<Vec<u32>> {
         let encoding = model
             .tokenizer
-            .encode(text, false)
+            .encode(text, with_special_tokens)
             .map_err(|error| Error::Tokenizer {
                 message: error.to_string(),
             })?;
@@ -334,11 +335,14 @@ pub fn request(model: &LoadedModel, context: &str, continuation: &str) -> Result
         })?;
         return Ok(Request {
             context: vec![start],
-            continuation: encode(&format!("{moved}{continuation}"))?,
+            continuation: encode(&format!("{moved}{continuation}"), false)?,
         });
     }
-    let context = encode(head)?;
-    let mut whole = encode(&format!("{head}{moved}{continuation}"))?;
+    // A tokenizer that puts BOS before every text does it here too, unless the text has it already.
+    let bos = model.bos.and_then(|bos| model.tokenizer.id_to_token(bos));
+    let begins = !bos.is_some_and(|bos| head.starts_with(&bos));
+    let context = encode(head, begins)?;
+    let mut whole = encode(&format!("{head}{moved}{continuation}"), begins)?;
     let continuation = whole.split_off(context.len().min(whole.len()));
     Ok(Request {
         context,
