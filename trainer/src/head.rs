@@ -116,10 +116,8 @@ pub(crate) fn fused_head(
     let mut weight = heads.weight_gradient();
     for (first, rows) in chunks(hidden.size()[0], chunk) {
         let student = logits(&hidden.narrow(0, first, rows), heads.student).set_requires_grad(true);
-        let teacher = TeacherChunk::of(heads.teacher, of_teacher.as_ref(), first, rows);
-        let teacher_at_one = heads.teacher.zip(of_teacher.as_ref()).filter(|_| at_one);
-        let teacher_at_one = teacher_at_one
-            .map(|(code, all)| tch::no_grad(|| code.logits_at_one(&all.narrow(first, rows))));
+        let teacher = TeacherChunk::of(heads.teacher, of_teacher.as_ref(), (first, rows), at_one);
+        let teacher_at_one = teacher.as_ref().and_then(|teacher| teacher.at_one.as_ref());
         let top_k = batch.top_k.as_ref().map(|top_k| TopKRows {
             ids: top_k.ids.narrow(0, first, rows),
             logits: top_k.logits.narrow(0, first, rows),
@@ -157,7 +155,7 @@ pub(crate) fn fused_head(
             };
             let of_norm = |(_, scaled): &(usize, &ScaledLoss<'_>)| scaled.norm == norm;
             for (index, scaled) in losses.iter().enumerate().filter(of_norm) {
-                let values = match &teacher_at_one {
+                let values = match teacher_at_one {
                     Some(teacher) if scaled.is_at_temperature_one() => {
                         scaled.loss.value(&LogitRows {
                             teacher: Some(teacher),
@@ -231,6 +229,8 @@ pub(crate) fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> 
 /// The teacher's logits of some rows [N, V].
 struct TeacherChunk {
     logits: Tensor,
+    /// Those that hold at temperature 1.
+    at_one: Option<Tensor>,
     spread: Option<KnownSpread>,
 }
 
@@ -238,13 +238,15 @@ impl TeacherChunk {
     fn of(
         code: Option<&LinearCode>,
         of_teacher: Option<&TeacherRows>,
-        first: i64,
-        rows: i64,
+        (first, rows): (i64, i64),
+        at_one: bool,
     ) -> Option<TeacherChunk> {
         let (code, of_teacher) = (code?, of_teacher?);
         let of_teacher = of_teacher.narrow(first, rows);
+        let (logits, at_one) = tch::no_grad(|| code.both_logits(&of_teacher, at_one));
         Some(TeacherChunk {
-            logits: tch::no_grad(|| code.logits(&of_teacher)),
+            logits,
+            at_one,
             spread: code
                 .known_spread(&of_teacher)
                 .map(KnownSpread::shallow_clone),

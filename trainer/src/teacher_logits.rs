@@ -162,15 +162,26 @@ impl LinearCode {
         }
     }
 
-    /// Logits in f32 [N, V], right up to what the tier loses at every temperature but 1.
+    #[cfg(test)]
     pub(crate) fn logits(&self, rows: &TeacherRows) -> Tensor {
-        let all = self.all_logits(rows);
-        all.narrow(1, 0, self.vocabulary)
+        self.both_logits(rows, false).0
     }
 
     /// The logits that hold at temperature 1 [N, V].
     pub(crate) fn logits_at_one(&self, rows: &TeacherRows) -> Tensor {
-        let logits = self.all_logits(rows);
+        self.shifted_to_one(rows, &self.all_logits(rows))
+    }
+
+    /// Logits in f32 [N, V], right up to what the tier loses at every temperature but 1, and with `at_one` those that hold
+    /// there, by one product.
+    pub(crate) fn both_logits(&self, rows: &TeacherRows, at_one: bool) -> (Tensor, Option<Tensor>) {
+        let all = self.all_logits(rows);
+        let shifted = at_one.then(|| self.shifted_to_one(rows, &all));
+        (all.narrow(1, 0, self.vocabulary), shifted)
+    }
+
+    /// Logits of the whole vocabulary [N, V'], moved outside the top K to the cached log-sum-exp: [N, V].
+    fn shifted_to_one(&self, rows: &TeacherRows, logits: &Tensor) -> Tensor {
         let exact = &rows.exact;
         let kept = (&exact.logits - &exact.log_sum_exp).exp().sum_dim_intlist(
             [-1].as_slice(),

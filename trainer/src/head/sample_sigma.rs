@@ -27,7 +27,9 @@ pub(super) fn sample_sigmas(
             for (first, rows) in chunks(hidden.size()[0], chunk) {
                 let own = logits(&hidden.narrow(0, first, rows), heads.student);
                 student.push(moments(&norm.apply(&own), None));
-                if let Some(chunk) = TeacherChunk::of(heads.teacher, of_teacher, first, rows) {
+                if let Some(chunk) =
+                    TeacherChunk::of(heads.teacher, of_teacher, (first, rows), false)
+                {
                     let (logits, sigma) = chunk.normalized(norm);
                     teacher.push(moments(&logits, sigma.as_ref()));
                 }
