@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
 
     if args.model.is_dir():
@@ -90,7 +91,7 @@ def main():
         # The class that transformers make of a GGUF tokenizer puts <bos> first whatever the file says.
         field = GGUFReader(args.model).get_field("tokenizer.ggml.add_bos_token")
         adds_bos = bool(field and field.contents())
-    network = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, args.dtype)).eval()
     common = {"pretrained": network, "tokenizer": AutoTokenizer.from_pretrained(**source), "device": "cpu", "add_bos_token": adds_bos}
     harness = HFLM(**common, batch_size=args.batch_size)
 
