@@ -16,11 +16,20 @@ const PACKED: usize = 64 << 10;
 /// Rows inside a slice, `row` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    pub(crate) values: &'a [f32],
-    pub(crate) row: usize,
+    values: &'a [f32],
+    row: usize,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    pub(crate) fn new(values: &'a [f32], row: usize) -> Rows<'a> {
+        Rows { values, row }
+    }
+
+    /// Those from row `first` on.
+    fn from(self, first: usize) -> Rows<'a> {
+        Rows::new(&self.values[first * self.row..], self.row)
+    }
+
     /// Holds `rows` rows of `width`, and they do not overlap.
     fn hold(values: usize, row: usize, rows: usize, width: usize) -> bool {
         rows == 0 || (row >= width && (rows - 1) * row + width <= values)
@@ -36,7 +45,6 @@ pub(crate) fn processor_can() -> bool {
 }
 
 /// `out` [m, n] = x [m, k] · wᵀ, w [n, k]; rows of `out` are `out_row` apart, what lies between them stays as it is.
-/// `packed` is memory to work in.
 ///
 /// # Panics
 /// When a matrix does not fit in its slice, or the processor cannot.
@@ -46,43 +54,52 @@ pub(crate) fn times_transposed(
     w: Rows<'_>,
     out: &mut [f32],
     out_row: usize,
-    packed: &mut Vec<f32>,
+) {
+    assert!(Rows::hold(w.values.len(), w.row, n, k) && Rows::hold(out.len(), out_row, m, n));
+    if m == 0 {
+        return;
+    }
+    let mut packed = Vec::new();
+    let together = (PACKED / (PANEL * k).max(1)).max(1) * PANEL;
+    for first in (0..n).step_by(together) {
+        let columns = together.min(n - first);
+        let w = w.from(first);
+        pack(w, [columns, k], &mut packed);
+        times_packed([m, k, columns], x, &packed, &mut out[first..], out_row);
+    }
+}
+
+/// The panels of w [n, k] for [`times_packed`]: [n/32, k, 32], rows that are not there filled up with zeros.
+///
+/// # Panics
+/// As [`times_transposed`].
+pub(crate) fn pack(w: Rows<'_>, [n, k]: [usize; 2], packed: &mut Vec<f32>) {
+    assert!(processor_can());
+    packed.resize(n.div_ceil(PANEL) * PANEL * k, 0.0);
+    for (panel, packed) in packed.chunks_exact_mut((PANEL * k).max(1)).enumerate() {
+        let w = w.from(panel * PANEL);
+        pack_panel(w, PANEL.min(n - panel * PANEL), k, packed);
+    }
+}
+
+/// [`times_transposed`] with the first n rows of a w that went through [`pack`].
+///
+/// # Panics
+/// As [`times_transposed`].
+pub(crate) fn times_packed(
+    [m, k, n]: [usize; 3],
+    x: Rows<'_>,
+    packed: &[f32],
+    out: &mut [f32],
+    out_row: usize,
 ) {
     assert!(processor_can());
-    assert!(Rows::hold(x.values.len(), x.row, m, k) && Rows::hold(w.values.len(), w.row, n, k));
-    let together = (PACKED / (PANEL * k).max(1)).max(1);
-    packed.resize(together * PANEL * k, 0.0);
-    for first in (0..n).step_by(together * PANEL) {
-        let columns = (together * PANEL).min(n - first);
-        for (panel, packed) in packed.chunks_exact_mut((PANEL * k).max(1)).enumerate() {
-            let start = first + panel * PANEL;
-            if start < n {
-                let w = Rows {
-                    values: &w.values[start * w.row..],
-                    row: w.row,
-                };
-                pack(w, PANEL.min(n - start), k, packed);
-            }
-        }
-        for tile in (0..m).step_by(TILE) {
-            let x = Rows {
-                values: &x.values[tile * x.row..],
-                row: x.row,
-            };
-            for panel in (0..columns).step_by(PANEL) {
-                let w = Rows {
-                    values: &packed[panel * k..],
-                    row: PANEL,
-                };
-                let size = [TILE.min(m - tile), k, PANEL.min(columns - panel)];
-                multiply_tile(
-                    size,
-                    x,
-                    w,
-                    &mut out[tile * out_row + first + panel..],
-                    out_row,
-                );
-            }
+    for tile in (0..m).step_by(TILE) {
+        let x = x.from(tile);
+        for panel in (0..n).step_by(PANEL) {
+            let w = Rows::new(&packed[panel * k..], PANEL);
+            let size = [TILE.min(m - tile), k, PANEL.min(n - panel)];
+            multiply_tile(size, x, w, &mut out[tile * out_row + panel..], out_row);
         }
     }
 }
@@ -102,14 +119,8 @@ pub(crate) fn times(
     assert!(processor_can());
     for tile in (0..m).step_by(TILE) {
         for panel in (0..n).step_by(PANEL) {
-            let x = Rows {
-                values: &x.values[tile * x.row..],
-                row: x.row,
-            };
-            let w = Rows {
-                values: &w.values[panel..],
-                row: w.row,
-            };
+            let x = x.from(tile);
+            let w = Rows::new(&w.values[panel..], w.row);
             let size = [TILE.min(m - tile), k, PANEL.min(n - panel)];
             multiply_tile(size, x, w, &mut out[tile * out_row + panel..], out_row);
         }
@@ -129,7 +140,7 @@ fn multiply_tile(
     assert!(Rows::hold(w.values.len(), w.row, depth, columns));
     assert!(Rows::hold(out.len(), out_row, rows, columns));
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: both callers have asserted that the processor can; the kernel stays inside its slices (asserted above).
+    // SAFETY: the callers have asserted that the processor can; the kernel stays inside its slices (asserted above).
     unsafe {
         if columns == PANEL {
             vectors::multiply_tile::<true>([rows, depth, columns], x, w, out, out_row);
@@ -139,14 +150,14 @@ fn multiply_tile(
     }
 }
 
-/// 32 rows of w side by side: `packed` [k, 32]. Rows that are not there are filled up with zeros.
-fn pack(w: Rows<'_>, rows: usize, k: usize, packed: &mut [f32]) {
+/// 32 rows of w side by side: `packed` [k, 32].
+fn pack_panel(w: Rows<'_>, rows: usize, k: usize, packed: &mut [f32]) {
     assert!(Rows::hold(w.values.len(), w.row, rows, k) && packed.len() == PANEL * k);
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if rows == PANEL {
         done = k / 16 * 16;
-        // SAFETY: both callers of this file have asserted that the processor can; 32 rows of `done` numbers are in w and
+        // SAFETY: the caller has asserted that the processor can; 32 rows of `done` numbers are in w and
         // `done` rows of 32 in `packed` (asserted above).
         unsafe { vectors::pack(w, done, packed) };
     }
@@ -304,21 +315,18 @@ mod tests {
                     turned[j * t_row + i] = w[i * w_row + j];
                 }
             }
-            let rows = |values, row| Rows { values, row };
             let (mut found, mut again) = (vec![9.0; m * out_row], vec![9.0; m * out_row]);
-            let mut packed = vec![f32::NAN; 7];
             times_transposed(
                 [m, k, n],
-                rows(&x, x_row),
-                rows(&w, w_row),
+                Rows::new(&x, x_row),
+                Rows::new(&w, w_row),
                 &mut found,
                 out_row,
-                &mut packed,
             );
             times(
                 [m, k, n],
-                rows(&x, x_row),
-                rows(&turned, t_row),
+                Rows::new(&x, x_row),
+                Rows::new(&turned, t_row),
                 &mut again,
                 out_row,
             );

@@ -8,11 +8,12 @@ use std::cell::Cell;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::f32_product::{Rows, processor_can, times, times_transposed};
+use crate::f32_product::{Rows, pack, processor_can, times, times_packed, times_transposed};
 use crate::unchecked::{Bf16, Element, in_widest, read, write};
 
-/// Queries that attend at one time: keys that the last of them does not see are left out.
-const QUERY_BLOCK: usize = 64;
+/// Queries that attend at one time: keys after the last that one of them sees are left out. As many as the products take
+/// at one time.
+const QUERY_BLOCK: usize = 12;
 
 thread_local! {
     static ALONE: Cell<bool> = const { Cell::new(false) };
@@ -56,17 +57,12 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Opti
     let mut y = Tensor::empty(shape, (Kind::Float, Device::Cpu));
     let (inputs, outputs) = (inputs as usize, outputs as usize);
     let rows = input.len() / inputs.max(1);
-    let of = |values| Rows {
-        values,
-        row: inputs,
-    };
     times_transposed(
         [rows, inputs, outputs],
-        of(input),
-        of(weights),
+        Rows::new(input, inputs),
+        Rows::new(weights, inputs),
         write(&mut y)?,
         outputs,
-        &mut Vec::new(),
     );
     Some(match bias {
         Some(bias) => y.g_add_(bias),
@@ -166,56 +162,63 @@ pub(crate) fn attend([q, k, v, mask]: [&Tensor; 4], groups: &[(i64, i64)]) -> Op
     let (queries, keys, values) = (read::<f32>(&q)?, read::<f32>(&k)?, read::<f32>(&v)?);
     let (out, mask) = (write::<f32>(&mut mixed)?, read::<f32>(&mask)?);
 
-    let [heads, kv_heads, width] = [heads, kv_heads, width].map(|count| count as usize);
+    let [rows, heads, kv_heads, width] = [rows, heads, kv_heads, width].map(|n| n as usize);
     let (out_row, kv_row) = (heads * width, kv_heads * width);
-    let (all_rows, all_keys) = (rows as usize, keys.len() / kv_row.max(1));
-    let of_head = mask.len() / (all_rows * all_keys).max(1) > 1;
+    let all_keys = keys.len() / kv_row.max(1);
+    let masks = mask.len() / (rows * all_keys).max(1);
     let factor = (width as f32).sqrt().recip();
     let (mut scores, mut packed) = (Vec::new(), Vec::new());
     let (mut first, mut first_key) = (0, 0);
     for &(count, key_count) in groups {
-        let (count, key_count) = (count as usize, key_count as usize);
-        for block in (first..first + count).step_by(QUERY_BLOCK) {
-            let block_rows = QUERY_BLOCK.min(first + count - block);
-            let mask_row = |head: usize, row: usize| {
-                let head = if of_head { head } else { 0 };
-                let start = (head * all_rows + row) * all_keys + first_key;
-                &mask[start..start + key_count]
-            };
-            let sees = |row: usize| {
-                mask_row(0, row)
-                    .iter()
-                    .rposition(|mask| *mask != f32::NEG_INFINITY)
-            };
-            let seen = (block..block + block_rows).filter_map(sees).max();
-            let seen = seen.map_or(key_count, |last| last + 1);
-            scores.resize(block_rows * seen, 0.0);
-            for head in 0..heads {
-                let kv = head / (heads / kv_heads) * width;
-                let of = |values, row| Rows { values, row };
-                let own = block * out_row + head * width;
-                let shared = first_key * kv_row + kv;
-                times_transposed(
-                    [block_rows, width, seen],
-                    of(&queries[own..], out_row),
-                    of(&keys[shared..], kv_row),
-                    &mut scores,
-                    seen,
-                    &mut packed,
-                );
-                for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
-                    softmax(scores, &mask_row(head, block + row)[..seen], factor);
+        let (end, key_count) = (first + count as usize, key_count as usize);
+        let mask_row = |head: usize, row: usize| {
+            let start = (head.min(masks - 1) * rows + row) * all_keys + first_key;
+            &mask[start..start + key_count]
+        };
+        let sees = |row| {
+            mask_row(0, row)
+                .iter()
+                .rposition(|&mask| mask != f32::NEG_INFINITY)
+        };
+        let blocks: Vec<(usize, usize, usize)> = (first..end)
+            .step_by(QUERY_BLOCK)
+            .map(|block| {
+                let rows = QUERY_BLOCK.min(end - block);
+                let last = (block..block + rows).filter_map(sees).max();
+                (block, rows, last.map_or(key_count, |last| last + 1))
+            })
+            .collect();
+        for kv_head in 0..kv_heads {
+            let shared = first_key * kv_row + kv_head * width;
+            pack(
+                Rows::new(&keys[shared..], kv_row),
+                [key_count, width],
+                &mut packed,
+            );
+            for head in (0..heads).filter(|head| head / (heads / kv_heads) == kv_head) {
+                for &(block, rows, seen) in &blocks {
+                    let own = block * out_row + head * width;
+                    let x = Rows::new(&queries[own..], out_row);
+                    scores.resize(rows * seen, 0.0);
+                    times_packed([rows, width, seen], x, &packed, &mut scores, seen);
+                    for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
+                        softmax(scores, &mask_row(head, block + row)[..seen], factor);
+                    }
+                    let (weights, values) = (
+                        Rows::new(&scores, seen),
+                        Rows::new(&values[shared..], kv_row),
+                    );
+                    times(
+                        [rows, seen, width],
+                        weights,
+                        values,
+                        &mut out[own..],
+                        out_row,
+                    );
                 }
-                times(
-                    [block_rows, seen, width],
-                    of(&scores, seen),
-                    of(&values[shared..], kv_row),
-                    &mut out[own..],
-                    out_row,
-                );
             }
         }
-        first += count;
+        first = end;
         first_key += key_count;
     }
     Some(mixed.to_kind(kind))
