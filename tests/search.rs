@@ -179,11 +179,15 @@ fn any_program_is_an_objective() {
         12
     );
     assert!(found["best"]["value"].as_f64().unwrap().fract() == 0.25);
-    let best = std::fs::read_to_string(bench.path("study/best.json")).unwrap();
-    assert_eq!(
-        serde_json::from_str::<Value>(&best).unwrap(),
-        found["best"]["params"]
-    );
+    for which in ["best", "recommended"] {
+        let file = format!("study/{which}.json");
+        assert_eq!(found[format!("{which}_config")], file);
+        let params = std::fs::read_to_string(bench.path(&file)).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Value>(&params).unwrap(),
+            found[which]["params"]
+        );
+    }
     // More trials need nothing but the study; another command is another study.
     let more = bench.json(&[
         "search", "--out", "study", "--resume", "--trials", "20", "--json",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use caskd_search::{
     Climb, Control, Direction, Error, Ladder, Location, Progress as StudyProgress, SamplerKind,
-    Space, Study, StudyConfig, StudySummary, TrialState, Why, work_on,
+    Space, Study, StudyConfig, StudySummary, TrialState, TrialView, Why, work_on,
 };
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ use crate::terminal::{self, duration, say, shown};
 
 pub(crate) use compare::{COMPARISON_FILE, Comparison, Test, best_so_far};
 use plan::Evaluator;
-pub(crate) use plan::Plan;
+pub(crate) use plan::{BEST, Plan, RECOMMENDED};
 
 /// A study and how its trials are evaluated.
 pub(crate) struct SearchPlan {
@@ -35,6 +35,7 @@ struct Searched<'a> {
     study: String,
     out: Option<&'a Path>,
     best_config: Option<PathBuf>,
+    recommended_config: Option<PathBuf>,
     #[serde(flatten)]
     summary: &'a StudySummary,
 }
@@ -44,10 +45,14 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
         let plan = resolve(args)?;
         let summary = search_with_progress(&plan)?;
         if args.json {
+            let file = |which: &str, trial: &Option<TrialView>| {
+                trial.as_ref().and_then(|_| plan.config_file(which))
+            };
             print_json(&Searched {
                 study: plan.location.to_string(),
                 out: args.out.as_deref(),
-                best_config: summary.best.as_ref().and_then(|_| plan.best_config()),
+                best_config: file(BEST, &summary.best),
+                recommended_config: file(RECOMMENDED, &summary.recommended),
                 summary: &summary,
             })?;
         }
@@ -225,43 +230,41 @@ fn search_with(plan: &SearchPlan, evaluator: &mut Evaluator) -> Result<StudySumm
         progress: &mut |event| say(as_line(event)),
     };
     let summary = work_on(study, evaluator.objective(), &mut control)?;
-    if let Some(best) = &summary.best {
-        let text = plan.plan.best_config(best)?;
-        let value = best.value.unwrap_or(f64::NAN);
-        match plan.best_config() {
-            Some(path) => {
-                write_file(&path, |sink| {
-                    std::io::Write::write_all(sink, text.as_bytes())
-                })?;
-                say(format!(
-                    "best: trial {} with {} {} (`{}`)",
-                    best.number,
-                    plan.plan.metric(),
-                    shown(value),
-                    path.display()
-                ));
-                if let Some(command) = plan.plan.reproduction(&path) {
-                    say(format!("use it: {command}"));
-                }
-            }
-            None => say(format!(
-                "best: trial {} with {} {}: {}",
-                best.number,
-                plan.plan.metric(),
-                shown(value),
-                best.params
-            )),
+    let luck = "by all trials together it is worth more than the best value, which may be luck";
+    let other = match (&summary.best, &summary.recommended) {
+        (Some(best), Some(other)) if best.number != other.number => Some(luck),
+        _ => None,
+    };
+    for (which, trial, note) in [
+        (BEST, &summary.best, None),
+        (RECOMMENDED, &summary.recommended, other),
+    ] {
+        let Some(trial) = trial else { continue };
+        let file = plan.config_file(which);
+        if let Some(path) = &file {
+            let text = plan.plan.config_text(trial)?;
+            write_file(path, |sink| {
+                std::io::Write::write_all(sink, text.as_bytes())
+            })?;
         }
-    }
-    if let (Some(best), Some(other)) = (&summary.best, &summary.recommended)
-        && best.number != other.number
-    {
+        // Mostly both are the same trial, and one line says it.
+        if which == RECOMMENDED && note.is_none() {
+            continue;
+        }
+        let place = file.as_ref().map_or_else(
+            || format!(": {}", trial.params),
+            |path| format!(" (`{}`)", path.display()),
+        );
         say(format!(
-            "by all trials together trial {} ({}) is worth more: the best value may be luck. {}",
-            other.number,
-            shown(other.value.unwrap_or(f64::NAN)),
-            other.params
+            "{which}: trial {} with {} {}{place}{}",
+            trial.number,
+            plan.plan.metric(),
+            shown(trial.value.unwrap_or(f64::NAN)),
+            note.map_or_else(String::new, |note| format!("; {note}"))
         ));
+        if let Some(command) = file.and_then(|path| plan.plan.reproduction(&path)) {
+            say(format!("use it: {command}"));
+        }
     }
     if !summary.completed {
         say(format!(
@@ -291,9 +294,9 @@ fn refuse_other_things(location: &Location) -> Result<(), Failure> {
 }
 
 impl SearchPlan {
-    /// Where the best configuration is written.
-    fn best_config(&self) -> Option<PathBuf> {
-        Some(self.location.folder()?.join(self.plan.best_name()))
+    /// Where the configuration of the best or of the recommended trial is written.
+    fn config_file(&self, which: &str) -> Option<PathBuf> {
+        Some(self.location.folder()?.join(self.plan.file_name(which)))
     }
 }
 

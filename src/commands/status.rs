@@ -175,7 +175,7 @@ fn text(status: &Status<'_>) -> String {
         let value = shown(other.value.unwrap_or(f64::NAN));
         let _ = writeln!(
             out,
-            "worth more by all trials together: trial {}, {value}: {}",
+            "recommended: trial {}, {value} (worth more by all trials together): {}",
             other.number, other.params
         );
     }

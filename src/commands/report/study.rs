@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::charts;
 use super::svg::number;
-use crate::commands::search::Plan;
+use crate::commands::search::{BEST, Plan, RECOMMENDED};
 use crate::exit::Failure;
 use crate::objective::setting_text;
 use crate::terminal::duration;
@@ -18,9 +18,9 @@ pub(super) struct StudySection {
     goal: &'static str,
     metric: &'static str,
     counts: Vec<(&'static str, usize)>,
-    best: Option<Best>,
+    best: Option<Choice>,
     /// Another trial than the best one that is worth more by all trials together.
-    recommended: Option<String>,
+    recommended: Option<Choice>,
     progress: String,
     parallel: String,
     importance: String,
@@ -34,7 +34,7 @@ pub(super) struct StudySection {
 }
 
 #[derive(Serialize)]
-struct Best {
+struct Choice {
     trial: u64,
     value: String,
     settings: Vec<(String, String)>,
@@ -101,23 +101,13 @@ impl StudySection {
             .into_iter()
             .filter(|(_, count)| *count > 0)
             .collect(),
-            best: view.best().map(|best| Best {
-                trial: best.number,
-                value: optional(best.value),
-                settings: best
-                    .params
-                    .iter()
-                    .map(|(name, value)| (name.to_owned(), setting_text(value)))
-                    .collect(),
-                commands: commands(location, plan.as_ref(), view, best),
-            }),
+            best: view
+                .best()
+                .map(|trial| Choice::of(BEST, location, plan.as_ref(), view, trial)),
             recommended: view
                 .recommended()?
                 .filter(|trial| view.best().is_some_and(|best| best.number != trial.number))
-                .map(|trial| {
-                    let value = optional(trial.value);
-                    format!("trial {} ({value}): {}", trial.number, trial.params)
-                }),
+                .map(|trial| Choice::of(RECOMMENDED, location, plan.as_ref(), view, trial)),
             progress: charts::progress(view, &incumbents, metric),
             parallel: charts::parallel(view, metric),
             importance: effects.as_ref().map(charts::importance).unwrap_or_default(),
@@ -198,29 +188,52 @@ fn optional(value: Option<f64>) -> String {
     value.map_or_else(String::new, number)
 }
 
-/// How to get the best trial again, and how to use its configuration.
+impl Choice {
+    /// The trial that is `which` ([`BEST`] or [`RECOMMENDED`]).
+    fn of(
+        which: &str,
+        location: &Location,
+        plan: Option<&Plan>,
+        view: &StudyView,
+        trial: &TrialView,
+    ) -> Self {
+        Self {
+            trial: trial.number,
+            value: optional(trial.value),
+            settings: trial
+                .params
+                .iter()
+                .map(|(name, value)| (name.to_owned(), setting_text(value)))
+                .collect(),
+            commands: commands(which, location, plan, view, trial),
+        }
+    }
+}
+
+/// How to get a trial again, and how to use its configuration.
 fn commands(
+    which: &str,
     location: &Location,
     plan: Option<&Plan>,
     view: &StudyView,
-    best: &TrialView,
+    chosen: &TrialView,
 ) -> Vec<String> {
     let Some((plan, folder)) = plan.zip(location.folder()) else {
-        return vec![best.params.to_json()];
+        return vec![chosen.params.to_json()];
     };
     // Trials that go on with a paused training share its folder.
     let ladder = view.config.ladder.as_ref();
     let number = if ladder.is_some_and(|ladder| ladder.climb == Climb::Steps) {
-        view.root(best.number)
+        view.root(chosen.number)
     } else {
-        best.number
+        chosen.number
     };
     let trial = folder.join("trials").join(format!("{number:05}"));
     let mut commands: Vec<String> = plan
-        .repetition(&view.config, &trial, best)
+        .repetition(&view.config, &trial, chosen)
         .into_iter()
         .collect();
-    let file = folder.join(plan.best_name());
+    let file = folder.join(plan.file_name(which));
     if file.is_file() {
         commands.extend(plan.reproduction(&file));
     }

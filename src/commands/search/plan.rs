@@ -21,6 +21,11 @@ use crate::objective::{
 /// Share of the cache that judges the trials where neither the study nor the cache says.
 const DEFAULT_VALIDATION: f64 = 0.1;
 
+/// The trial with the best value.
+pub(crate) const BEST: &str = "best";
+/// The trial that is worth most by all trials together.
+pub(crate) const RECOMMENDED: &str = "recommended";
+
 /// The note of a study that holds its plan.
 const NOTE: &str = "plan";
 
@@ -221,23 +226,23 @@ impl Plan {
         }
     }
 
-    /// Name of the file that the best configuration is written to.
-    pub(crate) fn best_name(&self) -> &'static str {
+    /// Name of the file for the configuration of the trial that is `which`: [`BEST`] or [`RECOMMENDED`].
+    pub(crate) fn file_name(&self, which: &str) -> String {
         match self {
-            Self::Distillation(_) => "best.toml",
-            Self::Command { .. } => "best.json",
+            Self::Distillation(_) => format!("{which}.toml"),
+            Self::Command { .. } => format!("{which}.json"),
         }
     }
 
-    /// The best configuration, in the form that the evaluation takes.
-    pub(crate) fn best_config(&self, best: &TrialView) -> Result<String, Failure> {
+    /// A trial's configuration, in the form that the evaluation takes.
+    pub(crate) fn config_text(&self, trial: &TrialView) -> Result<String, Failure> {
         match self {
             Self::Distillation(plan) => {
-                let mut config = plan.config_of(&best.params)?;
+                let mut config = plan.config_of(&trial.params)?;
                 config.seed = plan.base.seed;
                 Ok(config.to_toml()?)
             }
-            Self::Command { .. } => Ok(best.params.to_json()),
+            Self::Command { .. } => Ok(trial.params.to_json()),
         }
     }
 
@@ -278,18 +283,18 @@ impl Plan {
         }
     }
 
-    /// The command that uses the best configuration, which is in the file `best`; `None` where the program gets its
-    /// parameters in another way than as a file.
-    pub(crate) fn reproduction(&self, best: &Path) -> Option<String> {
+    /// The command that uses the configuration in `file`; `None` where the program gets its parameters in another way
+    /// than as a file.
+    pub(crate) fn reproduction(&self, file: &Path) -> Option<String> {
         match self {
             Self::Distillation(plan) => Some(format!(
                 "caskd train --cache {} --student {} --config {} --out RUN",
                 plan.cache.display(),
                 plan.student.display(),
-                best.display()
+                file.display()
             )),
             Self::Command { command, .. } => {
-                let file = best.display().to_string();
+                let file = file.display().to_string();
                 command
                     .contains("{params.json}")
                     .then(|| command.replace("{params.json}", &file))
