@@ -3,6 +3,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::row_kernels;
+
 /// Positions up to which bf16 on the CPU attends by whole products: their memory grows with T².
 const PRODUCT_POSITIONS: i64 = 1024;
 
@@ -20,8 +22,42 @@ pub(crate) enum Attention {
     /// The same by whole products, where no position sees a later one.
     CausalProducts(Tensor),
     /// The same for groups of positions that lie side by side in one sequence and see nothing of each other: the mask
-    /// [T, T] or [H, T, T] and their lengths.
-    Groups(Tensor, Vec<i64>),
+    /// [M, T] or [H, M, T], and how many queries and how many keys each has.
+    Groups(Tensor, Vec<(i64, i64)>),
+}
+
+/// N tokens that are not one sequence but many, side by side, on the CPU.
+pub(crate) struct Packed<'a> {
+    /// Their positions, each in its own sequence: [N] f32.
+    pub(crate) places: &'a Tensor,
+    /// [N, N] bool: which attends to which.
+    pub(crate) visible: &'a Tensor,
+    /// [M] i64, ascending: those that attend; all where `None`.
+    pub(crate) queries: Option<&'a Tensor>,
+    /// Of tokens that see nothing of others: how many of them attend, and how many they are.
+    pub(crate) groups: Vec<(i64, i64)>,
+}
+
+impl Packed<'_> {
+    /// The rows [M, ..] of those that attend, of [N, ..].
+    pub(crate) fn of_queries(&self, all: &Tensor) -> Tensor {
+        match self.queries {
+            Some(queries) => all.index_select(0, queries),
+            None => all.shallow_clone(),
+        }
+    }
+
+    /// Attention with `bias`, [M, N] or [H, M, N] in f32, to what is `visible` [M, N].
+    pub(crate) fn attention(
+        &self,
+        bias: &Tensor,
+        visible: &Tensor,
+        kind: Kind,
+        device: Device,
+    ) -> Attention {
+        let mask = bias.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+        Attention::Groups(mask.to_kind(kind).to_device(device), self.groups.clone())
+    }
 }
 
 impl Attention {
@@ -56,12 +92,17 @@ impl Attention {
         }
     }
 
-    /// softmax(q kᵀ / √d + mask) v: q [B, T, H, d], k and v [B, T, G, d] → [B·T, H·d].
+    /// softmax(q kᵀ / √d + mask) v: q [B, M, H, d], k and v [B, T, G, d] → [B·M, H·d], with M = T but for groups.
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let (batch, positions) = (q.size()[0], q.size()[1]);
+        if let Attention::Groups(mask, groups) = self
+            && let Some(mixed) = row_kernels::attend([q, k, v, mask], groups)
+        {
+            return mixed;
+        }
         let mixed = match self {
             Attention::CausalProducts(mask) => by_products(q, k, v, mask, QUERY_BLOCK),
-            Attention::Groups(mask, lengths) => by_groups(q, k, v, mask, lengths),
+            Attention::Groups(mask, groups) => by_groups(q, k, v, mask, groups),
             Attention::Causal => by_kernel(q, k, v, None),
             Attention::Masked(mask) => by_kernel(q, k, v, Some(mask)),
         };
@@ -86,18 +127,19 @@ fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Tenso
 }
 
 /// Each group by itself: pairs of positions of different groups are not even looked at.
-fn by_groups(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, lengths: &[i64]) -> Tensor {
-    let mut first = 0;
-    let mixed: Vec<Tensor> = lengths
-        .iter()
-        .map(|&length| {
-            let of = |heads: &Tensor| heads.narrow(1, first, length);
-            let mask = mask.narrow(-2, first, length).narrow(-1, first, length);
-            let mixed = by_products(&of(q), &of(k), &of(v), &mask, length);
-            first += length;
-            mixed
-        })
-        .collect();
+fn by_groups(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, groups: &[(i64, i64)]) -> Tensor {
+    let (mut query, mut key) = (0, 0);
+    let mut mixed = Vec::new();
+    for &(queries, keys) in groups {
+        if queries > 0 {
+            let of = |heads: &Tensor| heads.narrow(1, key, keys);
+            let q = q.narrow(1, query, queries);
+            let mask = mask.narrow(-2, query, queries).narrow(-1, key, keys);
+            mixed.push(by_products(&q, &of(k), &of(v), &mask, queries));
+        }
+        query += queries;
+        key += keys;
+    }
     Tensor::cat(&mixed, 2)
 }
 
@@ -124,22 +166,22 @@ pub(crate) fn groups(visible: &[bool], tokens: usize) -> Vec<i64> {
 }
 
 /// Two batched products for each `block` of queries, the H/G query heads of a group side by side as
-/// rows: [B, H, T, d]. Keys after a block are left out. Softmax reduces in f32.
+/// rows: [B, H, T, d]. Keys after a block are left out where there is more than one. Softmax reduces in f32.
 fn by_products(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, block: i64) -> Tensor {
     let &[b, t, h, d] = q.size().as_slice() else {
         unreachable!("heads are split before")
     };
-    let g = k.size()[2];
+    let (n, g) = (k.size()[1], k.size()[2]);
     let queries = (q * (d as f64).powf(-0.5))
         .view([b, t, g, h / g, d])
         .permute([0, 2, 3, 1, 4]);
-    let by_group = |heads: &Tensor| heads.transpose(1, 2).reshape([b * g, t, d]);
+    let by_group = |heads: &Tensor| heads.transpose(1, 2).reshape([b * g, n, d]);
     let (keys, values) = (by_group(k), by_group(v));
     let blocks: Vec<Tensor> = (0..t)
         .step_by(block as usize)
         .map(|first| {
             let count = block.min(t - first);
-            let seen = first + count;
+            let seen = if count == t { n } else { first + count };
             let rows = queries
                 .narrow(3, first, count)
                 .reshape([b * g, h / g * count, d]);

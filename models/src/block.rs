@@ -2,6 +2,7 @@
 
 use tch::{Device, Tensor};
 
+use crate::attention::Packed;
 use crate::config::Config;
 use crate::linear::{Linear, Pass};
 use crate::llama::LayerShape;
@@ -78,21 +79,11 @@ impl Context {
         })
     }
 
-    pub(crate) fn packed(
-        config: &Config,
-        places: &Tensor,
-        visible: &Tensor,
-        groups: &[i64],
-        options: &LoadOptions,
-    ) -> Context {
+    pub(crate) fn packed(config: &Config, packed: &Packed<'_>, options: &LoadOptions) -> Context {
         let (kind, device) = (options.kind, options.device);
         Context(match config {
-            Config::Llama(config) => {
-                Kinds::Llama(config.packed_context(places, visible, groups, kind, device))
-            }
-            Config::Bloom(config) => {
-                Kinds::Bloom(config.packed_context(places, visible, groups, kind, device))
-            }
+            Config::Llama(config) => Kinds::Llama(config.packed_context(packed, kind, device)),
+            Config::Bloom(config) => Kinds::Bloom(config.packed_context(packed, kind, device)),
         })
     }
 }

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::{Attention, causal_mask};
+use crate::attention::{Attention, Packed, causal_mask};
 use crate::block::Site;
 use crate::hf::{OneOrMany, check_sizes, refuse_quantized};
 use crate::linear::{Linear, Pass};
@@ -185,43 +185,42 @@ impl BloomConfig {
         pass: Pass,
     ) -> Context {
         let places = Tensor::arange(positions, (Kind::Float, Device::Cpu));
-        let bias = linear_biases(self.dense.heads, &places)
+        let bias = linear_biases(self.dense.heads, &places, &places)
             .to_kind(kind)
             .to_device(device)
             + causal_mask(positions, kind, device);
         Context {
             batch,
             positions,
+            queries: None,
             attention: Attention::added(bias, positions, kind, device),
             pass,
         }
     }
 
-    /// What the blocks share where N tokens are packed: `places` [N] are their positions, `visible`
-    /// [N, N] (bool) says which attends to which, `groups` how many in a row see nothing of others; all on the CPU.
+    /// What the blocks share where tokens are packed.
     pub(crate) fn packed_context(
         &self,
-        places: &Tensor,
-        visible: &Tensor,
-        groups: &[i64],
+        packed: &Packed<'_>,
         kind: Kind,
         device: Device,
     ) -> Context {
-        let bias = linear_biases(self.dense.heads, places)
-            .masked_fill_(&visible.logical_not(), f64::NEG_INFINITY);
+        let (places, visible) = (packed.places, packed.of_queries(packed.visible));
+        let bias = linear_biases(self.dense.heads, &packed.of_queries(places), places);
         Context {
             batch: 1,
             positions: places.numel() as i64,
-            attention: Attention::Groups(bias.to_kind(kind).to_device(device), groups.to_vec()),
+            queries: packed.queries.map(|rows| rows.to_device(device)),
+            attention: packed.attention(&bias, &visible, kind, device),
             pass: Pass::Inference,
         }
     }
 }
 
 /// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): −m_h · (i − j) for head h,
-/// query i and key j. `places` [T] (f32) → [H, T, T].
-fn linear_biases(heads: usize, places: &Tensor) -> Tensor {
-    let distance = places.unsqueeze(0) - places.unsqueeze(1);
+/// query i and key j. Places of queries [M] and keys [T] (f32) → [H, M, T].
+fn linear_biases(heads: usize, queries: &Tensor, keys: &Tensor) -> Tensor {
+    let distance = keys.unsqueeze(0) - queries.unsqueeze(1);
     let slopes = Tensor::from_slice(&slopes(heads)).view([-1, 1, 1]);
     slopes * distance.unsqueeze(0)
 }
@@ -241,8 +240,20 @@ fn slopes(heads: usize) -> Vec<f32> {
 pub(crate) struct Context {
     batch: i64,
     positions: i64,
+    /// [M] i64, ascending: the positions that attend and go on to the next layer, where not all do.
+    queries: Option<Tensor>,
     attention: Attention,
     pass: Pass,
+}
+
+impl Context {
+    /// The rows of the positions that attend, of x, whose positions are its dimension `dim`.
+    fn of_queries(&self, x: &Tensor, dim: i64) -> Tensor {
+        match &self.queries {
+            Some(queries) => x.index_select(dim, queries),
+            None => x.shallow_clone(),
+        }
+    }
 }
 
 /// Attention over one fused projection: its rows are [H, 3, d], a head's query, key and value side
@@ -255,12 +266,12 @@ struct SelfAttention {
 }
 
 impl SelfAttention {
-    /// [N, D] → [N, D], what enters `dense`.
+    /// [N, D] → [M, D], what enters `dense`.
     fn mix(&self, x: &Tensor, context: &Context) -> Tensor {
         let fused = self.query_key_value.forward(x, context.pass);
         let fused = fused.view([context.batch, context.positions, self.heads, 3, -1]);
         let [q, k, v] = [0, 1, 2].map(|part| fused.select(3, part));
-        context.attention.attend(&q, &k, &v)
+        context.attention.attend(&context.of_queries(&q, 1), &k, &v)
     }
 
     fn share(&self) -> SelfAttention {
@@ -333,7 +344,7 @@ impl Block {
         })
     }
 
-    /// [N, D] → [N, D].
+    /// [N, D] → [M, D], of the positions that attend.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
@@ -346,7 +357,8 @@ impl Block {
         let mixed = self.attention.mix(&normed, context);
         observe(Site::AttentionOutput, &mixed);
         let residual = if self.residual_after_norm { &normed } else { x };
-        let x = self.attention.dense.forward(&mixed, pass).g_add_(residual);
+        let residual = context.of_queries(residual, 0);
+        let x = self.attention.dense.forward(&mixed, pass).g_add_(&residual);
         let normed = self.post_attention_norm.forward(&x);
         observe(Site::FfnInput, &normed);
         let active = self.mlp.dense_h_to_4h.forward(&normed, pass).gelu("tanh");

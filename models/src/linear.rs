@@ -6,6 +6,7 @@ use std::cell::OnceCell;
 use tch::{Device, Kind, Tensor};
 
 use crate::rng::SeededRng;
+use crate::row_kernels;
 
 /// How a forward pass treats adapters' dropout.
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +66,11 @@ impl<'a> Input<'a> {
 
     /// x Wᵀ (+ b), as [`linear`].
     fn times(&self, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        if through_onednn(weight)
+            && let Some(y) = row_kernels::linear(self.x, weight, bias)
+        {
+            return y;
+        }
         let small_and_frozen = weight.numel() <= REORDERED && !weight.requires_grad();
         if small_and_frozen && self.convolves() && through_onednn(weight) {
             // [1, in, N, 1] without a copy: oneDNN calls that order channels last.
@@ -98,7 +104,8 @@ const CONVOLVED: usize = 20_480;
 /// For f32 on a CPU the product goes to oneDNN: libtorch's default, MKL, takes a slower path on
 /// processors that are not Intel's (measured on an AVX-512 EPYC: 120–160 against 75–95 GFLOP/s on
 /// one core). A frozen W that fits in the caches goes there as a 1 × 1 convolution: as fast or faster, without copies of
-/// input and output in a form of oneDNN's own, of which a graph would keep the first.
+/// input and output in a form of oneDNN's own, of which a graph would keep the first. A pass that has one thread to itself multiplies by a kernel
+/// of ours.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     Input::new(x).times(weight, bias)
 }
@@ -214,6 +221,16 @@ impl Adapter {
     /// scale · BA [out, in] f32, with its graph.
     fn delta(&self) -> Tensor {
         self.b.matmul(&self.a) * self.scale
+    }
+
+    /// The same adapter, its tensors shared.
+    pub(crate) fn share(&self) -> Adapter {
+        Adapter {
+            name: self.name.clone(),
+            a: self.a.shallow_clone(),
+            b: self.b.shallow_clone(),
+            ..*self
+        }
     }
 
     /// A kaiming-uniform with a = √5, that is uniform in ±1/√in, from the named stream of `seed`;

@@ -8,12 +8,12 @@ use std::f64::consts::TAU;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::Attention;
+use crate::attention::{Attention, Packed};
 use crate::block::Site;
 use crate::linear::{Input, Linear, Pass};
 use crate::norm::Norm;
 use crate::weights::WeightSource;
-use crate::{LoadOptions, Result};
+use crate::{LoadOptions, Result, row_kernels};
 
 /// Sizes of one block; pruned students have blocks of different sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,38 +181,38 @@ impl LlamaConfig {
                 kind,
                 device,
             ),
+            queries: None,
             attention: Attention::causal(positions, kind, device),
             window,
             pass,
         }
     }
 
-    /// What the blocks share where N tokens are packed: `places` [N] are their positions, `visible`
-    /// [N, N] (bool) says which attends to which, `groups` how many in a row see nothing of others; all on the CPU.
+    /// What the blocks share where tokens are packed.
     pub(crate) fn packed_context(
         &self,
-        places: &Tensor,
-        visible: &Tensor,
-        groups: &[i64],
+        packed: &Packed<'_>,
         kind: Kind,
         device: Device,
     ) -> Context {
-        let n = places.numel() as i64;
-        let attention = |visible: &Tensor| {
-            let mask = Tensor::zeros([n, n], (kind, device))
-                .masked_fill_(&visible.logical_not().to_device(device), f64::NEG_INFINITY);
-            Attention::Groups(mask, groups.to_vec())
-        };
+        let rotary = Rotary::new(self);
+        let (places, visible) = (packed.places, packed.of_queries(packed.visible));
+        let of_queries = packed.of_queries(places);
+        let zeros = Tensor::zeros(visible.size(), (Kind::Float, Device::Cpu));
         let window = self.sliding_window.as_ref().map(|window| {
-            let distance = places.unsqueeze(1) - places.unsqueeze(0);
+            let distance = of_queries.unsqueeze(1) - places.unsqueeze(0);
             let near = distance.lt(window.positions as f64);
-            attention(&visible.logical_and(&near))
+            packed.attention(&zeros, &visible.logical_and(&near), kind, device)
         });
         Context {
             batch: 1,
-            positions: n,
-            angles: Rotary::new(self).angles(places, kind, device),
-            attention: attention(visible),
+            positions: places.numel() as i64,
+            angles: rotary.angles(places, kind, device),
+            queries: packed.queries.map(|rows| Queries {
+                rows: rows.to_device(device),
+                angles: rotary.angles(&of_queries, kind, device),
+            }),
+            attention: packed.attention(&zeros, &visible, kind, device),
             window,
             pass: Pass::Inference,
         }
@@ -285,11 +285,14 @@ impl Llama3Scaling {
 }
 
 impl Angles {
-    /// [B, T, H, d] → the same, rotated.
-    fn rotate(&self, x: &Tensor) -> Tensor {
+    /// [B, T, H, d], in memory of its own → the same, rotated.
+    fn rotate(&self, mut x: Tensor) -> Tensor {
+        if row_kernels::rotate(&mut x, &self.cos, &self.sin) {
+            return x;
+        }
         let halves = x.chunk(2, -1);
         let swapped = Tensor::cat(&[&halves[1], &halves[0]], -1);
-        (x * &self.cos).addcmul_(&swapped, &self.sin)
+        (&x * &self.cos).addcmul_(&swapped, &self.sin)
     }
 }
 
@@ -311,27 +314,52 @@ pub(crate) struct Context {
     batch: i64,
     positions: i64,
     angles: Angles,
+    /// The positions that attend and go on to the next layer, where not all do.
+    queries: Option<Queries>,
     attention: Attention,
     /// Of the layers with a sliding window.
     window: Option<Attention>,
     pass: Pass,
 }
 
+/// Some of the positions.
+#[derive(Debug)]
+struct Queries {
+    /// [M] i64, ascending.
+    rows: Tensor,
+    angles: Angles,
+}
+
+impl Context {
+    /// The rows [M, D] of the positions that attend, of x [N, D].
+    fn of_queries(&self, x: &Tensor) -> Tensor {
+        match &self.queries {
+            Some(queries) => x.index_select(0, &queries.rows),
+            None => x.shallow_clone(),
+        }
+    }
+}
+
 impl SelfAttention {
-    /// [N, D] → [N, H·d], what enters `o_proj`.
+    /// [N, D] → [M, H·d], what enters `o_proj`.
     fn mix(&self, x: &Tensor, context: &Context) -> Tensor {
         let input = Input::new(x);
-        let split = |projection: &Linear| {
-            projection.forward_of(&input, context.pass).view([
-                context.batch,
-                context.positions,
-                -1,
-                self.head_dim,
-            ])
+        let split = |projection: &Linear, input: &Input<'_>, positions: i64| {
+            let heads = projection.forward_of(input, context.pass);
+            heads.view([context.batch, positions, -1, self.head_dim])
         };
-        let q = context.angles.rotate(&split(&self.q_proj));
-        let k = context.angles.rotate(&split(&self.k_proj));
-        let v = split(&self.v_proj);
+        let q = match &context.queries {
+            Some(Queries { rows, angles }) => {
+                let x = x.index_select(0, rows);
+                angles.rotate(split(&self.q_proj, &Input::new(&x), rows.numel() as i64))
+            }
+            None => context
+                .angles
+                .rotate(split(&self.q_proj, &input, context.positions)),
+        };
+        let k = split(&self.k_proj, &input, context.positions);
+        let k = context.angles.rotate(k);
+        let v = split(&self.v_proj, &input, context.positions);
         let attention = match &context.window {
             Some(window) if self.windowed => window,
             _ => &context.attention,
@@ -364,8 +392,14 @@ impl Mlp {
     /// [N, D] → [N, F], what enters `down_proj`.
     fn activate(&self, x: &Tensor, pass: Pass) -> Tensor {
         let input = Input::new(x);
-        let gate = self.gate_proj.forward_of(&input, pass).silu();
-        gate * self.up_proj.forward_of(&input, pass)
+        let mut gate = self.gate_proj.forward_of(&input, pass);
+        let up = self.up_proj.forward_of(&input, pass);
+        if row_kernels::silu_times(&mut gate, &up) {
+            return gate;
+        }
+        // Without a graph the gate's memory is free again before the product takes its own.
+        gate = gate.silu();
+        gate * up
     }
 
     fn share(&self) -> Mlp {
@@ -440,7 +474,7 @@ impl Block {
         })
     }
 
-    /// [N, D] → [N, D]. The sums go into the projections' fresh outputs; `x` stays as it is.
+    /// [N, D] → [M, D], of the positions that attend. The sums go into the projections' fresh outputs; `x` stays as it is.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
@@ -455,7 +489,7 @@ impl Block {
             .attention
             .o_proj
             .forward(&mixed, context.pass)
-            .g_add_(x);
+            .g_add_(&context.of_queries(x));
         let normed = self.post_attention_norm.forward(&x);
         observe(Site::FfnInput, &normed);
         let active = self.mlp.activate(&normed, context.pass);

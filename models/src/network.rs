@@ -5,7 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::groups;
+use crate::attention::{Packed, groups};
 use crate::block::{Block, Context, Site};
 use crate::config::Config;
 use crate::files::Embedding;
@@ -150,7 +150,8 @@ impl Network {
         let contexts =
             self.contexts(|options| Context::new(&self.config, (batch, positions), options, pass));
         let mut hidden = Vec::new();
-        let x = self.run_blocks(
+        let x = run_blocks(
+            &self.blocks,
             self.embedding.forward(input_ids).to_kind(self.kind()),
             &contexts,
             &mut |index, x| {
@@ -161,6 +162,7 @@ impl Network {
             },
             observe,
         );
+        let x = x.to_device(self.device());
         enter(self.blocks.len(), &x);
         let last_hidden = self.norm.forward(&x).view(shape);
         if keep.contains(&last) {
@@ -173,14 +175,20 @@ impl Network {
     }
 
     /// Hidden states after the final norm of N tokens that are not one sequence but many, packed side
-    /// by side: [N] ids → [N, D]. `positions` are those within each token's own sequence, and a token
-    /// attends to those for which its row of `visible` \[N·N\] holds, so that continuations of one
-    /// context can share it. Neighbours that see nothing of the others cost no attention with them. Without a graph and
-    /// without dropout.
+    /// by side: [N] ids → [R, D], the states of the tokens `rows`. `positions` are those within each token's own sequence, and a
+    /// token attends to those for which its row of `visible` \[N·N\] holds, so that continuations of one
+    /// context can share it. Neighbours that see nothing of the others cost no attention with them, and tokens that are not
+    /// asked for cost the last block their keys and values alone. Without a graph and without dropout.
     ///
     /// # Panics
-    /// When the three disagree on N, or an id is outside the vocabulary.
-    pub fn forward_packed(&self, input_ids: &[i64], positions: &[f32], visible: &[bool]) -> Tensor {
+    /// When the three disagree on N, an id is outside the vocabulary, or a row is not below N.
+    pub fn forward_packed(
+        &self,
+        input_ids: &[i64],
+        positions: &[f32],
+        visible: &[bool],
+        rows: &[i64],
+    ) -> Tensor {
         let n = input_ids.len() as i64;
         assert!(
             positions.len() as i64 == n && visible.len() as i64 == n * n,
@@ -188,16 +196,57 @@ impl Network {
             positions.len(),
             visible.len()
         );
+        let mut asked = rows.to_vec();
+        asked.sort_unstable();
+        asked.dedup();
+        let place = |row: &i64| asked.binary_search(row).unwrap_or_default() as i64;
+        let order: Vec<i64> = rows.iter().map(place).collect();
         tch::no_grad(|| {
-            let places = Tensor::from_slice(positions);
             let groups = groups(visible, input_ids.len());
-            let visible = Tensor::from_slice(visible).view([n, n]);
-            let contexts = self.contexts(|options| {
-                Context::packed(&self.config, &places, &visible, &groups, options)
-            });
+            let (places, visible) = (Tensor::from_slice(positions), Tensor::from_slice(visible));
+            let mut packed = Packed {
+                places: &places,
+                visible: &visible.view([n, n]),
+                queries: None,
+                groups: groups.iter().map(|&length| (length, length)).collect(),
+            };
             let embedded = self.embedding.forward(&Tensor::from_slice(input_ids));
-            let x = self.run_blocks(embedded, &contexts, &mut |_, _| {}, &mut |_, _, _| {});
-            self.norm.forward(&x)
+            let asked_rows = Tensor::from_slice(&asked);
+            let order = Tensor::from_slice(&order).to_device(self.device());
+            let Some((last, blocks)) = self.blocks.split_last() else {
+                let states = embedded.index_select(0, &asked_rows.to_device(embedded.device()));
+                return self
+                    .norm
+                    .forward(&states.to_device(self.device()))
+                    .index_select(0, &order);
+            };
+            let contexts = self.contexts(|options| Context::packed(&self.config, &packed, options));
+            let x = run_blocks(
+                blocks,
+                embedded,
+                &contexts,
+                &mut |_, _| {},
+                &mut |_, _, _| {},
+            );
+            let mut end = 0;
+            packed.groups = groups
+                .into_iter()
+                .map(|length| {
+                    let before = asked.partition_point(|&row| row < end);
+                    end += length;
+                    let queries = asked.partition_point(|&row| row < end) - before;
+                    (queries as i64, length)
+                })
+                .collect();
+            packed.queries = Some(&asked_rows);
+            let options = LoadOptions {
+                device: last.device(),
+                kind: self.kind(),
+            };
+            let context = Context::packed(&self.config, &packed, &options);
+            let x = last.forward(&x.to_device(options.device), &context);
+            let states = self.norm.forward(&x.to_device(self.device()));
+            states.index_select(0, &order)
         })
     }
 
@@ -214,29 +263,6 @@ impl Network {
             }
         }
         contexts
-    }
-
-    /// Runs x [N, D] through the blocks, from device to device; `enter` sees what enters each. The
-    /// result is on the device of the final norm.
-    fn run_blocks(
-        &self,
-        mut x: Tensor,
-        contexts: &[(Device, Context)],
-        enter: &mut dyn FnMut(usize, &Tensor),
-        observe: Observer<'_>,
-    ) -> Tensor {
-        for (index, block) in self.blocks.iter().enumerate() {
-            enter(index, &x);
-            let device = block.device();
-            let context = contexts.iter().find(|(known, _)| *known == device);
-            let Some((_, context)) = context else {
-                unreachable!("every block's device has its context")
-            };
-            x = block.forward_observed(&x.to_device(device), context, &mut |site, tensor| {
-                observe(index, site, tensor);
-            });
-        }
-        x.to_device(self.device())
     }
 
     /// Logits of hidden states after the final norm: [.., D] → [.., V], in the compute type.
@@ -465,6 +491,43 @@ impl Network {
             sparsity: self.sparsity.clone(),
         }
     }
+
+    /// The same network for another thread, adapters included: weights are shared, not copied.
+    pub(crate) fn replica(&self) -> Network {
+        let mut replica = self.share();
+        for (of, to) in self.blocks.iter().zip(&mut replica.blocks) {
+            for ((_, of), (_, to)) in of.linears().into_iter().zip(to.linears_mut()) {
+                to.adapter = of.adapter.as_ref().map(Adapter::share);
+            }
+        }
+        Network {
+            lora: self.lora.clone(),
+            dropout_seed: self.dropout_seed,
+            ..replica
+        }
+    }
+}
+
+/// Runs x [N, D] through blocks, from device to device; `enter` sees what enters each.
+fn run_blocks(
+    blocks: &[Block],
+    mut x: Tensor,
+    contexts: &[(Device, Context)],
+    enter: &mut dyn FnMut(usize, &Tensor),
+    observe: Observer<'_>,
+) -> Tensor {
+    for (index, block) in blocks.iter().enumerate() {
+        enter(index, &x);
+        let device = block.device();
+        let context = contexts.iter().find(|(known, _)| *known == device);
+        let Some((_, context)) = context else {
+            unreachable!("every block's device has its context")
+        };
+        x = block.forward_observed(&x.to_device(device), context, &mut |site, tensor| {
+            observe(index, site, tensor);
+        });
+    }
+    x
 }
 
 fn last_part(path: &'static str) -> &'static str {

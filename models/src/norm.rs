@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::weights::WeightSource;
-use crate::{LoadOptions, Result};
+use crate::{LoadOptions, Result, row_kernels};
 
 /// A norm over the last dimension, reduced in f32.
 #[derive(Debug)]
@@ -59,6 +59,9 @@ impl Norm {
             let width = self.weight.size();
             let (weight, bias) = (self.weight.to_kind(x.kind()), bias.to_kind(x.kind()));
             return x.layer_norm(width, Some(&weight), Some(&bias), self.eps, false);
+        }
+        if let Some(normed) = row_kernels::rms_norm(x, &self.weight, self.eps) {
+            return normed;
         }
         // Type promotion makes the products f32 without a wide copy of x.
         let norm = x.linalg_norm(2.0, [-1i64].as_slice(), true, Kind::Float);

@@ -164,7 +164,8 @@ fn packed_continuations_are_those_of_each_sequence() {
         .collect();
     for name in ARCHITECTURES {
         let network = tiny(name).network;
-        let found = network.forward_packed(&packed, &positions, &visible);
+        let all: Vec<i64> = (0..13).collect();
+        let found = network.forward_packed(&packed, &positions, &visible, &all);
         let with = |tokens: [i64; 2]| context.iter().chain(&tokens).copied().collect();
         for (whole, skipped, first) in [(before.to_vec(), 0, 0), (with(a), 6, 9), (with(b), 6, 11)]
         {
@@ -174,5 +175,21 @@ fn packed_continuations_are_those_of_each_sequence() {
             let difference = max_difference(&expected, &found.narrow(0, first, count));
             assert!(difference < 1e-4, "{name}: {difference}");
         }
+        // Some of the tokens, in any order and twice, none of the first sequence.
+        let rows = [12i64, 4, 8, 4];
+        let some = network.forward_packed(&packed, &positions, &visible, &rows);
+        let expected = found.index_select(0, &Tensor::from_slice(&rows));
+        let difference = max_difference(&expected, &some);
+        assert!(difference < 1e-5, "{name}: {difference}");
+        // On a thread of its own, by the kernels for that.
+        caskd_models::side_by_side(
+            &network,
+            &[&all[..], &rows],
+            |network, rows| network.forward_packed(&packed, &positions, &visible, rows),
+            |index, states| {
+                let difference = max_difference([&found, &expected][index], &states);
+                assert!(difference < 1e-4, "{name}, alone: {difference}");
+            },
+        );
     }
 }

@@ -4,7 +4,9 @@
 //! attends to them and to itself, each continuation to its context and itself. Several such trees lie side by side in one pass,
 //! so nothing is padded, and only the positions that predict a continuation reach the head.
 
-use caskd_models::LoadedModel;
+use std::collections::BTreeMap;
+
+use caskd_models::{LoadedModel, Network, passes_at_once, side_by_side};
 use tch::Tensor;
 
 use crate::head::{chunks, logits, rows_per_chunk};
@@ -139,37 +141,42 @@ pub fn loglikelihoods(
             trees.push(Tree::new(context, index, continuation));
         }
     }
-    trees.sort_by_key(|tree| std::cmp::Reverse(tree.tokens()));
-
+    let passes = passes(trees, passes_at_once(&model.network));
     let nothing = Loglikelihood {
         sum: f64::NAN,
         greedy: false,
     };
     let mut scores = vec![nothing; requests.len()];
-    let (mut done, mut rest) = (0, trees.as_slice());
-    while let Some(first) = rest.first() {
-        let limit = PACKED_TOKENS.max(first.tokens());
-        let (mut taken, mut tokens) = (0, 0);
-        while let Some(tree) = rest.get(taken)
-            && tokens + tree.tokens() <= limit
-        {
-            tokens += tree.tokens();
-            taken += 1;
+    let mut done = 0;
+    let score = |network: &Network, trees: &Vec<Tree<'_>>| Packed::of(trees).score(network);
+    side_by_side(&model.network, &passes, score, |_, found| {
+        done += found.len() as u64;
+        for (request, score) in found {
+            scores[request] = score;
         }
-        let (pass, after) = rest.split_at(taken);
-        Packed::of(pass).score(model, &mut scores);
-        rest = after;
-        done += pass
-            .iter()
-            .flat_map(|tree| &tree.stems)
-            .map(|stem| stem.continuations.len())
-            .sum::<usize>();
-        progress(done as u64, requests.len() as u64);
-    }
+        progress(done, requests.len() as u64);
+    });
     match scores.iter().position(|score| score.sum.is_nan()) {
         Some(request) => Err(Error::RequestNotANumber { request }),
         None => Ok(scores),
     }
+}
+
+/// Trees in passes of about the same number of tokens, a multiple of `at_once` of them where there are enough trees.
+fn passes(mut trees: Vec<Tree<'_>>, at_once: usize) -> Vec<Vec<Tree<'_>>> {
+    let tokens: usize = trees.iter().map(Tree::tokens).sum();
+    let count = tokens.div_ceil(PACKED_TOKENS).next_multiple_of(at_once);
+    let mut passes: Vec<(usize, Vec<Tree<'_>>)> = Vec::new();
+    passes.resize_with(count.min(trees.len()), Default::default);
+    // The longest first, each to where least is: the short ones level what those leave uneven.
+    trees.sort_by_key(|tree| std::cmp::Reverse(tree.tokens()));
+    for tree in trees {
+        if let Some((tokens, pass)) = passes.iter_mut().min_by_key(|(tokens, _)| *tokens) {
+            *tokens += tree.tokens();
+            pass.push(tree);
+        }
+    }
+    passes.into_iter().map(|(_, trees)| trees).collect()
 }
 
 fn check(index: usize, request: &Request, max_len: usize, vocabulary: usize) -> Result<()> {
@@ -257,8 +264,8 @@ impl Packed {
         self.sees.push(sees);
     }
 
-    /// One pass; the scores of its requests go into `scores`.
-    fn score(&self, model: &LoadedModel, scores: &mut [Loglikelihood]) {
+    /// One pass: its requests with their scores.
+    fn score(&self, network: &Network) -> BTreeMap<usize, Loglikelihood> {
         let n = self.ids.len();
         let mut visible = vec![false; n * n];
         for (row, ranges) in visible.chunks_mut(n).zip(&self.sees) {
@@ -266,18 +273,9 @@ impl Packed {
                 row[range.clone()].fill(true);
             }
         }
-        let network = &model.network;
-        for &(_, _, request) in &self.targets {
-            scores[request] = Loglikelihood {
-                sum: 0.0,
-                greedy: true,
-            };
-        }
+        let mut scores = BTreeMap::new();
         tch::no_grad(|| {
-            let rows = Tensor::from_slice(&self.rows).to_device(network.device());
-            let hidden = network
-                .forward_packed(&self.ids, &self.positions, &visible)
-                .index_select(0, &rows);
+            let hidden = network.forward_packed(&self.ids, &self.positions, &visible, &self.rows);
             let head = network.head();
             for (first, length) in chunks(hidden.size()[0], rows_per_chunk(head.size()[0])) {
                 let logits = logits(&hidden.narrow(0, first, length), head);
@@ -302,11 +300,16 @@ impl Packed {
                 let first_choice = likeliest.index_select(0, &row).eq_tensor(&token);
                 for (i, &&(_, _, request)) in targets.iter().enumerate() {
                     let i = i as i64;
-                    scores[request].sum += log_p.double_value(&[i]);
-                    scores[request].greedy &= first_choice.int64_value(&[i]) == 1;
+                    let score = scores.entry(request).or_insert(Loglikelihood {
+                        sum: 0.0,
+                        greedy: true,
+                    });
+                    score.sum += log_p.double_value(&[i]);
+                    score.greedy &= first_choice.int64_value(&[i]) == 1;
                 }
             }
         });
+        scores
     }
 }
 

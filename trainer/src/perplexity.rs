@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use caskd_models::{LoadedModel, Network};
+use caskd_models::{LoadedModel, Network, passes_at_once, side_by_side};
 use serde::Serialize;
 use tch::Tensor;
 
@@ -215,20 +215,23 @@ fn rolling_nats(
     let prefix = model.bos.or(model.eos);
     let row: Vec<u32> = prefix.into_iter().chain(tokens.iter().copied()).collect();
     let windows = rolling_windows(row.len(), max_len, stride);
-    let (mut nats, mut scored) = (0.0, 0u64);
-    for windows in windows.chunks((TEXT_BATCH_TOKENS / max_len).max(1)) {
+    let share = windows.len().div_ceil(passes_at_once(&model.network));
+    let batches: Vec<&[Window]> = windows
+        .chunks((TEXT_BATCH_TOKENS / max_len).clamp(1, share.max(1)))
+        .collect();
+    let score = |network: &Network, windows: &&[Window]| {
         let (input_ids, positions, labels) = text_batch(&row, windows);
-        let device = model.network.device();
-        let hidden = hidden_rows(&model.network, &input_ids, &Tensor::from_slice(&positions));
-        nats += gold_nats(
-            &model.network,
-            &hidden,
-            &Tensor::from_slice(&labels).to_device(device),
-        );
-        scored += labels.len() as u64;
+        let hidden = hidden_rows(network, &input_ids, &Tensor::from_slice(&positions));
+        let on_device = Tensor::from_slice(&labels).to_device(network.device());
+        (gold_nats(network, &hidden, &on_device), labels.len() as u64)
+    };
+    let (mut nats, mut scored) = (vec![0.0; batches.len()], 0);
+    side_by_side(&model.network, &batches, score, |batch, (found, count)| {
+        nats[batch] = found;
+        scored += count;
         progress(scored, row.len() as u64 - 1);
-    }
-    Ok((nats, scored))
+    });
+    Ok((nats.iter().sum(), scored))
 }
 
 /// Input tokens `start..end` of a row; those from `first_scored` on predict a token to score.
