@@ -2,7 +2,7 @@
 """What losses and tiers make of a pruned student: one pass of LoRA over the same data, judged the same way.
 
     runs/student_quality.py --teacher MODEL --data RECORDS.jsonl [RECORDS.jsonl ...] --text HELDOUT.txt --out OUT
-        [--caskd target/release/caskd] [--ratio 0.3] [--limit 400] [--max-len 256] [--dtype bf16] [--seeds 1] [--only WORD]
+        [--caskd target/release/caskd] [--ratio 0.3] [--limit 400] [--max-len 256] [--dtype bf16] [--fraction 1.0] [--seeds 1] [--only WORD]
 
 Prunes the teacher (FFN channels, by Wanda on the data's own tokens), builds a sparse (top-64), an exact and two compact caches
 (75 and 130 bytes a position), and trains the student with 0.1 · CE + each loss from each tier that serves it; top-k KL stands
@@ -30,12 +30,12 @@ TOP_K = ["sparse, top-64"]
 # Name, the terms beside 0.1 · CE, the tiers it runs on. KL has the factor T² that keeps its gradient's size.
 LOSSES = [
     ("CE alone", "", ["exact"]),
+    ("Dual-Scaling, b = 1", 'kind = "dual-scaling"\nweight = 1\nscaling_value = 1', REBUILT),
+    ("KL, T = 4", 'kind = "kl"\nweight = 1\ntemperature = 4\ntemperature_squared = true', REBUILT),
+    ("top-64 KL, T = 4", 'kind = "top-k-kl"\nweight = 1\nk = 64\ntemperature = 4\ntemperature_squared = true', TOP_K),
     ("KL, T = 1", 'kind = "kl"\nweight = 1', REBUILT),
     ("KL with ghost tail, T = 1", 'kind = "ghost-kl"\nweight = 1', TOP_K),
     ("top-64 KL, T = 1", 'kind = "top-k-kl"\nweight = 1\nk = 64\ntemperature = 1', TOP_K),
-    ("KL, T = 4", 'kind = "kl"\nweight = 1\ntemperature = 4\ntemperature_squared = true', REBUILT),
-    ("top-64 KL, T = 4", 'kind = "top-k-kl"\nweight = 1\nk = 64\ntemperature = 4\ntemperature_squared = true', TOP_K),
-    ("Dual-Scaling, b = 1", 'kind = "dual-scaling"\nweight = 1\nscaling_value = 1', REBUILT),
     ("reverse KL, T = 1", 'kind = "reverse-kl"\nweight = 1', ["exact"]),
     ("skew KL", 'kind = "skew-kl"\nweight = 1', ["exact"]),
     ("BiLD, k = 8, T = 3", 'kind = "bild"\nweight = 1', ["exact", *TOP_K]),
@@ -51,8 +51,9 @@ def caskd(arguments, *command):
 
 
 def once(folder, done, make):
-    """Makes `folder` where `done` in it does not exist; gives `--resume` to a try that was interrupted."""
-    if not (folder / done).exists():
+    """Makes `folder` where the file `done` in it is missing, or a run's without its summary; goes on with an interrupted try."""
+    file = folder / done
+    if not file.exists() or (done == "run.json" and "summary" not in json.loads(file.read_text())):
         make(["--resume"] if folder.exists() else [])
     return folder
 
@@ -68,6 +69,17 @@ def judge(arguments, model, out):
     return found["text"][0]["perplexity"], found["cache"][0]["kl"], found["cache"][0]["perplexity"]
 
 
+def table(rows):
+    lines = ["| trained with | from | text | KL to the teacher | responses |", "|---|---|---|---|---|"]
+    for loss, tier, scores in rows:
+        cells = []
+        for column, digits in zip(zip(*scores), (2, 3, 2)):
+            spread = f" ± {statistics.stdev(column):.{digits}f}" if len(column) > 1 else ""
+            cells.append(f"{statistics.mean(column):.{digits}f}{spread}")
+        lines.append(f"| {loss} | {tier} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
@@ -79,6 +91,7 @@ def main():
     parser.add_argument("--limit", default="400")
     parser.add_argument("--max-len", default="256")
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--fraction", default="1.0")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
@@ -107,24 +120,15 @@ def main():
                 run = out / re.sub("[^a-z0-9]+", "-", f"{loss} {tier} {seed}".lower())
                 config = run.with_suffix(".toml")
                 hard = '[[loss]]\nkind = "cross-entropy"\nweight = 0.1\n'
-                config.write_text(f'seed = {seed}\ndtype = "{arguments.dtype}"\n{hard}{"[[loss]]" if terms else ""}\n{terms}\n')
+                config.write_text(f'seed = {seed}\nfraction = {arguments.fraction}\ndtype = "{arguments.dtype}"\n{hard}{"[[loss]]" if terms else ""}\n{terms}\n')
                 once(run, "run.json", lambda resume, run=run, config=config, tier=tier: caskd(
                     arguments, "train", "--cache", caches[tier], "--student", student, "--config", config, "--out", run,
                     "--allow-low-fidelity", *resume))
                 scores.append(judge(arguments, run, run))
                 print(f"{loss} from {tier}, seed {seed}: {scores[-1]}", file=sys.stderr)
             rows.append((loss, tier, scores))
-
-    lines = ["| trained with | from | text | KL to the teacher | responses |", "|---|---|---|---|---|"]
-    for loss, tier, scores in rows:
-        cells = []
-        for column, digits in zip(zip(*scores), (2, 3, 2)):
-            spread = f" ± {statistics.stdev(column):.{digits}f}" if len(column) > 1 else ""
-            cells.append(f"{statistics.mean(column):.{digits}f}{spread}")
-        lines.append(f"| {loss} | {tier} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    (out / "table.md").write_text(table)
-    print(table, end="")
+            (out / "table.md").write_text(table(rows))
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":
