@@ -180,9 +180,9 @@ fn any_program_is_an_objective() {
     );
     assert!(found["best"]["value"].as_f64().unwrap().fract() == 0.25);
     for which in ["best", "recommended"] {
-        let file = bench.path(&format!("study/{which}.json"));
-        assert_eq!(found[format!("{which}_config")], file.to_str().unwrap());
-        let params = std::fs::read_to_string(&file).unwrap();
+        let file = format!("study/{which}.json");
+        assert_eq!(found[format!("{which}_config")], file);
+        let params = std::fs::read_to_string(bench.path(&file)).unwrap();
         assert_eq!(
             serde_json::from_str::<Value>(&params).unwrap(),
             found[which]["params"]

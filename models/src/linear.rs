@@ -61,7 +61,8 @@ impl<'a> Input<'a> {
 
     /// Whether libtorch would hand a convolution of x to oneDNN.
     fn convolves(&self) -> bool {
-        self.x.numel() > CONVOLVED && through_onednn(self.x) && tch::get_num_threads() > 1
+        let threads = tch::get_num_threads() > 1 || row_kernels::is_alone();
+        threads && self.x.numel() > CONVOLVED && through_onednn(self.x)
     }
 
     /// x Wᵀ (+ b), as [`linear`].

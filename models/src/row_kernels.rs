@@ -28,8 +28,13 @@ pub(crate) fn alone<R>(pass: impl FnOnce() -> R) -> R {
     result
 }
 
+/// The calling thread runs a pass in [`alone`].
+pub(crate) fn is_alone() -> bool {
+    ALONE.get()
+}
+
 fn applies(tensors: &[&Tensor]) -> bool {
-    ALONE.get() && tensors.iter().all(|tensor| tensor.device() == Device::Cpu)
+    is_alone() && tensors.iter().all(|tensor| tensor.device() == Device::Cpu)
 }
 
 /// Calls a kernel for the kind of `$tensor`.
@@ -68,9 +73,9 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Opti
     };
     let mut shape = x.size();
     *shape.last_mut()? = outputs;
-    let mut y = Tensor::empty(shape, (Kind::Float, Device::Cpu));
     let (inputs, outputs) = (inputs as usize, outputs as usize);
     let rows = input.len() / inputs.max(1);
+    let mut y = Tensor::empty(shape, (Kind::Float, Device::Cpu));
     multiply(
         matrix(input, [rows, inputs], inputs),
         matrix(weights, [outputs, inputs], inputs).transpose(),
@@ -347,6 +352,14 @@ mod tests {
             let expected = wide(&x) * wide(&cos) + swapped * wide(&sin);
             assert!(alone(|| rotate(&mut x, &cos, &sin)));
             near(&x, &expected);
+
+            for rows in [5, 40] {
+                let (x, weight, bias) = (next(&[2, rows, 70]), next(&[50, 70]), next(&[50]));
+                let expected = wide(&x).linear(&wide(&weight), Some(&wide(&bias)));
+                if let Some(y) = alone(|| linear(&x, &weight, Some(&bias))) {
+                    near(&y, &expected);
+                }
+            }
         }
     }
 

@@ -2,8 +2,9 @@
 
     python runs/search_bench/compare.py --ours ours.json --rivals rivals.jsonl --json results.json --markdown results.md
 
-The first tables are of runs 0 to 19. Where there are more, the same tables of all of them follow. Both options also read the
-JSON that this script wrote, so that one side can be measured anew.
+The first tables are of runs 0 to 19. Where there are more, the same tables of runs 0 to 59 and of all of them follow. A rival
+counts on a surface where it made all runs of the table. Both options also read the JSON that this script wrote, so that
+one side can be measured anew.
 
 Pairs are runs with the same number: they share the noise of every (trial, configuration). The best rival is picked per
 surface and number of trials by its mean, which favours the rival. Regret is that of the configuration with the least
@@ -20,6 +21,7 @@ from scipy.stats import wilcoxon
 
 TRIALS = (30, 50)
 FIRST = 20
+SECOND = 60
 OURS = ("sabo", "gp", "tpe")
 
 
@@ -177,7 +179,7 @@ def main():
     families = {}
     last = max(run for runs in curves.values() for run in runs)
     sections = []
-    for total in [FIRST] if last < FIRST else [FIRST, last + 1]:
+    for total in sorted({min(total, last + 1) for total in (FIRST, SECOND, last + 1)} | {FIRST}):
         some, advice = only(curves, lambda run: run < total), only(recommended, lambda run: run < total)
         # A sampler is shown where it made all runs on some surface, and ours are compared where they made all runs on all.
         made = lambda name: [len(some.get((surface, name), {})) == total for surface in surfaces]

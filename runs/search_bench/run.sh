@@ -6,7 +6,7 @@
 # Needs a Python with optuna, scipy and torch. What is already in OUT (default target/search_bench) is kept: a stopped
 # run goes on where it was; Optuna's GPSampler alone takes hours on one busy core. The numbers end in
 # runs/search_bench/results.json and results.md: runs 0 to 19 against all three, then RUNS (default 100) of them
-# against FURTHER_RIVALS (default: both TPEs; optuna-gp is the other).
+# against both TPEs, and GP_RUNS (default 60) against GPSampler on GP_SURFACES (default: where it is the best rival first).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${CASKD_PYTHON:?set CASKD_PYTHON to a Python with optuna, scipy and torch}"
@@ -23,7 +23,10 @@ rivals() { "$python" $here/rivals.py --tables "$out/tables.json" --out "$out/riv
 (
     rivals
     if [ $further -gt 0 ]; then
-        rivals --first-run 20 --seeds $further --names "${FURTHER_RIVALS:-optuna-tpe,optuna-tpe-univariate}"
+        rivals --first-run 20 --seeds $further --names optuna-tpe,optuna-tpe-univariate
+        for surface in ${GP_SURFACES:-1 4 5 3 2 6}; do
+            rivals --first-run 20 --seeds $((${GP_RUNS:-60} - 20)) --names optuna-gp --surfaces "$surface"
+        done
     fi
 ) &
 others=$!
