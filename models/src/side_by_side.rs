@@ -25,9 +25,10 @@ pub fn passes_at_once(network: &Network) -> usize {
     }
 }
 
-/// Runs `work` on every item, as many at one time as libtorch has threads on the CPU; `done` hears each item's index and
-/// result on the calling thread, in any order. Each thread has the network's weights, not a copy of them, and one thread
-/// of libtorch, so that no value depends on how many there are. A single item has all threads for itself. No graph is kept.
+/// Runs `work` on every item, items of about the same size, as many at one time as libtorch has threads on the CPU; `done`
+/// hears each item's index and result on the calling thread, in any order. Each thread has the network's weights, not a copy of
+/// them, and one thread of libtorch. Items that are left over when each thread has had as many have all threads, one after
+/// the other. No graph is kept.
 pub fn side_by_side<T: Sync, R: Send>(
     network: &Network,
     items: &[T],
@@ -35,27 +36,17 @@ pub fn side_by_side<T: Sync, R: Send>(
     mut done: impl FnMut(usize, R),
 ) {
     let threads = passes_at_once(network);
-    if threads == 1 || items.len() < 2 {
-        let alone = tch::get_num_threads() == 1;
-        for (index, item) in items.iter().enumerate() {
-            let work = || work(network, item);
-            done(
-                index,
-                if alone {
-                    row_kernels::alone(work)
-                } else {
-                    work()
-                },
-            );
-        }
-        return;
-    }
+    let shared = if threads > 1 {
+        items.len() / threads * threads
+    } else {
+        0
+    };
     let next = AtomicUsize::new(0);
     let (sender, results) = mpsc::channel();
     std::thread::scope(|scope| {
-        for _ in 0..threads.min(items.len()) {
+        for _ in 0..threads.min(shared) {
             let (network, sender) = (network.replica(), sender.clone());
-            let (next, work) = (&next, &work);
+            let (items, next, work) = (&items[..shared], &next, &work);
             scope.spawn(move || {
                 tch::set_num_threads(1);
                 loop {
@@ -73,8 +64,20 @@ pub fn side_by_side<T: Sync, R: Send>(
             done(index, result);
         }
     });
-    // Threads that begin later take the number that was set last, wherever it was set.
-    tch::set_num_threads(threads as i32);
+    if shared > 0 {
+        // Threads that begin later take the number that was set last, wherever it was set.
+        tch::set_num_threads(threads as i32);
+    }
+    let alone = tch::get_num_threads() == 1;
+    for (index, item) in items.iter().enumerate().skip(shared) {
+        let work = || work(network, item);
+        let result = if alone {
+            row_kernels::alone(work)
+        } else {
+            tch::no_grad(work)
+        };
+        done(index, result);
+    }
 }
 
 #[cfg(test)]
