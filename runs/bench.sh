@@ -28,6 +28,12 @@ done
 echo "== a LoRA step from the cache against PyTorch, transformers and peft"
 cargo build --release --locked --bin caskd
 OMP_NUM_THREADS=2 rival runs/train_step.py "$teacher"
+echo "== task scores against lm-evaluation-harness"
+if [ -n "$python" ] && [ -n "${CASKD_TASKS:-}" ]; then
+    CASKD_PYTHON="$python" runs/lm_eval/speed.sh "$teacher" "$CASKD_TASKS"
+else
+    echo "(needs a rival's Python as above, and a folder of prepared task files in CASKD_TASKS)"
+fi
 echo "== the cache: decoding against pyarrow, MDS and a plain copy"
 cargo build --release --locked -p caskd-formats --example decode_speed
 rival runs/bench_cache.py

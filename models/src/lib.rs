@@ -30,7 +30,6 @@ mod block;
 mod bloom;
 mod config;
 mod error;
-mod f32_product;
 mod files;
 mod gguf;
 mod gguf_config;

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Scores task files with lm-evaluation-harness and compares with what `caskd eval` found.
 
-usage: compare.py MODEL TASK=FILE.jsonl ... --items ITEMS.jsonl [--limit N]
+usage: compare.py MODEL TASK=FILE.jsonl ... --items ITEMS.jsonl [--scores SCORES.json] [--limit N] [--dtype bfloat16]
        compare.py MODEL wikitext=FILE --scores SCORES.json [--limit N] [--max-len 512]
 
 MODEL is a GGUF file or a Hugging Face folder. ITEMS.jsonl is what `caskd eval --per-item` wrote for the
 same tasks, in the same order; the files are in a prepared form (query/choices/gold,
-contexts/continuation/gold, or context/continuation). SCORES.json is what `caskd eval --task
-wikitext=FILE --json` printed (FILE: JSONL with a `page` a line, or running text). Needs lm_eval, torch,
-transformers, gguf. Prints a line a task: largest and median difference of the log-likelihoods, both
-accuracies, items a second of the harness; for wikitext both word and byte perplexities.
+contexts/continuation/gold, or context/continuation). SCORES.json is what the same `caskd eval --json`
+printed (wikitext's FILE: JSONL with a `page` a line, or running text). Needs lm_eval, torch, transformers,
+gguf. Prints a line a task: largest and median difference of the log-likelihoods, both accuracies, items a
+second of the harness, with SCORES of caskd and their ratio; for wikitext both word and byte perplexities.
+Ends with 3 where log-likelihoods differ by 1e-2 or more, as they do in bfloat16.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def main():
     for line in open(args.items) if args.items else ():
         item = json.loads(line)
         ours.setdefault(item["task"], []).append(item)
+    scored = {task["task"]: task for task in json.load(open(args.scores))["tasks"]} if args.scores else {}
     worst = 0.0
     for task in args.tasks:
         name, path = task.split("=", 1)
@@ -129,12 +131,17 @@ def main():
         assert len(mine) == len(items), f"{name}: {len(mine)} items in {args.items}, {len(items)} in {path}"
         differences = [abs(a - b) for row, item in zip(theirs, mine) for a, b in zip(row, item["loglikelihoods"])]
         worst = max(worst, *differences)
+        speed = ""
+        if name in scored:
+            rate = scored[name]["items_per_second"]
+            speed = f", caskd {rate:.2f}: {rate * seconds / len(items):.2f} times"
         print(
             f"{name}: {len(items)} items, log-likelihoods differ by {max(differences):.2e} at most"
             f" ({statistics.median(differences):.1e} median), acc {statistics.mean(right):.4f} (harness)"
             f" {statistics.mean(item['acc'] for item in mine):.4f} (caskd), harness {len(items) / seconds:.2f} items/s"
+            f"{speed}"
         )
-    sys.exit(0 if worst < 1e-2 else 1)
+    sys.exit(0 if worst < 1e-2 else 3)
 
 
 if __name__ == "__main__":

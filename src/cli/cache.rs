@@ -1,5 +1,6 @@
 //! The arguments of the commands that read a cache: inspect, verify, fidelity, export.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -44,8 +45,8 @@ pub(crate) struct VerifyArgs {
     #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) teacher: Option<PathBuf>,
     /// Sequences that the teacher reads again
-    #[arg(long, default_value_t = 8, value_name = "N", requires = "teacher")]
-    pub(crate) sample: usize,
+    #[arg(long, default_value = "8", value_name = "N", requires = "teacher")]
+    pub(crate) sample: NonZeroUsize,
     /// cpu or cuda:N, for the teacher
     #[arg(long, default_value = "cpu", requires = "teacher")]
     pub(crate) device: String,
@@ -75,8 +76,8 @@ pub(crate) struct FidelityArgs {
     #[arg(long, value_name = "DIR|FILE.gguf", requires = "teacher")]
     pub(crate) student: Option<PathBuf>,
     /// Positions to measure on
-    #[arg(long, default_value_t = 2048, value_name = "N")]
-    pub(crate) positions: usize,
+    #[arg(long, default_value = "2048", value_name = "N")]
+    pub(crate) positions: NonZeroUsize,
     /// cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,

@@ -49,7 +49,7 @@ pub(crate) struct SearchArgs {
     #[command(flatten)]
     pub(crate) sabo: SaboArgs,
     /// Trials in all [default: 30]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) trials: Option<u64>,
     /// Large values are good [default: small ones]
     #[arg(long)]
@@ -98,7 +98,7 @@ pub(crate) struct SearchArgs {
     )]
     pub(crate) compare: Vec<SamplerArg>,
     /// Studies per sampler of a comparison, with the seeds --seed, --seed + 1, …
-    #[arg(long, default_value_t = 5, value_name = "N", requires = "compare")]
+    #[arg(long, default_value_t = 5, value_name = "N", requires = "compare", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) seeds: u64,
     /// Print the summary as one JSON object
     #[arg(long)]

@@ -1,5 +1,6 @@
 //! The arguments of the commands on students: train, eval, loss.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -97,7 +98,7 @@ pub(crate) struct EvalArgs {
     pub(crate) per_item: Option<PathBuf>,
     /// Only the first N items of each task
     #[arg(long, value_name = "N")]
-    pub(crate) limit: Option<usize>,
+    pub(crate) limit: Option<NonZeroUsize>,
     /// Window of the text in tokens
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     pub(crate) max_len: usize,

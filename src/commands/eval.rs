@@ -1,5 +1,6 @@
 //! `caskd eval`
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -80,6 +81,16 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         max_len: args.max_len,
         stride: args.stride.unwrap_or(args.max_len),
     };
+    if !(1..=rolling.max_len).contains(&rolling.stride) {
+        return Err(Failure::user(
+            format!(
+                "--stride {} does not fit a window of {} tokens",
+                rolling.stride, rolling.max_len
+            ),
+            "give a --stride from 1 to --max-len",
+        ));
+    }
+    let limit = args.limit.map(NonZeroUsize::get);
     let tasks: Vec<(AnyTask, PathBuf)> = args
         .task
         .iter()
@@ -166,12 +177,12 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
     for (task, path) in tasks {
         let (line, score) = match task {
             AnyTask::Choices(task) => {
-                let (score, items) = score_task(&model, task, &path, args.limit)?;
+                let (score, items) = score_task(&model, task, &path, limit)?;
                 per_item.extend(items);
                 (task_line(&score), AnyTaskScore::Choices(score))
             }
             AnyTask::Wikitext => {
-                let score = score_wikitext(&model, &path, args.limit, rolling)?;
+                let score = score_wikitext(&model, &path, limit, rolling)?;
                 (wikitext_line(&score), AnyTaskScore::Pages(score))
             }
         };

@@ -49,7 +49,7 @@ pub(crate) fn run(args: &FidelityArgs) -> Outcome {
                 &cache,
                 &teacher,
                 &student,
-                args.positions.max(1),
+                args.positions.get(),
             )?)
         }
     };

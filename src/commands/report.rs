@@ -78,7 +78,7 @@ pub(crate) fn run(args: &ReportArgs) -> Outcome {
         runs: page.runs.len(),
     };
     say(format!(
-        "report `{}`: {} studies, {} comparisons, {} runs",
+        "report `{}`: studies: {}, comparisons: {}, runs: {}",
         args.out.display(),
         written.studies,
         written.comparisons,

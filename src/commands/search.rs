@@ -44,6 +44,9 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
     if args.compare.is_empty() {
         let plan = resolve(args)?;
         let summary = search_with_progress(&plan)?;
+        if summary.completed && summary.best.is_none() {
+            return Err(without_value(&plan.location));
+        }
         if args.json {
             let file = |which: &str, trial: &Option<TrialView>| {
                 trial.as_ref().and_then(|_| plan.config_file(which))
@@ -63,6 +66,14 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
         });
     }
     compare::run(args, &resolve(args)?)
+}
+
+/// Every trial failed: whoever waits for a configuration must hear of it.
+fn without_value(study: &Location) -> Failure {
+    Failure::user(
+        format!("no trial of study `{study}` has a value: all have failed"),
+        format!("see why: caskd status {study}"),
+    )
 }
 
 /// Everything that the arguments leave open comes from the study, where there is one to go on with.

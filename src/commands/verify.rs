@@ -28,7 +28,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Outcome {
         Some(teacher) if files.ok => {
             let cache = open_cache(&args.cache, shards, Io::Read)?;
             let device = parse_device(&args.device)?;
-            Some(recheck(&cache, teacher, args.sample, device)?)
+            Some(recheck(&cache, teacher, args.sample.get(), device)?)
         }
         _ => None,
     };

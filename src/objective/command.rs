@@ -77,7 +77,11 @@ impl Objective for CommandObjective {
                         "mend the command and begin again in another --out",
                     )));
                 }
-                Ok(Outcome::Failed(format!("{status}: {said}")))
+                Ok(Outcome::Failed(if said.is_empty() {
+                    format!("{status}, without a word on stderr")
+                } else {
+                    format!("{status}: {said}")
+                }))
             }
         }
     }

@@ -6,7 +6,7 @@ use caskd_search::{SamplerKind, StudyConfig, TrialState, TrialView, read_study};
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-use super::{SearchPlan, refuse_other_things, sampler_kind, search_with};
+use super::{SearchPlan, refuse_other_things, sampler_kind, search_with, without_value};
 use crate::cli::SearchArgs;
 use crate::commands::{print_json, print_text, write_file};
 use crate::exit::{Exit, Failure, Outcome};
@@ -84,7 +84,7 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
         .map(|sampler| (sampler_kind(*sampler), Vec::new()))
         .collect();
     // Seed by seed, so that a comparison that is stopped early has seen all samplers alike.
-    for seed in (plan.study.seed..).take(args.seeds.max(1) as usize) {
+    for seed in (plan.study.seed..).take(args.seeds as usize) {
         for (sampler, studies) in &mut samplers {
             let location = plan.location.sibling(&format!("{sampler}-{seed}"));
             say(format!("{sampler}, seed {seed}:"));
@@ -126,12 +126,8 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
 
 fn one_study(plan: &SearchPlan) -> Result<OneStudy, Failure> {
     let view = read_study(&plan.location)?;
-    let best = view.best().and_then(|best| best.value).ok_or_else(|| {
-        Failure::user(
-            format!("no trial of study `{}` has a value", plan.location),
-            "see why the trials failed: caskd status, caskd report",
-        )
-    })?;
+    let best = view.best().and_then(|best| best.value);
+    let best = best.ok_or_else(|| without_value(&plan.location))?;
     Ok(OneStudy {
         study: plan.location.to_string(),
         seed: plan.study.seed,
