@@ -2,8 +2,9 @@
 //! in two sweeps over rows that stay in the caches, where library calls would carry a dozen [N, V] tensors through memory.
 
 use caskd_formats::exp_nonpositive;
+use caskd_models::unchecked::{RowWork, in_widest};
 
-use crate::statistics::{BLOCK, LANES, RowWork, widest};
+use crate::statistics::{BLOCK, LANES};
 
 /// Logits of N positions, each [N·V].
 #[derive(Clone, Copy)]
@@ -46,7 +47,7 @@ pub(crate) fn compare(
                 for (at, divergence) in divergences.iter_mut().enumerate() {
                     let of_all = (first + at) * vocab..(first + at + 1) * vocab;
                     let own = at * vocab..(at + 1) * vocab;
-                    *divergence = widest(Row {
+                    *divergence = in_widest(Row {
                         teacher: &logits.teacher[of_all.clone()],
                         student: &logits.student[of_all.clone()],
                         rebuilt: &logits.rebuilt[of_all],

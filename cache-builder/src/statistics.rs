@@ -5,6 +5,7 @@
 //! order on every processor, so the instruction set does not change a bit of the result.
 
 use caskd_formats::{Statistics, TOP_K_STEPS, TopK, exp_nonpositive};
+use caskd_models::unchecked::{RowWork, in_widest};
 
 /// The statistics of one row of logits, over the whole vocabulary at temperature 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,7 +57,7 @@ pub fn summarize_logits(
                     .zip(statistics)
                     .zip(entries.chunks_exact_mut(k))
                 {
-                    *statistics = widest(Summary {
+                    *statistics = in_widest(Summary {
                         row,
                         selection: &mut selection,
                     });
@@ -174,53 +175,6 @@ type Lanes = [f32; LANES];
 
 /// Elements after which the lanes are added up in f64, so that f32 sums stay short.
 pub(crate) const BLOCK: usize = 64 * LANES;
-
-/// Work on rows of numbers that wants the widest vectors of the processor. `run` and what it calls are to be
-/// `inline(always)`: only then they take on the instruction set that was found.
-pub(crate) trait RowWork {
-    type Output;
-
-    fn run(self) -> Self::Output;
-}
-
-/// Work compiled for the widest vectors that the processor has.
-mod row_work {
-    #![expect(
-        unsafe_code,
-        reason = "the wider versions are called only where the processor has them"
-    )]
-
-    use super::RowWork;
-
-    pub(crate) fn widest<W: RowWork>(work: W) -> W::Output {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                // SAFETY: AVX-512F was detected just above.
-                return unsafe { run_avx512(work) };
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: AVX2 was detected just above.
-                return unsafe { run_avx2(work) };
-            }
-        }
-        work.run()
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn run_avx512<W: RowWork>(work: W) -> W::Output {
-        work.run()
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn run_avx2<W: RowWork>(work: W) -> W::Output {
-        work.run()
-    }
-}
-
-pub(crate) use row_work::widest;
 
 /// The summary of one row; `selection` holds its top k afterwards.
 struct Summary<'a> {

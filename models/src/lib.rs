@@ -55,7 +55,8 @@ mod side_by_side;
 mod sparsity;
 mod tokenizer;
 mod training;
-mod unchecked;
+#[doc(hidden)]
+pub mod unchecked;
 mod weights;
 mod wide_head;
 

@@ -10,7 +10,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use tch::{Device, Kind, Tensor};
 
-use crate::unchecked::{Bf16, Element, in_widest, read, write};
+use crate::unchecked::{Element, RowWork, in_widest, read, write};
 
 /// Queries that attend at one time: keys after the last that one of them sees are left out. Fewer leave out more, more make
 /// faster products.
@@ -42,7 +42,7 @@ macro_rules! by_kind {
     ($tensor:expr, $kernel:ident($($argument:expr),*)) => {
         match $tensor.kind() {
             Kind::Float => $kernel::<f32>($($argument),*),
-            Kind::BFloat16 => $kernel::<Bf16>($($argument),*),
+            Kind::BFloat16 => $kernel::<u16>($($argument),*),
             _ => None,
         }
     };
@@ -101,18 +101,33 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Option<Tensor> 
 
 fn rms_norm_of<T: Element>(x: &Tensor, weight: &Tensor, eps: f64) -> Option<Tensor> {
     let mut y = x.empty_like();
-    let (from, to, weight) = (read::<T>(x)?, write::<T>(&mut y)?, read::<T>(weight)?);
-    let width = weight.len().max(1);
-    in_widest(|| {
+    let weight = read::<T>(weight)?;
+    in_widest(RmsNorm(read(x)?, write(&mut y)?, weight, eps as f32));
+    Some(y)
+}
+
+/// Rows from, rows to, the weight, ε.
+struct RmsNorm<'a, T>(&'a [T], &'a mut [T], &'a [T], f32);
+
+impl<T: Element> RowWork for RmsNorm<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) {
+        let RmsNorm(from, to, weight, eps) = self;
+        let width = weight.len().max(1);
         for (x, y) in from.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
             let mean = sum(x, |x| x.wide() * x.wide()) / width as f32;
-            let inverse = (mean + eps as f32).sqrt().recip();
+            let inverse = (mean + eps).sqrt().recip();
             for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
                 *y = T::narrow(T::narrow(x.wide() * inverse).wide() * weight.wide());
             }
         }
-    });
-    Some(y)
+    }
 }
 
 /// silu(gate) · up, in place on `gate`; false where `gate` is as it was.
@@ -121,16 +136,29 @@ pub(crate) fn silu_times(gate: &mut Tensor, up: &Tensor) -> bool {
 }
 
 fn silu_times_of<T: Element>(gate: &mut Tensor, up: &Tensor) -> Option<()> {
-    let (gate, up) = (write::<T>(gate)?, read::<T>(up)?);
-    in_widest(|| {
+    in_widest(SiluTimes::<T>(write(gate)?, read(up)?));
+    Some(())
+}
+
+struct SiluTimes<'a, T>(&'a mut [T], &'a [T]);
+
+impl<T: Element> RowWork for SiluTimes<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) {
+        let SiluTimes(gate, up) = self;
         for (gate, up) in gate.iter_mut().zip(up) {
             let x = gate.wide();
             let small = exp_nonpositive(-x.abs());
             let sigmoid = if x < 0.0 { small } else { 1.0 } / (1.0 + small);
             *gate = T::narrow(T::narrow(x * sigmoid).wide() * up.wide());
         }
-    });
-    Some(())
+    }
 }
 
 /// Rotates x [B, T, H, d] in place by cosines and sines [T, 1, d], the sines of the first half negated; false where x is
@@ -143,10 +171,25 @@ fn rotate_of<T: Element>(x: &mut Tensor, cos: &Tensor, sin: &Tensor) -> Option<(
     let &[_, _, heads, width] = x.size().as_slice() else {
         return None;
     };
-    let (heads, width) = (heads as usize, width as usize);
-    let (x, cos, sin) = (write::<T>(x)?, read::<T>(cos)?, read::<T>(sin)?);
-    let half = width / 2;
-    in_widest(|| {
+    let sizes = [heads as usize, width as usize];
+    in_widest(Rotate::<T>(write(x)?, read(cos)?, read(sin)?, sizes));
+    Some(())
+}
+
+/// x, cosines, sines, how many heads and how wide.
+struct Rotate<'a, T>(&'a mut [T], &'a [T], &'a [T], [usize; 2]);
+
+impl<T: Element> RowWork for Rotate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) {
+        let Rotate(x, cos, sin, [heads, width]) = self;
+        let half = width / 2;
         let angles = cos.chunks_exact(width).zip(sin.chunks_exact(width)).cycle();
         for (row, (cos, sin)) in x.chunks_exact_mut(heads * width).zip(angles) {
             let ((cos, cos_2), (sin, sin_2)) = (cos.split_at(half), sin.split_at(half));
@@ -159,8 +202,7 @@ fn rotate_of<T: Element>(x: &mut Tensor, cos: &Tensor, sin: &Tensor) -> Option<(
                 }
             }
         }
-    });
-    Some(())
+    }
 }
 
 /// softmax(q kᵀ / √d + mask) v within groups of positions that lie side by side: q [1, M, H, d], k and v [1, N, G, d],
@@ -217,7 +259,12 @@ pub(crate) fn attend([q, k, v, mask]: [&Tensor; 4], groups: &[(i64, i64)]) -> Op
                     let queries = matrix(&queries[own..], [rows, width], out_row);
                     multiply(queries, keys.transpose(), &mut scores, seen);
                     for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
-                        softmax(scores, &mask_row(head, block + row)[..seen], factor);
+                        let mask = &mask_row(head, block + row)[..seen];
+                        in_widest(Softmax {
+                            scores,
+                            mask,
+                            factor,
+                        });
                     }
                     let weights = matrix(&scores, [rows, seen], seen);
                     multiply(weights, values, &mut out[own..], out_row);
@@ -231,8 +278,26 @@ pub(crate) fn attend([q, k, v, mask]: [&Tensor; 4], groups: &[(i64, i64)]) -> Op
 }
 
 /// softmax(factor · scores + mask), in place.
-fn softmax(scores: &mut [f32], mask: &[f32], factor: f32) {
-    in_widest(|| {
+struct Softmax<'a> {
+    scores: &'a mut [f32],
+    mask: &'a [f32],
+    factor: f32,
+}
+
+impl RowWork for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) {
+        let Softmax {
+            scores,
+            mask,
+            factor,
+        } = self;
         let mut largest = [f32::NEG_INFINITY; LANES];
         for (scores, mask) in scores.chunks_mut(LANES).zip(mask.chunks(LANES)) {
             for ((score, mask), largest) in scores.iter_mut().zip(mask).zip(&mut largest) {
@@ -248,7 +313,7 @@ fn softmax(scores: &mut [f32], mask: &[f32], factor: f32) {
         for score in scores {
             *score *= inverse;
         }
-    });
+    }
 }
 
 /// Sums that run side by side, so that they fill a vector.

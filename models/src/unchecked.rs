@@ -1,23 +1,38 @@
-//! What the row kernels need and the compiler cannot check: the memory of tensors as slices, and code compiled for
-//! vectors that only some processors have.
+//! What row kernels need and the compiler cannot check: the memory of tensors as slices, and code compiled for
+//! vectors that only some processors have. For the kernels here and in the crates above, and no part of the interface.
 #![expect(unsafe_code)]
 
 use tch::{Device, Kind, Tensor};
 
-/// A number that a tensor of some kind holds.
-pub(crate) trait Element: Copy {
+/// What a tensor of some kind holds.
+pub trait Stored: Copy {
     /// That kind.
     const KIND: Kind;
+}
 
+impl Stored for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Stored for i64 {
+    const KIND: Kind = Kind::Int64;
+}
+
+/// The pattern of a bfloat16.
+impl Stored for u16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// A number that kernels compute with, in f32.
+pub trait Element: Stored {
+    /// Its value.
     fn wide(self) -> f32;
 
-    /// Rounded to the nearest, ties to even.
+    /// The nearest one, ties to even.
     fn narrow(value: f32) -> Self;
 }
 
 impl Element for f32 {
-    const KIND: Kind = Kind::Float;
-
     #[inline]
     fn wide(self) -> f32 {
         self
@@ -29,32 +44,29 @@ impl Element for f32 {
     }
 }
 
-/// The pattern of a bfloat16.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct Bf16(u16);
-
-impl Element for Bf16 {
-    const KIND: Kind = Kind::BFloat16;
-
+impl Element for u16 {
     #[inline]
     fn wide(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
+        f32::from_bits(u32::from(self) << 16)
     }
 
     #[inline]
-    fn narrow(value: f32) -> Bf16 {
+    fn narrow(value: f32) -> u16 {
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         // Rounding would carry some NaNs into infinity.
         let quiet = (bits >> 16) | 0x40;
-        Bf16(if value.is_nan() { quiet } else { rounded } as u16)
+        if value.is_nan() {
+            quiet as u16
+        } else {
+            rounded as u16
+        }
     }
 }
 
 /// The numbers of a tensor, for reading; `None` where they do not lie on the CPU in one piece, or are of another kind.
 /// Nobody writes to the tensor meanwhile.
-pub(crate) fn read<T: Element>(tensor: &Tensor) -> Option<&[T]> {
+pub fn read<T: Stored>(tensor: &Tensor) -> Option<&[T]> {
     if !is_slice_of::<T>(tensor) {
         return None;
     }
@@ -70,7 +82,7 @@ pub(crate) fn read<T: Element>(tensor: &Tensor) -> Option<&[T]> {
 ///
 /// The caller has just made the tensor by an operation that gives fresh memory, and lets no other tensor see its
 /// storage while the slice lives.
-pub(crate) fn write<T: Element>(tensor: &mut Tensor) -> Option<&mut [T]> {
+pub fn write<T: Stored>(tensor: &mut Tensor) -> Option<&mut [T]> {
     if !is_slice_of::<T>(tensor) {
         return None;
     }
@@ -81,12 +93,22 @@ pub(crate) fn write<T: Element>(tensor: &mut Tensor) -> Option<&mut [T]> {
     Some(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), tensor.numel()) })
 }
 
-fn is_slice_of<T: Element>(tensor: &Tensor) -> bool {
+fn is_slice_of<T: Stored>(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && tensor.kind() == T::KIND && tensor.is_contiguous()
 }
 
-/// Runs `work`, whatever of it is inlined here compiled for the widest vectors that the processor has.
-pub(crate) fn in_widest<R>(work: impl FnOnce() -> R) -> R {
+/// Work on rows of numbers that wants the widest vectors of the processor. `run` and what it calls are to be
+/// `inline(always)`: only then they take on the instruction set that was found, which closures do not.
+pub trait RowWork {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn run(self) -> Self::Output;
+}
+
+/// Does the work with the widest vectors that the processor has.
+pub fn in_widest<W: RowWork>(work: W) -> W::Output {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
@@ -98,17 +120,17 @@ pub(crate) fn in_widest<R>(work: impl FnOnce() -> R) -> R {
             return unsafe { in_avx2(work) };
         }
     }
-    work()
+    work.run()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn in_avx512<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn in_avx512<W: RowWork>(work: W) -> W::Output {
+    work.run()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn in_avx2<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn in_avx2<W: RowWork>(work: W) -> W::Output {
+    work.run()
 }

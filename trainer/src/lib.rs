@@ -51,7 +51,6 @@ mod tasks;
 mod teacher_logits;
 mod tensorboard;
 mod train;
-mod unchecked;
 mod wikitext;
 
 pub use calibration::Calibration;

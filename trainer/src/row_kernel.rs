@@ -13,6 +13,8 @@
 //! not change a bit.
 
 use caskd_formats::exp_nonpositive;
+use caskd_models::unchecked::{Element, RowWork, in_widest, write};
+use tch::{Kind, Tensor};
 
 use crate::losses::{ByHand, EPSILON, SMALLEST_MASS, Scaling, SoftTarget};
 
@@ -29,6 +31,17 @@ pub(crate) enum Values<'a> {
     F32(&'a mut [f32]),
     /// bfloat16 patterns.
     Bf16(&'a mut [u16]),
+}
+
+/// The values of a tensor that nobody else uses, f32 or bfloat16; `None` where they do not lie on the CPU in one piece, or
+/// are of another kind. What [`write`] asks of the caller holds here, too.
+pub(crate) fn values_of(tensor: &mut Tensor) -> Option<Values<'_>> {
+    match tensor.kind() {
+        _ if tensor.requires_grad() => None,
+        Kind::Float => write(tensor).map(Values::F32),
+        Kind::BFloat16 => write(tensor).map(Values::Bf16),
+        _ => None,
+    }
 }
 
 /// What is known of N rows beside the logits.
@@ -123,13 +136,13 @@ fn share_of_rows<'v>(
     };
     for (index, values) in values.chunks_mut(losses.len().max(1)).enumerate() {
         let known = RowKnown::at(known, first + index);
-        dispatch::row(
+        in_widest(OneRow {
             losses,
-            (&mut student, teacher.as_mut(), index),
-            &known,
-            &mut scratch,
+            rows: (&mut student, teacher.as_mut(), index),
+            known: &known,
+            scratch: &mut scratch,
             values,
-        );
+        });
     }
 }
 
@@ -199,112 +212,69 @@ struct Scratch {
     gradient: Vec<f32>,
 }
 
-/// One row, compiled for the widest vectors that the processor has.
-mod dispatch {
-    #![expect(
-        unsafe_code,
-        reason = "the wider versions are called only where the processor has them"
-    )]
-
-    use super::{HandLoss, RowKnown, Scratch, Values, row_portable};
-
-    type Rows<'a, 'v> = (&'a mut Values<'v>, Option<&'a mut Values<'v>>, usize);
-
-    pub(super) fn row(
-        losses: &[HandLoss],
-        rows: Rows<'_, '_>,
-        known: &RowKnown<'_>,
-        scratch: &mut Scratch,
-        values: &mut [f64],
-    ) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                // SAFETY: both were detected just above.
-                return unsafe { row_avx512(losses, rows, known, scratch, values) };
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: AVX2 was detected just above.
-                return unsafe { row_avx2(losses, rows, known, scratch, values) };
-            }
-        }
-        row_portable(losses, rows, known, scratch, values);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn row_avx512(
-        losses: &[HandLoss],
-        rows: Rows<'_, '_>,
-        known: &RowKnown<'_>,
-        scratch: &mut Scratch,
-        values: &mut [f64],
-    ) {
-        row_portable(losses, rows, known, scratch, values);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn row_avx2(
-        losses: &[HandLoss],
-        rows: Rows<'_, '_>,
-        known: &RowKnown<'_>,
-        scratch: &mut Scratch,
-        values: &mut [f64],
-    ) {
-        row_portable(losses, rows, known, scratch, values);
-    }
+/// One row of student and teacher, the one at an index.
+struct OneRow<'a, 'v> {
+    losses: &'a [HandLoss],
+    rows: (&'a mut Values<'v>, Option<&'a mut Values<'v>>, usize),
+    known: &'a RowKnown<'a>,
+    scratch: &'a mut Scratch,
+    values: &'a mut [f64],
 }
 
-#[inline(always)]
-#[expect(
-    clippy::inline_always,
-    reason = "it must take on its caller's instruction set"
-)]
-fn row_portable(
-    losses: &[HandLoss],
-    (student, teacher, index): (&mut Values<'_>, Option<&mut Values<'_>>, usize),
-    known: &RowKnown<'_>,
-    scratch: &mut Scratch,
-    values: &mut [f64],
-) {
-    let Scratch {
-        student: s,
-        teacher: t,
-        gradient: g,
-    } = scratch;
-    load(student, index, s);
-    if let Some(teacher) = teacher {
-        load(teacher, index, t);
-        lay_over(t, known);
-    }
-    let vocabulary = s.len();
-    g.fill(0.0);
-    let of_student = Spread::of(s, losses);
-    let of_teacher = match known.sigma {
-        Some(sigma) => Spread {
-            sigma: f64::from(sigma),
-        },
-        None => Spread::of(&t[..vocabulary.min(t.len())], losses),
-    };
+impl RowWork for OneRow<'_, '_> {
+    type Output = ();
 
-    // Teacher logits that hold at temperature 1 alone come last: they take the others' place.
-    let at_one = |loss: &HandLoss| {
-        known.exact.is_some()
-            && loss.form.target == SoftTarget::Teacher
-            && loss.form.scaling == Scaling::Temperature(1.0)
-    };
-    for (last, shifted) in [(false, false), (true, known.exact.is_some())] {
-        if shifted && losses.iter().any(at_one) {
-            shift_to_exact(t, known);
+    #[inline(always)]
+    #[expect(
+        clippy::inline_always,
+        reason = "it must take on its caller's instruction set"
+    )]
+    fn run(self) {
+        let OneRow {
+            losses,
+            rows: (student, teacher, index),
+            known,
+            scratch,
+            values,
+        } = self;
+        let Scratch {
+            student: s,
+            teacher: t,
+            gradient: g,
+        } = scratch;
+        load(student, index, s);
+        if let Some(teacher) = teacher {
+            load(teacher, index, t);
+            lay_over(t, known);
         }
-        for (loss, value) in losses.iter().zip(values.iter_mut()) {
-            if at_one(loss) == last {
-                *value = one_loss(loss, s, t, g, (of_student, of_teacher), known);
+        let vocabulary = s.len();
+        g.fill(0.0);
+        let of_student = Spread::of(s, losses);
+        let of_teacher = match known.sigma {
+            Some(sigma) => Spread {
+                sigma: f64::from(sigma),
+            },
+            None => Spread::of(&t[..vocabulary.min(t.len())], losses),
+        };
+
+        // Teacher logits that hold at temperature 1 alone come last: they take the others' place.
+        let at_one = |loss: &HandLoss| {
+            known.exact.is_some()
+                && loss.form.target == SoftTarget::Teacher
+                && loss.form.scaling == Scaling::Temperature(1.0)
+        };
+        for (last, shifted) in [(false, false), (true, known.exact.is_some())] {
+            if shifted && losses.iter().any(at_one) {
+                shift_to_exact(t, known);
+            }
+            for (loss, value) in losses.iter().zip(values.iter_mut()) {
+                if at_one(loss) == last {
+                    *value = one_loss(loss, s, t, g, (of_student, of_teacher), known);
+                }
             }
         }
+        store(g, student, index);
     }
-    store(g, student, index);
 }
 
 /// The value of one loss; its gradient is added to `g`.
@@ -633,7 +603,7 @@ fn load(values: &Values<'_>, index: usize, row: &mut [f32]) {
         Values::F32(values) => row.copy_from_slice(&values[places]),
         Values::Bf16(values) => {
             for (to, &from) in row.iter_mut().zip(&values[places]) {
-                *to = f32::from_bits(u32::from(from) << 16);
+                *to = from.wide();
             }
         }
     }
@@ -651,8 +621,7 @@ fn store(row: &[f32], values: &mut Values<'_>, index: usize) {
         Values::F32(values) => values[places].copy_from_slice(row),
         Values::Bf16(values) => {
             for (to, &from) in values[places].iter_mut().zip(row) {
-                let bits = from.to_bits();
-                *to = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+                *to = u16::narrow(from);
             }
         }
     }

@@ -8,6 +8,7 @@
 //! the logits' own spread take the cached one.
 
 use caskd_formats::{Basis, Cache, Columns, Head, HeadDtype};
+use caskd_models::unchecked::read;
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
@@ -15,7 +16,7 @@ use crate::head::{chunks, rows_per_chunk};
 use crate::losses::KnownSpread;
 use crate::matmul::times_transposed;
 use crate::row_kernel::{TeacherParts, TopEntries};
-use crate::unchecked::read;
+
 use crate::{Error, Result};
 
 /// Mass outside the top K that a shift to the exact log-sum-exp does not go below.

@@ -1,14 +1,16 @@
 //! The fused head by the row kernel, where every loss has a form for that.
 
+use caskd_models::unchecked::read;
 use tch::Tensor;
 
 use super::{HeadGradient, Heads, NotFiniteRow, ScaledLoss, add_head_gradient, chunks};
 use crate::batch::Batch;
 use crate::losses::{MissingLogits, Normalization, SoftTarget};
 use crate::matmul::{times, times_transposed};
-use crate::row_kernel::{HandLoss, Known, TeacherParts, TopEntries, values_and_gradient};
+use crate::row_kernel::{
+    HandLoss, Known, TeacherParts, TopEntries, values_and_gradient, values_of,
+};
 use crate::teacher_logits::{LinearCode, TeacherRows};
-use crate::unchecked::{read, values_of};
 
 /// The losses as the row kernel takes them; `None` where one of them needs autograd.
 pub(super) fn by_hand(

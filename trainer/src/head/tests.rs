@@ -2,14 +2,16 @@
 
 use caskd_formats::{Coefficients, Columns, HiddenState, Sequence, Statistics, TopK};
 use caskd_models::SeededRng;
+use caskd_models::unchecked::read;
 use tch::Device;
 
 use super::*;
 use crate::losses::{
     BildTeacherLed, CrossEntropy, DualScaling, GhostKl, Kl, Sigma, Tail, UniformTailKl,
 };
-use crate::row_kernel::{HandLoss, Known, TeacherParts, TopEntries, values_and_gradient};
-use crate::unchecked::{read, values_of};
+use crate::row_kernel::{
+    HandLoss, Known, TeacherParts, TopEntries, values_and_gradient, values_of,
+};
 
 const WIDTH: usize = 6;
 const VOCABULARY: usize = 23;
