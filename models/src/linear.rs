@@ -105,8 +105,8 @@ const CONVOLVED: usize = 20_480;
 /// For f32 on a CPU the product goes to oneDNN: libtorch's default, MKL, takes a slower path on
 /// processors that are not Intel's (measured on an AVX-512 EPYC: 120–160 against 75–95 GFLOP/s on
 /// one core). A frozen W that fits in the caches goes there as a 1 × 1 convolution: as fast or faster, without copies of
-/// input and output in a form of oneDNN's own, of which a graph would keep the first. A pass that has one thread to itself multiplies by a kernel
-/// of ours.
+/// input and output in a form of oneDNN's own, of which a graph would keep the first. A pass that has one thread to itself
+/// multiplies by [`row_kernels::linear`].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     Input::new(x).times(weight, bias)
 }
