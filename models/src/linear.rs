@@ -106,7 +106,7 @@ const CONVOLVED: usize = 20_480;
 /// processors that are not Intel's (measured on an AVX-512 EPYC: 120–160 against 75–95 GFLOP/s on
 /// one core). A frozen W that fits in the caches goes there as a 1 × 1 convolution: as fast or faster, without copies of
 /// input and output in a form of oneDNN's own, of which a graph would keep the first. A pass that has one thread to itself
-/// multiplies by [`row_kernels::linear`].
+/// multiplies by faer, in `row_kernels`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     Input::new(x).times(weight, bias)
 }

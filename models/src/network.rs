@@ -175,7 +175,7 @@ impl Network {
     }
 
     /// Hidden states after the final norm of N tokens that are not one sequence but many, packed side
-    /// by side: [N] ids → [R, D], the states of the tokens `rows`. `positions` are those within each token's own sequence, and a
+    /// by side: \[N\] ids → [R, D], the states of the tokens `rows`. `positions` are those within each token's own sequence, and a
     /// token attends to those for which its row of `visible` \[N·N\] holds, so that continuations of one
     /// context can share it. Neighbours that see nothing of the others cost no attention with them, and tokens that are not
     /// asked for cost the last block their keys and values alone. Without a graph and without dropout.

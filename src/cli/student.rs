@@ -128,7 +128,7 @@ labels; of_student [B,T] for distillm-2 (1 where the student wrote the response)
 [B,T,D] for losses on hidden states, with projection [D_t,D_s] where projection=learned; mask [B,T] on demand. Output tensors: \
 value [B,T] and grad, the derivative of the mean of value with respect to the student, in f64 when an input is f64.")]
 pub(crate) struct LossArgs {
-    /// Which loss, by its name in [[loss]] entries
+    /// Which loss, as `kind` of a loss entry names it
     #[arg(long, value_name = "KIND", required_unless_present = "list")]
     pub(crate) kind: Option<String>,
     /// One setting of the loss; may be repeated
