@@ -208,6 +208,32 @@ fn any_program_is_an_objective() {
     assert!(page.contains("diverged: loss is nan") || found["failed"] == 0);
 }
 
+/// The hint leads to the reasons.
+#[test]
+fn a_search_without_a_value_is_an_error() {
+    let bench = Bench::empty();
+    let failing = "echo out of luck >&2; exit 3";
+    let search = [
+        "search",
+        "--command",
+        failing,
+        "--out",
+        "study",
+        "--trials",
+        "2",
+        "--json",
+    ];
+    let expected = [
+        "no trial of study `study` has a value",
+        "caskd report study --out report.html",
+    ];
+    refused(&bench, &search, &expected);
+    refused(&bench, &[&search[..], &["--resume"]].concat(), &expected);
+    bench.ok(&["report", "study", "--out", "report.html"]);
+    let page = std::fs::read_to_string(bench.path("report.html")).unwrap();
+    assert!(page.contains("out of luck"));
+}
+
 #[test]
 fn workers_join_and_a_killed_one_loses_nothing() {
     let bench = Bench::empty();

@@ -72,7 +72,7 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
 fn without_value(study: &Location) -> Failure {
     Failure::user(
         format!("no trial of study `{study}` has a value: all have failed"),
-        format!("see why: caskd status {study}"),
+        format!("see why: caskd report {study} --out report.html"),
     )
 }
 
