@@ -61,6 +61,7 @@ fn a_finer_rate_is_nearer_to_the_teacher() {
         "--json",
     ]);
     assert_eq!(anew["kl"], fine["kl"]);
+    assert_eq!(anew["gradient_error"], fine["gradient_error"]);
     let card = bench.ok(&["inspect", "fine"]);
     let card = String::from_utf8_lossy(&card.stdout).into_owned();
     assert!(

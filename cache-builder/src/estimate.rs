@@ -41,8 +41,8 @@ const FIT_TRIAL_SECONDS: f64 = 12.0;
 const FIT_HEAD_SECONDS: f64 = 4.0;
 const FIT_CUBE_SECONDS: f64 = 0.5;
 
-/// How much longer positions take in sequences that go through the layers one by one.
-const SINGLY: f64 = 1.3;
+/// How much longer positions take in sequences that go through the layers one by one, each on a thread.
+const SINGLY: f64 = 1.1;
 
 /// Positions that are measured, at most.
 const MEASURED_POSITIONS: usize = 2048;
@@ -178,16 +178,17 @@ pub fn estimate(
     });
     if options.fidelity {
         let sample = positions.min(SAMPLE_POSITIONS as u64) as f64;
-        // Of the last sequence all positions go through teacher and student, whose weights are read anew.
-        let through = sample + 0.5 * positions as f64 / spec.data.sequences.max(1) as f64;
         let computing = measurement.layer_seconds * measurement.layers as f64;
-        let passes = 2.0 * SINGLY * through / measurement.positions as f64 * computing;
+        let passes = 2.0 * SINGLY * sample / measurement.positions as f64 * computing;
+        let reading = if memory.layered {
+            measurement.reading_seconds()
+        } else {
+            0.0
+        };
         let share = sample / measurement.positions as f64;
         phases.push(PhaseEstimate {
             phase: Stage::Measuring,
-            seconds: passes
-                + measurement.reading_seconds()
-                + share * measurement.comparison_seconds,
+            seconds: passes + reading + share * measurement.comparison_seconds,
             memory_bytes: measuring_bytes,
         });
     }

@@ -7,20 +7,23 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use caskd_formats::{
     Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier, split_hash,
 };
-use caskd_models::{LoadOptions, LoadedModel, PruneOptions, SeededRng, linear, load, prune};
+use caskd_models::{
+    LoadOptions, LoadedModel, Network, PruneOptions, SeededRng, linear, load, prune, side_by_side,
+};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::TokenizedSequence;
 use crate::error::torch;
-use crate::layers::Event;
 use crate::rebuild::Rebuilt;
-use crate::row_comparison::{Logits, Scales, compare};
+use crate::row_comparison::{Logits, Scales, compare, deviations};
+use crate::sample_pass::{longest_first, through_teacher_and_pruned};
 use crate::teacher::Teacher;
 use crate::{Error, Result};
 
@@ -100,11 +103,11 @@ pub fn measure_cache(
     for row in last_rows(cache.rows()?, positions) {
         sequences.extend(cache.read(row.shard, &[row.row], &columns)?);
     }
-    let batches = id_batches(&sequences);
+    let ids = ids(&sequences, positions);
     tch::no_grad(|| {
         measure(
-            &Side::of_model(teacher, &batches),
-            &Side::of_model(student, &batches),
+            &Side::of_model(teacher, &ids),
+            &Side::of_model(student, &ids),
             &student.name,
             &spec,
             cache.basis()?.as_deref(),
@@ -123,24 +126,36 @@ pub(crate) struct Side {
 
 impl Side {
     fn new(head: &Tensor, hidden: &[Tensor]) -> Side {
-        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Float).to_device(Device::Cpu);
-        let hidden: Vec<Tensor> = hidden.iter().map(|one| wide(&one.squeeze_dim(0))).collect();
         Side {
             head: wide(&head.detach()),
-            hidden: Tensor::cat(&hidden, 0),
+            hidden: joined(hidden),
         }
     }
 
-    fn of_model(model: &LoadedModel, batches: &[Tensor]) -> Side {
-        let hidden: Vec<Tensor> = batches
-            .iter()
-            .map(|ids| {
-                let ids = ids.to_device(model.network.device());
-                model.network.forward(&ids, &[], false).last_hidden
-            })
-            .collect();
+    fn of_model(model: &LoadedModel, sequences: &[Vec<i64>]) -> Side {
+        let order = longest_first(sequences);
+        let mut hidden: Vec<Option<Tensor>> = sequences.iter().map(|_| None).collect();
+        let pass = |network: &Network, index: &usize| {
+            let ids = Tensor::from_slice(&sequences[*index]).unsqueeze(0);
+            let ids = ids.to_device(network.device());
+            network.forward(&ids, &[], false).last_hidden
+        };
+        side_by_side(&model.network, &order, pass, |at, found| {
+            hidden[order[at]] = Some(found);
+        });
+        let hidden: Vec<Tensor> = hidden.into_iter().flatten().collect();
         Side::new(model.network.head(), &hidden)
     }
+}
+
+fn wide(tensor: &Tensor) -> Tensor {
+    tensor.to_kind(Kind::Float).to_device(Device::Cpu)
+}
+
+/// Hidden states of batches, each [1, T, D], one after the other: [N, D].
+fn joined(hidden: &[Tensor]) -> Tensor {
+    let hidden: Vec<Tensor> = hidden.iter().map(|one| wide(&one.squeeze_dim(0))).collect();
+    Tensor::cat(&hidden, 0)
 }
 
 /// Measures rows of a cache under way: the teacher against itself without a quarter of its FFN channels, which goes through
@@ -151,21 +166,14 @@ pub(crate) fn measure_build(
     basis: Option<&Basis>,
     sequences: &[Sequence],
 ) -> Result<Fidelity> {
-    let batches = id_batches(sequences);
+    let ids = ids(sequences, SAMPLE_POSITIONS);
     tch::no_grad(|| {
         let head = teacher.head()?;
-        let of_student = Side::new(&head, &teacher.run_pruned(&batches, PRUNED)?);
-        let mut hidden: Vec<Option<Tensor>> = batches.iter().map(|_| None).collect();
-        teacher.run(&batches, &[], &AtomicBool::new(false), &mut |event| {
-            if let Event::Done(index, forward) = event {
-                hidden[index] = Some(forward.last_hidden);
-            }
-            Ok(())
-        })?;
-        let hidden: Vec<Tensor> = hidden.into_iter().flatten().collect();
-        let of_teacher = Side {
-            head: of_student.head.shallow_clone(),
-            ..Side::new(&head, &hidden)
+        let states = through_teacher_and_pruned(teacher, &ids, PRUNED)?;
+        let of_teacher = Side::new(&head, &states.teacher);
+        let of_student = Side {
+            head: of_teacher.head.shallow_clone(),
+            hidden: joined(&states.pruned),
         };
         let student = pruned_name(&teacher.files().name);
         measure(&of_teacher, &of_student, &student, spec, basis, sequences)
@@ -183,10 +191,10 @@ pub(crate) fn bytes(vocab: u64) -> u64 {
 /// teacher and student.
 pub(crate) fn rehearse(hidden: &Tensor, head: &Tensor) -> Result<f64> {
     let rows = hidden.size()[0];
-    let features = hidden
-        .narrow(1, 0, PROJECTED.min(hidden.size()[1]))
-        .contiguous();
-    let mut figures = Figures::new(head.size()[0], features.size()[1]);
+    let width = PROJECTED.min(hidden.size()[1]);
+    let mut features = Vec::new();
+    copy(&hidden.narrow(1, 0, width), &mut features)?;
+    let mut figures = Figures::new(head.size()[0], width);
     let scales = Scales {
         teacher: 1.0,
         student: 1.0,
@@ -210,13 +218,20 @@ pub(crate) fn rehearse(hidden: &Tensor, head: &Tensor) -> Result<f64> {
     Ok(seconds)
 }
 
-/// Each sequence as a batch of its own, [1, T].
-fn id_batches(sequences: &[Sequence]) -> Vec<Tensor> {
-    let ids = sequences.iter().map(|sequence| {
-        let ids: Vec<i64> = sequence.token_ids.iter().map(|id| i64::from(*id)).collect();
-        Tensor::from_slice(&ids).unsqueeze(0)
-    });
-    ids.collect()
+/// Ids of so many positions, by sequence; the last is cut where it goes beyond them.
+fn ids(sequences: &[Sequence], positions: usize) -> Vec<Vec<i64>> {
+    let mut left = positions;
+    let cut = |sequence: &Sequence| {
+        let ids = sequence.token_ids.iter().take(left);
+        let ids: Vec<i64> = ids.map(|id| i64::from(*id)).collect();
+        left -= ids.len();
+        ids
+    };
+    sequences
+        .iter()
+        .map(cut)
+        .filter(|ids| !ids.is_empty())
+        .collect()
 }
 
 fn pruned_name(of: &str) -> String {
@@ -299,7 +314,7 @@ fn measure(
         .collect();
     // Logits of both vocabularies exist for a moment only: what follows is over the common one.
     let rows_at_once = (LOGITS / common).clamp(1, ROWS);
-    let mut chunk = Chunk::default();
+    let (mut chunk, mut features) = (Chunk::default(), Vec::new());
     for batch in (0..whole).step_by(BATCH as usize) {
         let end = whole.min(batch + BATCH);
         for first in (batch..end).step_by(rows_at_once as usize) {
@@ -310,7 +325,7 @@ fn measure(
             copy(&of(teacher_hidden, of_teacher), &mut chunk.teacher)?;
             copy(&of(student_hidden, of_student), &mut chunk.student)?;
             let logits = rebuilt.logits(first, count);
-            let projected = projected.narrow(0, first, count);
+            copy(&projected.narrow(0, first, count), &mut features)?;
             let at_one = rebuilt.at_temperature_one(&logits, first, count);
             copy(&at_one.narrow(1, 0, common), &mut chunk.rebuilt)?;
             for temperature in TEMPERATURES {
@@ -321,7 +336,7 @@ fn measure(
                         student: scale,
                         rebuilt: scale,
                     };
-                    chunk.add(figures, &vec![scales; count as usize], &projected);
+                    chunk.add(figures, &vec![scales; count as usize], &features);
                 }
                 // Beyond temperature 1, the first, the rebuilt logits are as they come.
                 if temperature == 1 {
@@ -333,7 +348,7 @@ fn measure(
                 let known = rebuilt
                     .sigma(first, count)
                     .filter(|_| common == of_teacher.size()[0]);
-                chunk.add_dual_scaling(figures, known.as_ref(), &projected)?;
+                chunk.add_dual_scaling(figures, known.as_ref(), &features)?;
             }
         }
         totals.values_mut().for_each(Figures::end_batch);
@@ -359,16 +374,16 @@ fn measure(
 /// What is added up for one temperature.
 struct Figures {
     kl: f64,
-    /// Of the batch under way: the projected gradient [V, P] and what the rebuilt logits add to it.
-    gradient: Tensor,
-    error: Tensor,
+    /// Of the batch under way: the projected gradient [P, V] and what the rebuilt logits add to it.
+    gradient: Mat<f32>,
+    error: Mat<f32>,
     squared_errors: f64,
     batches: f64,
 }
 
 impl Figures {
     fn new(vocab: i64, features: i64) -> Figures {
-        let zeros = || Tensor::zeros([vocab, features], (Kind::Float, Device::Cpu));
+        let zeros = || Mat::zeros(features as usize, vocab as usize);
         Figures {
             kl: 0.0,
             gradient: zeros(),
@@ -379,10 +394,16 @@ impl Figures {
     }
 
     fn end_batch(&mut self) {
-        let norm = |tensor: &Tensor| tensor.square().sum(Kind::Double).double_value(&[]);
+        let norm = |values: &Mat<f32>| -> f64 {
+            let columns = values.col_iter();
+            columns
+                .map(|column| column.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>())
+                .sum()
+        };
         self.squared_errors += norm(&self.error) / norm(&self.gradient).max(f64::MIN_POSITIVE);
         self.batches += 1.0;
-        let _ = (self.gradient.zero_(), self.error.zero_());
+        self.gradient.fill(0.0);
+        self.error.fill(0.0);
     }
 }
 
@@ -399,7 +420,7 @@ struct Chunk {
 
 impl Chunk {
     /// Adds (q − p)ᵀ·f and (p − r)ᵀ·f for features f [N, P].
-    fn add(&mut self, figures: &mut Figures, scales: &[Scales], features: &Tensor) {
+    fn add(&mut self, figures: &mut Figures, scales: &[Scales], features: &[f32]) {
         self.gradient.resize(self.teacher.len(), 0.0);
         self.error.resize(self.teacher.len(), 0.0);
         let logits = Logits {
@@ -408,45 +429,61 @@ impl Chunk {
             rebuilt: &self.rebuilt,
         };
         figures.kl += compare(logits, scales, &mut self.gradient, &mut self.error);
-        let add = |sum: &mut Tensor, difference: &[f32]| {
-            let difference = Tensor::from_slice(difference).view([scales.len() as i64, -1]);
-            let _ = sum.addmm_(&difference.tr(), features);
-        };
-        add(&mut figures.gradient, &self.gradient);
-        add(&mut figures.error, &self.error);
+        add_product(&mut figures.gradient, &self.gradient, features);
+        add_product(&mut figures.error, &self.error, features);
     }
 
+    /// `rebuilt_sigma` [N, 1] are those that the cache knows.
     fn add_dual_scaling(
         &mut self,
         figures: &mut Figures,
         rebuilt_sigma: Option<&Tensor>,
-        features: &Tensor,
+        features: &[f32],
     ) -> Result<()> {
-        let rows = features.size()[0];
-        let sigma = |logits: &[f32]| {
-            let logits = Tensor::from_slice(logits).view([rows, -1]);
-            logits.std_dim([-1_i64].as_slice(), false, true)
-        };
-        let of_student = sigma(&self.student);
-        let of_rebuilt = match rebuilt_sigma {
-            Some(known) => known.shallow_clone(),
-            None => sigma(&self.rebuilt),
-        };
-        let sigmas = Tensor::cat(&[&sigma(&self.teacher), &of_student, &of_rebuilt], 1);
-        let mut scales = Vec::new();
-        copy(&(sigmas * SCALING_VALUE).reciprocal(), &mut scales)?;
-        let scales: Vec<Scales> = scales
-            .chunks_exact(3)
-            .map(|of| Scales {
-                teacher: of[0],
-                student: of[1],
-                rebuilt: of[2],
+        let vocab = figures.gradient.ncols();
+        let of_teacher = deviations(&self.teacher, vocab);
+        let of_student = deviations(&self.student, vocab);
+        let mut of_rebuilt = Vec::new();
+        match rebuilt_sigma {
+            Some(known) => copy(known, &mut of_rebuilt)?,
+            None => of_rebuilt = deviations(&self.rebuilt, vocab),
+        }
+        let scale = |sigma: f32| (f64::from(sigma) * SCALING_VALUE).recip() as f32;
+        let scales: Vec<Scales> = of_teacher
+            .iter()
+            .zip(&of_student)
+            .zip(&of_rebuilt)
+            .map(|((&teacher, &student), &rebuilt)| Scales {
+                teacher: scale(teacher),
+                student: scale(student),
+                rebuilt: scale(rebuilt),
             })
             .collect();
         // dL/d(student's logits) = (q − p) / (σ_s · b): b is the same everywhere.
-        self.add(figures, &scales, &(features / of_student));
+        let width = features.len() / scales.len().max(1);
+        let features: Vec<f32> = features
+            .iter()
+            .enumerate()
+            .map(|(index, feature)| feature / of_student[index / width])
+            .collect();
+        self.add(figures, &scales, &features);
         Ok(())
     }
+}
+
+/// sum [P, V] += featuresᵀ · difference, of features [N, P] and difference [N, V] by rows. Threads share columns: their
+/// number changes nothing.
+fn add_product(sum: &mut Mat<f32>, difference: &[f32], features: &[f32]) {
+    let (width, vocab) = sum.shape();
+    let rows = features.len() / width.max(1);
+    matmul(
+        sum,
+        Accum::Add,
+        MatRef::from_column_major_slice(features, width, rows),
+        MatRef::from_column_major_slice(difference, vocab, rows).transpose(),
+        1.0,
+        Par::rayon(tch::get_num_threads().max(1) as usize),
+    );
 }
 
 /// The numbers of a tensor, in place of what `values` held.

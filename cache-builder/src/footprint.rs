@@ -124,7 +124,7 @@ impl Footprint {
             },
             measuring: parts_of_head
                 .comparing(spec.tier)
-                .max(parts_of_head.wide_head + 2 * block + batch.max(parts.embedding)),
+                .max(parts_of_head.wide_head + 3 * block + batch.max(parts.embedding)),
             position: width * element * (1 + inner),
             batch_positions: tokens,
         }

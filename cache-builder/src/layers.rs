@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Scope;
 use std::time::Instant;
 
 use caskd_models::{Block, Context, Forward, LoadOptions, ModelFiles};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use tch::Tensor;
 
 use crate::Result;
@@ -26,8 +27,37 @@ pub(crate) enum Event {
     Done(usize, Forward),
 }
 
-/// Something that is done to a block before it is used.
-pub(crate) type Change<'a> = &'a (dyn Fn(usize, &mut Block) -> caskd_models::Result<()> + Sync);
+/// The blocks of a network in their order, each read while the one before it is in use.
+pub(crate) struct ReadAhead(Receiver<caskd_models::Result<Block>>);
+
+impl ReadAhead {
+    pub(crate) fn new<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        files: &'scope ModelFiles,
+        options: LoadOptions,
+    ) -> ReadAhead {
+        // No room in the channel: one block is computed with, one is waiting, none is further ahead.
+        let (sender, receiver) = bounded(0);
+        scope.spawn(move || {
+            for index in 0..files.config().num_layers() {
+                let block = files.load_block(index, &options);
+                let failed = block.is_err();
+                if sender.send(block).is_err() || failed {
+                    break;
+                }
+            }
+        });
+        ReadAhead(receiver)
+    }
+
+    /// The next block, asked for as often as there are some.
+    pub(crate) fn next(&self) -> Result<Block> {
+        let Ok(block) = self.0.recv() else {
+            unreachable!("the reading thread sends every block, or an error");
+        };
+        Ok(block?)
+    }
+}
 
 /// One pass over some batches.
 pub(crate) struct LayerPass<'a> {
@@ -37,7 +67,6 @@ pub(crate) struct LayerPass<'a> {
     pub(crate) keep: &'a [u32],
     /// Folder for activations; in memory where there is none.
     pub(crate) spill: Option<&'a Path>,
-    pub(crate) change: Option<Change<'a>>,
     pub(crate) stop: &'a AtomicBool,
 }
 
@@ -90,23 +119,10 @@ impl LayerPass<'_> {
 
         let mut contexts: BTreeMap<(i64, i64), Context> = BTreeMap::new();
         let through = std::thread::scope(|scope| -> Result<bool> {
-            // No room in the channel: one block is computed with, one is waiting, none is further ahead.
-            let (sender, receiver) = bounded::<Result<Block>>(0);
-            scope.spawn(move || {
-                for index in 0..num_layers {
-                    let block = self.load_block(index);
-                    let failed = block.is_err();
-                    if sender.send(block).is_err() || failed {
-                        break;
-                    }
-                }
-            });
+            let blocks = ReadAhead::new(scope, self.files, self.options);
             for index in 0..num_layers {
                 let waiting = Instant::now();
-                let Ok(block) = receiver.recv() else {
-                    unreachable!("the reading thread sends every block, or an error");
-                };
-                let block = block?;
+                let block = blocks.next()?;
                 times.waiting_seconds += waiting.elapsed().as_secs_f64();
                 for (batch, &shape) in shapes.iter().enumerate() {
                     if self.stop.load(Ordering::Relaxed) {
@@ -160,13 +176,5 @@ impl LayerPass<'_> {
         }
         times.completed = true;
         Ok(times)
-    }
-
-    fn load_block(&self, index: usize) -> Result<Block> {
-        let mut block = self.files.load_block(index, &self.options)?;
-        if let Some(change) = self.change {
-            change(index, &mut block)?;
-        }
-        Ok(block)
     }
 }

@@ -24,6 +24,7 @@ mod prepare;
 mod rebuild;
 mod recheck;
 mod row_comparison;
+mod sample_pass;
 mod statistics;
 mod teacher;
 mod teacher_pass;

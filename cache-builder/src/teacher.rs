@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caskd_models::{
-    Block, LoadOptions, LoadedModel, ModelFiles, PruneOptions, WideHead, prune_block,
-};
+use caskd_models::{LoadOptions, LoadedModel, ModelFiles, Network, WideHead};
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -92,6 +90,16 @@ impl Teacher {
         &self.files
     }
 
+    /// Device and type that it computes on and in; of several devices the last.
+    pub(crate) fn options(&self) -> LoadOptions {
+        self.options
+    }
+
+    /// The network, where it is whole in memory.
+    pub(crate) fn network(&self) -> Option<&Network> {
+        self.whole.as_ref().map(|model| &model.network)
+    }
+
     pub(crate) fn is_layered(&self) -> bool {
         self.whole.is_none()
     }
@@ -133,7 +141,6 @@ impl Teacher {
                 options: self.options,
                 keep,
                 spill: self.spill.as_deref(),
-                change: None,
                 stop,
             }
             .run(batches, on_event);
@@ -149,35 +156,5 @@ impl Teacher {
             completed: true,
             waiting_seconds: 0.0,
         })
-    }
-
-    /// Last hidden states of the teacher pruned by magnitude, each batch [B, T] → [B, T, D]. The pruned network never
-    /// exists whole.
-    pub(crate) fn run_pruned(&self, batches: &[Tensor], ratio: f64) -> Result<Vec<Tensor>> {
-        let config = self.files.config();
-        // The reading thread makes options of its own: theirs may hold tensors, which no two threads share.
-        let change = |index: usize, block: &mut Block| {
-            let options = PruneOptions {
-                ratio,
-                ..PruneOptions::default()
-            };
-            prune_block(config, index, block, &options)
-        };
-        let mut found: Vec<Option<Tensor>> = batches.iter().map(|_| None).collect();
-        LayerPass {
-            files: &self.files,
-            options: self.options,
-            keep: &[],
-            spill: None,
-            change: Some(&change),
-            stop: &AtomicBool::new(false),
-        }
-        .run(batches, &mut |event| {
-            if let Event::Done(index, forward) = event {
-                found[index] = Some(forward.last_hidden);
-            }
-            Ok(())
-        })?;
-        Ok(found.into_iter().flatten().collect())
     }
 }

@@ -4,7 +4,7 @@ use tch::{Device, Tensor};
 
 use crate::attention::Packed;
 use crate::config::Config;
-use crate::linear::{Linear, Pass};
+use crate::linear::{Adapter, Linear, Pass};
 use crate::llama::LayerShape;
 use crate::prune::Coupling;
 use crate::weights::WeightSource;
@@ -220,6 +220,15 @@ impl Block {
             }
         }
         tensors
+    }
+
+    /// The same block for another thread, adapters included: weights are shared, not copied.
+    pub(crate) fn replica(&self) -> Block {
+        let mut replica = self.share();
+        for ((_, of), (_, to)) in self.linears().into_iter().zip(replica.linears_mut()) {
+            to.adapter = of.adapter.as_ref().map(Adapter::share);
+        }
+        replica
     }
 
     pub(crate) fn share(&self) -> Block {

@@ -87,7 +87,7 @@ pub use prune::{
 pub use rng::SeededRng;
 pub use saliency::{Saliencies, saliencies};
 pub use save::{save_model, save_peft};
-pub use side_by_side::{passes_at_once, side_by_side};
+pub use side_by_side::{Shared, passes_at_once, side_by_side};
 pub use sparsity::{MaskOptions, MaskReport, Pattern, Sparsity, mask};
 pub use tokenizer::{LoadedTokenizer, fingerprint, load_tokenizer};
 pub use training::Tape;

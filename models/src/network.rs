@@ -437,6 +437,19 @@ impl Network {
         &self.norm
     }
 
+    /// The token embedding.
+    pub fn embedding(&self) -> &Embedding {
+        &self.embedding
+    }
+
+    /// A block, adapters included, on the network's own weights: what is put into it changes nothing here.
+    ///
+    /// # Panics
+    /// When there is no such block.
+    pub fn block(&self, index: usize) -> Block {
+        self.blocks[index].replica()
+    }
+
     pub(crate) fn dropout_seed(&self) -> u64 {
         self.dropout_seed
     }
@@ -494,16 +507,11 @@ impl Network {
 
     /// The same network for another thread, adapters included: weights are shared, not copied.
     pub(crate) fn replica(&self) -> Network {
-        let mut replica = self.share();
-        for (of, to) in self.blocks.iter().zip(&mut replica.blocks) {
-            for ((_, of), (_, to)) in of.linears().into_iter().zip(to.linears_mut()) {
-                to.adapter = of.adapter.as_ref().map(Adapter::share);
-            }
-        }
         Network {
+            blocks: self.blocks.iter().map(Block::replica).collect(),
             lora: self.lora.clone(),
             dropout_seed: self.dropout_seed,
-            ..replica
+            ..self.share()
         }
     }
 }

@@ -9,16 +9,52 @@ use std::sync::mpsc;
 use tch::Device;
 
 use crate::block::Block;
+use crate::norm::Norm;
 use crate::{Network, row_kernels};
 
+/// What passes go through: a network, one block of it, or the final norm.
+pub trait Shared: Send {
+    /// The same for another thread, adapters included: weights are shared, not copied.
+    #[must_use]
+    fn replica(&self) -> Self;
+
+    /// Whether all of it is on the CPU.
+    fn on_cpu(&self) -> bool;
+}
+
+impl Shared for Network {
+    fn replica(&self) -> Network {
+        Network::replica(self)
+    }
+
+    fn on_cpu(&self) -> bool {
+        self.blocks.iter().all(Shared::on_cpu)
+    }
+}
+
+impl Shared for Block {
+    fn replica(&self) -> Block {
+        Block::replica(self)
+    }
+
+    fn on_cpu(&self) -> bool {
+        self.device() == Device::Cpu
+    }
+}
+
+impl Shared for Norm {
+    fn replica(&self) -> Norm {
+        self.share()
+    }
+
+    fn on_cpu(&self) -> bool {
+        self.weight.device() == Device::Cpu
+    }
+}
+
 /// How many passes over `network` run at one time.
-pub fn passes_at_once(network: &Network) -> usize {
-    let on_cpu = network
-        .blocks
-        .iter()
-        .map(Block::device)
-        .all(|device| device == Device::Cpu);
-    if on_cpu {
+pub fn passes_at_once(network: &impl Shared) -> usize {
+    if network.on_cpu() {
         tch::get_num_threads().max(1) as usize
     } else {
         1
@@ -29,10 +65,10 @@ pub fn passes_at_once(network: &Network) -> usize {
 /// hears each item's index and result on the calling thread, in any order. Each thread has the network's weights, not a copy of
 /// them, and one thread of libtorch. Items that are left over when each thread has had as many have all threads, one after
 /// the other. No graph is kept.
-pub fn side_by_side<T: Sync, R: Send>(
-    network: &Network,
+pub fn side_by_side<N: Shared, T: Sync, R: Send>(
+    network: &N,
     items: &[T],
-    work: impl Fn(&Network, &T) -> R + Sync,
+    work: impl Fn(&N, &T) -> R + Sync,
     mut done: impl FnMut(usize, R),
 ) {
     let threads = passes_at_once(network);
