@@ -9,23 +9,26 @@ use serde_json::Value;
 use support::{Bench, files, stderr};
 use tch::{Kind, Tensor};
 
-/// 40 records, compact, at a rate that the tiny teacher's codes can keep to.
-fn build(bench: &Bench, name: &str, more: &[&str]) -> Value {
-    let data = bench.records("data.jsonl", 40);
-    let data = data.to_str().unwrap();
+/// 40 records, compact.
+fn command<'a>(bench: &Bench, name: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    bench.records("data.jsonl", 40);
     let command = [
         "build",
         "--teacher",
         "teacher",
         "--data",
-        data,
+        "data.jsonl",
         "--out",
         name,
         "--tier",
         "compact",
         "--json",
     ];
-    bench.json(&[&command, more].concat())
+    [&command, more].concat()
+}
+
+fn build(bench: &Bench, name: &str, more: &[&str]) -> Value {
+    bench.json(&command(bench, name, more))
 }
 
 #[test]
@@ -77,6 +80,39 @@ fn a_distortion_is_kept_to() {
     let report = bench.json(&["fidelity", "cache", "--json"]);
     let kl = report["kl"]["1"].as_f64().unwrap();
     assert!(kl < 0.002 && kl > 1e-5, "{report}");
+}
+
+#[test]
+fn a_rate_that_cannot_be_kept_is_refused_with_one_that_can() {
+    let bench = Bench::new();
+    for top_k in [&[][..], &["--top-k", "4"]] {
+        let refused = bench.run(&command(
+            &bench,
+            "cache",
+            &[&["--rate", "1"], top_k].concat(),
+        ));
+        let said = stderr(&refused);
+        assert_eq!(refused.status.code(), Some(2), "{said}");
+        assert!(said.contains("--rate 1 is less than"), "{said}");
+        assert_eq!(said.contains("a smaller --top-k"), !top_k.is_empty());
+        assert!(!bench.path("cache").exists());
+        let least = said.split("give at least ").nth(1).unwrap();
+        let least: u32 = least.split(' ').next().unwrap().parse().unwrap();
+        let name = format!("cache-{}", top_k.len());
+        let rate = least.to_string();
+        build(
+            &bench,
+            &name,
+            &[&["--rate", &rate, "--no-fidelity"], top_k].concat(),
+        );
+        let less = (least - 1).to_string();
+        let refused = bench.run(&command(
+            &bench,
+            "cache",
+            &[&["--rate", &less], top_k].concat(),
+        ));
+        assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    }
 }
 
 #[test]

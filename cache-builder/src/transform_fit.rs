@@ -114,9 +114,14 @@ pub(crate) fn fit(
             let choices = top_k.map_or(K_CHOICES.to_vec(), |k| vec![k]);
             let mut best: Option<(Basis, f64)> = None;
             let mut step = None;
+            let mut least = f64::INFINITY;
             for k in choices.into_iter().filter(|k| *k <= spec.vocab_size) {
-                let Some((basis, found)) = trial.at_rate(k, f64::from(bytes), step)? else {
-                    continue;
+                let (basis, found) = match trial.at_rate(k, f64::from(bytes), step)? {
+                    Ok(found) => found,
+                    Err(coarsest) => {
+                        least = least.min(coarsest);
+                        continue;
+                    }
                 };
                 step = Some(found);
                 let divergence = trial.divergence(&basis)?;
@@ -130,7 +135,15 @@ pub(crate) fn fit(
                 problem: format!(
                     "--rate {bytes} is less than token ids, statistics and top-k take"
                 ),
-                hint: "give at least 60 bytes a position, or a smaller --top-k".into(),
+                hint: format!(
+                    "give at least {:.0} bytes a position{}",
+                    least.ceil(),
+                    if top_k.is_some_and(|k| k > 1) {
+                        ", or a smaller --top-k"
+                    } else {
+                        ""
+                    }
+                ),
             })?
         }
         CodeTarget::DistortionMicronats(nats) => {
@@ -170,9 +183,14 @@ struct Divergence {
 }
 
 impl Trial<'_> {
-    /// The basis with the finest step that keeps to a rate, and the step; `None` where even the coarsest does not.
+    /// The basis with the finest step that keeps to a rate, and the step; else the rate that the coarsest keeps to.
     /// `near` is the step that another K led to.
-    fn at_rate(&self, k: usize, rate: f64, near: Option<f64>) -> Result<Option<(Basis, f64)>> {
+    fn at_rate(
+        &self,
+        k: usize,
+        rate: f64,
+        near: Option<f64>,
+    ) -> Result<std::result::Result<(Basis, f64), f64>> {
         let rate = rate * (1.0 - MARGIN);
         let (mut fine, mut coarse) = self.step_range();
         let mut bisections = BISECTIONS;
@@ -185,24 +203,27 @@ impl Trial<'_> {
                 best = Some((basis, step));
             }
         }
-        if best.is_none() {
+        let (mut basis, mut step) = if let Some(near) = best {
+            near
+        } else {
             let coarsest = self.basis(coarse, k)?;
-            if self.bytes_per_position(&coarsest)? > rate {
-                return Ok(None);
+            let bytes = self.bytes_per_position(&coarsest)?;
+            if bytes > rate {
+                return Ok(Err(bytes / (1.0 - MARGIN)));
             }
-            best = Some((coarsest, coarse));
-        }
+            (coarsest, coarse)
+        };
         for _ in 0..bisections {
-            let step = (fine * coarse).sqrt();
-            let basis = self.basis(step, k)?;
-            if self.bytes_per_position(&basis)? > rate {
-                fine = step;
+            let next = (fine * coarse).sqrt();
+            let tried = self.basis(next, k)?;
+            if self.bytes_per_position(&tried)? > rate {
+                fine = next;
             } else {
-                coarse = step;
-                best = Some((basis, step));
+                coarse = next;
+                (basis, step) = (tried, next);
             }
         }
-        Ok(best)
+        Ok(Ok((basis, step)))
     }
 
     /// The basis with the coarsest step that keeps to a KL at temperature 1.
