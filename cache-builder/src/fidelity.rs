@@ -10,7 +10,8 @@ use std::ops::Range;
 use std::time::Instant;
 
 use caskd_formats::{
-    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, TEMPERATURES, Tier, split_hash,
+    Basis, Cache, CacheSpec, Columns, Fidelity, RowInfo, Sequence, Statistics, TEMPERATURES, Tier,
+    TopK, split_hash,
 };
 use caskd_models::{
     LoadOptions, LoadedModel, Network, PruneOptions, SeededRng, linear, load, prune, side_by_side,
@@ -22,8 +23,9 @@ use tch::{Device, Kind, Tensor};
 use crate::data::TokenizedSequence;
 use crate::error::torch;
 use crate::rebuild::Rebuilt;
-use crate::row_comparison::{Logits, Scales, compare, deviations};
+use crate::row_comparison::{Logits, Scales, compare};
 use crate::sample_pass::{longest_first, through_teacher_and_pruned};
+use crate::statistics::summarize_logits;
 use crate::teacher::Teacher;
 use crate::{Error, Result};
 
@@ -441,12 +443,12 @@ impl Chunk {
         features: &[f32],
     ) -> Result<()> {
         let vocab = figures.gradient.ncols();
-        let of_teacher = deviations(&self.teacher, vocab);
-        let of_student = deviations(&self.student, vocab);
+        let of_teacher = deviations(&self.teacher, vocab, "teacher")?;
+        let of_student = deviations(&self.student, vocab, "student")?;
         let mut of_rebuilt = Vec::new();
         match rebuilt_sigma {
             Some(known) => copy(known, &mut of_rebuilt)?,
-            None => of_rebuilt = deviations(&self.rebuilt, vocab),
+            None => of_rebuilt = deviations(&self.rebuilt, vocab, "cache")?,
         }
         let scale = |sigma: f32| (f64::from(sigma) * SCALING_VALUE).recip() as f32;
         let scales: Vec<Scales> = of_teacher
@@ -469,6 +471,21 @@ impl Chunk {
         self.add(figures, &scales, &features);
         Ok(())
     }
+}
+
+/// σ of rows of logits [N·V], over V: \[N\].
+fn deviations(logits: &[f32], vocab: usize, whose: &str) -> Result<Vec<f32>> {
+    let mut statistics = Statistics::default();
+    let mut top = TopK {
+        k: 1,
+        ..TopK::default()
+    };
+    summarize_logits(logits, vocab, &mut statistics, &mut top).map_err(|row| Error::NotFinite {
+        what: format!("logits of the {whose}"),
+        source_name: "the sample of the fidelity report".into(),
+        position: row,
+    })?;
+    Ok(statistics.std)
 }
 
 /// sum [P, V] += featuresᵀ · difference, of features [N, P] and difference [N, V] by rows. Threads share columns: their

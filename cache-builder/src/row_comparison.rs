@@ -64,43 +64,6 @@ pub(crate) fn compare(
     divergences.iter().sum()
 }
 
-/// σ of every row of `logits` [N·V], over N: \[N\].
-pub(crate) fn deviations(logits: &[f32], vocab: usize) -> Vec<f32> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let rows = logits.len() / vocab.max(1);
-    let mut found = vec![0.0; rows];
-    let share = rows.div_ceil(threads).max(1);
-    std::thread::scope(|scope| {
-        for (found, logits) in found.chunks_mut(share).zip(logits.chunks(share * vocab)) {
-            scope.spawn(move || {
-                for (found, row) in found.iter_mut().zip(logits.chunks(vocab)) {
-                    *found = in_widest(Deviation(row));
-                }
-            });
-        }
-    });
-    found
-}
-
-struct Deviation<'a>(&'a [f32]);
-
-impl RowWork for Deviation<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    #[expect(
-        clippy::inline_always,
-        reason = "it must take on its caller's instruction set"
-    )]
-    fn run(self) -> f32 {
-        let Deviation(row) = self;
-        let count = row.len().max(1) as f64;
-        let mean = (sum(row.len(), |index| row[index]) / count) as f32;
-        let squares = sum(row.len(), |index| (row[index] - mean) * (row[index] - mean));
-        (squares / count).sqrt() as f32
-    }
-}
-
 struct Row<'a> {
     teacher: &'a [f32],
     student: &'a [f32],
@@ -269,25 +232,6 @@ mod tests {
             (found - expected).abs() < 1e-5 * expected + 1e-8 * rows as f64,
             "{rows} × {vocab}, noise {noise}, T {temperature}: {found} for {expected}"
         );
-    }
-
-    #[test]
-    fn deviations_are_those_of_the_definition() {
-        let mut rng = SeededRng::new(3);
-        for (rows, vocab) in [(1, 1), (3, 17), (5, 1000), (2, 49_152)] {
-            let logits: Vec<f32> = (0..rows * vocab)
-                .map(|_| 30.0 + rng.normal() as f32 * 4.0)
-                .collect();
-            let found = deviations(&logits, vocab);
-            assert_eq!(found.len(), rows);
-            for (row, found) in logits.chunks(vocab).zip(found) {
-                let mean = row.iter().map(|x| f64::from(*x)).sum::<f64>() / vocab as f64;
-                let squares = row.iter().map(|x| (f64::from(*x) - mean).powi(2));
-                let expected = (squares.sum::<f64>() / vocab as f64).sqrt();
-                let difference = (f64::from(found) - expected).abs();
-                assert!(difference <= 1e-6 * expected, "{found} for {expected}");
-            }
-        }
     }
 
     #[test]

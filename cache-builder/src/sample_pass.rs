@@ -28,13 +28,6 @@ struct Waiting {
     pruned: Tensor,
 }
 
-/// Whose states a block changes.
-#[derive(Clone, Copy)]
-enum Of {
-    Teacher,
-    Pruned,
-}
-
 /// Where the teacher's blocks come from.
 enum Blocks<'a> {
     InMemory(&'a Network),
@@ -78,7 +71,7 @@ pub(crate) fn through_teacher_and_pruned(
         waiting.collect::<Vec<_>>()
     };
     let order = longest_first(sequences);
-    let run = |block: &Block, of: Of| {
+    let run = |block: &Block, states: fn(&mut Waiting) -> &mut Tensor| {
         let work = |block: &Block, index: &usize| {
             let mut one = waiting[*index]
                 .lock()
@@ -87,15 +80,8 @@ pub(crate) fn through_teacher_and_pruned(
             if one.context.0 != device {
                 one.context = context(one.positions, device);
             }
-            let x = match of {
-                Of::Teacher => &one.teacher,
-                Of::Pruned => &one.pruned,
-            };
-            let y = block.forward(&x.to_device(device), &one.context.1);
-            match of {
-                Of::Teacher => one.teacher = y,
-                Of::Pruned => one.pruned = y,
-            }
+            let x = states(&mut one).to_device(device);
+            *states(&mut one) = block.forward(&x, &one.context.1);
         };
         side_by_side(block, &order, work, |_, ()| {});
     };
@@ -114,9 +100,9 @@ pub(crate) fn through_teacher_and_pruned(
                 Blocks::InMemory(network) => network.block(index),
                 Blocks::Read(blocks) => blocks.next()?,
             };
-            run(&block, Of::Teacher);
+            run(&block, |one| &mut one.teacher);
             prune_block(files.config(), index, &mut block, &prune)?;
-            run(&block, Of::Pruned);
+            run(&block, |one| &mut one.pruned);
         }
         Ok(())
     })?;
