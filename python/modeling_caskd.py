@@ -6,8 +6,10 @@
 
 import copy
 
+import torch
 from torch import nn
 from transformers import BloomForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+from transformers.models.bloom.modeling_bloom import BloomAttention
 
 
 def _resize(blocks, config):
@@ -44,9 +46,28 @@ class CaskdQwen2ForCausalLM(Qwen2ForCausalLM):
         self.post_init()
 
 
+class _FewerHeads(BloomAttention):
+    """Attention of the heads that are left, each with the position bias of its place among all heads."""
+
+    def __init__(self, config, index, places):
+        super().__init__(config, index)
+        width = len(places) * self.head_dim
+        self.places, self.all_heads, self.num_heads = places, config.n_head, len(places)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * width)
+        self.dense = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states, residual, alibi, *rest, **named):
+        own = torch.tensor(self.places, device=alibi.device)
+        alibi = alibi.unflatten(0, (-1, self.all_heads)).index_select(1, own).flatten(0, 1)
+        return super().forward(hidden_states, residual, alibi, *rest, **named)
+
+
 class CaskdBloomForCausalLM(BloomForCausalLM):
     def __init__(self, config):
         super().__init__(config)
+        for index, places in enumerate(getattr(config, "caskd_heads", None) or []):
+            if len(places) < config.n_head:
+                self.transformer.h[index].self_attention = _FewerHeads(config, index, places)
         for block, sizes in zip(self.transformer.h, config.caskd_layers):
             channels = sizes["intermediate_size"]
             block.mlp.dense_h_to_4h = nn.Linear(config.hidden_size, channels)

@@ -6,10 +6,11 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
-use caskd_models::{LoadOptions, load, load_adapters};
+use caskd_models::{LoadOptions, LoadedModel, load, load_adapters};
 use caskd_trainer::load_run;
 use support::{Bench, python_with, stderr};
 use tch::{Device, Kind, Tensor};
@@ -46,7 +47,7 @@ fn bench() -> Bench {
     bench
 }
 
-fn logits(model: &caskd_models::LoadedModel, ids: &Tensor) -> Tensor {
+fn logits(model: &LoadedModel, ids: &Tensor) -> Tensor {
     tch::no_grad(|| {
         let hidden = model.network.forward(ids, &[], false).last_hidden;
         model.network.logits(&hidden)
@@ -176,16 +177,36 @@ fn transformers_and_peft_agree() {
         "own",
     ]);
     bench.ok(&["export-model", "run", "--peft", "--out", "peft"]);
-    let model = load_run(&bench.path("run"), &LoadOptions::default()).unwrap();
-    let ids = ids();
-    let expected = [("logits", logits(&model, &ids)), ("ids", ids)];
+    let run = load_run(&bench.path("run"), &LoadOptions::default()).unwrap();
+    let forms = ["model=padded", "own=own", "peft=peft"];
+    transformers_agree(&bench, &python, &run, &forms);
+
+    // Of BLOOM's heads those that stay keep the position biases of their places.
+    let bloom = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/golden/bloom_7_bare");
+    let (bloom, scope) = (bloom.to_string_lossy(), "0-1");
+    bench.ok(&[
+        "prune", "--model", &bloom, "--parts", "all", "--ratio", "0.5", "--scope", scope, "--out",
+        "bloom",
+    ]);
+    for (form, out) in [("padded", "bloom-padded"), ("own-config", "bloom-own")] {
+        bench.ok(&["export-model", "bloom", "--pruned", form, "--out", out]);
+    }
+    let bloom = load(&bench.path("bloom"), &LoadOptions::default()).unwrap();
+    let forms = ["model=bloom-padded", "own=bloom-own"];
+    transformers_agree(&bench, &python, &bloom, &forms);
+}
+
+/// `forms` are those of the script.
+fn transformers_agree(bench: &Bench, python: &OsStr, model: &LoadedModel, forms: &[&str]) {
+    let ids = ids().remainder(model.network.vocab_size() as i64);
+    let expected = [("logits", logits(model, &ids)), ("ids", ids)];
     let expected_path = bench.path("expected.safetensors");
     Tensor::write_safetensors(&expected, &expected_path).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/witness_transformers.py");
-    let output = Command::new(&python)
+    let output = Command::new(python)
         .arg(script)
         .arg(&expected_path)
-        .args(["model=padded", "own=own", "peft=peft"])
+        .args(forms)
         .current_dir(bench.folder.path())
         .env("OMP_NUM_THREADS", "1")
         .env("HF_HUB_OFFLINE", "1")
@@ -195,7 +216,7 @@ fn transformers_and_peft_agree() {
     let text = String::from_utf8(output.stdout).unwrap();
     let differences: BTreeMap<String, f64> =
         serde_json::from_str(text.lines().last().unwrap()).unwrap();
-    assert_eq!(differences.len(), 3);
+    assert_eq!(differences.len(), forms.len());
     for (folder, difference) in differences {
         assert!(difference < 1e-3, "{folder}: {difference}");
     }

@@ -92,6 +92,20 @@ impl Attention {
         }
     }
 
+    /// The same for some of the heads, where the mask is of each: `heads` [H'] i64.
+    pub(crate) fn of_heads(&self, heads: &Tensor) -> Attention {
+        let of = |mask: &Tensor| match mask.dim() {
+            3 => mask.index_select(0, heads),
+            _ => mask.shallow_clone(),
+        };
+        match self {
+            Attention::Causal => Attention::Causal,
+            Attention::Masked(mask) => Attention::Masked(of(mask)),
+            Attention::CausalProducts(mask) => Attention::CausalProducts(of(mask)),
+            Attention::Groups(mask, groups) => Attention::Groups(of(mask), groups.clone()),
+        }
+    }
+
     /// softmax(q kᵀ / √d + mask) v: q [B, M, H, d], k and v [B, T, G, d] → [B·M, H·d], with M = T but for groups.
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let (batch, positions) = (q.size()[0], q.size()[1]);

@@ -148,27 +148,41 @@ impl Block {
         }
     }
 
-    /// What a head's weights, or those of a key/value head with its query heads, are; `None` where heads have places
-    /// of their own and none can go.
-    pub(crate) fn attention_coupling(
-        &self,
-        shape: LayerShape,
-        head_dim: usize,
-    ) -> Option<Coupling> {
+    /// What a head's weights, or those of a key/value head with its query heads, are.
+    pub(crate) fn attention_coupling(&self, shape: LayerShape, head_dim: usize) -> Coupling {
         match self {
             Block::Llama(_) => {
                 let queries = shape.heads / shape.kv_heads * head_dim;
-                Some(Coupling {
+                Coupling {
                     rows: vec![
                         ("self_attn.q_proj", queries),
                         ("self_attn.k_proj", head_dim),
                         ("self_attn.v_proj", head_dim),
                     ],
                     columns: ("self_attn.o_proj", queries),
-                })
+                }
             }
-            // The slope of a head's position bias belongs to its place.
-            Block::Bloom(_) => None,
+            Block::Bloom(_) => Coupling {
+                rows: vec![("self_attention.query_key_value", 3 * head_dim)],
+                columns: ("self_attention.dense", head_dim),
+            },
+        }
+    }
+
+    /// Of its heads, or its key/value heads with their query heads, these stay, and their weights are cut already.
+    pub(crate) fn keep_heads(&mut self, kept: &[i64]) {
+        match self {
+            // Positions are in queries and keys: a head's place is nothing to it.
+            Block::Llama(_) => {}
+            Block::Bloom(block) => block.0.keep_heads(kept),
+        }
+    }
+
+    /// All of the architecture's heads are here again, those that were gone as zeros.
+    pub(crate) fn fill_heads(&mut self, heads: usize) {
+        match self {
+            Block::Llama(_) => {}
+            Block::Bloom(block) => block.0.fill_heads(heads as i64),
         }
     }
 

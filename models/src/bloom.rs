@@ -41,6 +41,8 @@ pub struct BloomConfig {
     pub dense: LayerShape,
     /// Sizes of every block; L is its length.
     pub layers: Vec<LayerShape>,
+    /// Places that the heads of every block have among the dense ones, ascending: what their position biases go by.
+    pub head_places: Vec<Vec<usize>>,
 }
 
 /// The keys that matter here.
@@ -66,6 +68,8 @@ struct RawConfig {
     quantization_config: Option<Value>,
     /// Ours: the sizes of every block of a pruned network.
     caskd_layers: Option<Vec<LayerShape>>,
+    /// Ours: the places of every block's heads where some are gone.
+    caskd_heads: Option<Vec<Vec<usize>>>,
 }
 
 fn default_eps() -> f64 {
@@ -96,6 +100,10 @@ impl BloomConfig {
             kv_heads: raw.n_head,
             intermediate_size: raw.hidden_size.saturating_mul(4),
         };
+        let layers = crate::hf::layers(path, dense, raw.n_layer, raw.caskd_layers)?;
+        let head_places = raw
+            .caskd_heads
+            .unwrap_or_else(|| all_heads(dense, layers.len()));
         let config = BloomConfig {
             vocab_size: raw.vocab_size,
             hidden_size: raw.hidden_size,
@@ -106,7 +114,8 @@ impl BloomConfig {
             bos_token_id: raw.bos_token_id,
             eos_token_ids: raw.eos_token_id.into_vec(),
             dense,
-            layers: crate::hf::layers(path, dense, raw.n_layer, raw.caskd_layers)?,
+            layers,
+            head_places,
         };
         config.check(path)?;
         Ok(config)
@@ -134,6 +143,13 @@ impl BloomConfig {
         if self.is_pruned() {
             config["caskd_layers"] = json!(self.layers);
         }
+        if self
+            .layers
+            .iter()
+            .any(|layer| layer.heads < self.dense.heads)
+        {
+            config["caskd_heads"] = json!(self.head_places);
+        }
         config
     }
 
@@ -158,20 +174,55 @@ impl BloomConfig {
         if heads == 0 || heads > 1 << 16 || !self.hidden_size.is_multiple_of(heads) {
             return Err(Error::unsupported(path, "n_head", heads));
         }
-        for layer in &self.layers {
-            check_sizes(path, &[("intermediate_size", layer.intermediate_size)])?;
-            // The biases belong to the heads by their place: none can be missing.
-            if layer.heads != heads || layer.kv_heads != heads {
-                return Err(Error::unsupported(path, "caskd_layers: heads", layer.heads));
+        if self.head_places.len() != self.layers.len() {
+            let blocks = format!("those of {} blocks", self.head_places.len());
+            return Err(Error::unsupported(path, "caskd_heads", blocks));
+        }
+        for (layer, places) in self.layers.iter().zip(&self.head_places) {
+            check_sizes(
+                path,
+                &[
+                    ("heads", layer.heads),
+                    ("intermediate_size", layer.intermediate_size),
+                ],
+            )?;
+            if layer.kv_heads != layer.heads {
+                return Err(Error::unsupported(
+                    path,
+                    "caskd_layers: kv_heads",
+                    layer.kv_heads,
+                ));
+            }
+            let in_order = places.is_sorted_by(|a, b| a < b);
+            if places.len() != layer.heads || !in_order || places.last() >= Some(&heads) {
+                let places = format!("{places:?} for {} of {heads} heads", layer.heads);
+                return Err(Error::unsupported(path, "caskd_heads", places));
             }
         }
         Ok(())
     }
 
+    /// Takes new sizes of the blocks; those that have all heads have them in their places.
+    pub(crate) fn set_layers(&mut self, layers: Vec<LayerShape>) {
+        for (shape, places) in layers.iter().zip(&mut self.head_places) {
+            if shape.heads == self.dense.heads {
+                *places = (0..shape.heads).collect();
+            }
+        }
+        self.layers = layers;
+    }
+
+    /// Of the heads that block `index` has these stay.
+    pub(crate) fn keep_heads(&mut self, index: usize, kept: &[i64]) {
+        let places = &mut self.head_places[index];
+        *places = kept.iter().map(|&head| places[head as usize]).collect();
+    }
+
     /// Elements of a block.
     pub(crate) fn block_elements(&self, shape: LayerShape) -> u64 {
         let (width, channels) = (self.hidden_size as u64, shape.intermediate_size as u64);
-        let attention = 4 * width * width + 4 * width;
+        let heads = (shape.heads * self.head_dim()) as u64;
+        let attention = 4 * width * heads + 3 * heads + width;
         let mlp = 2 * width * channels + channels + width;
         attention + mlp + 4 * width
     }
@@ -215,6 +266,11 @@ impl BloomConfig {
             pass: Pass::Inference,
         }
     }
+}
+
+/// Every head in its place, in every block.
+pub(crate) fn all_heads(dense: LayerShape, layers: usize) -> Vec<Vec<usize>> {
+    vec![(0..dense.heads).collect(); layers]
 }
 
 /// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): −m_h · (i − j) for head h,
@@ -263,6 +319,8 @@ struct SelfAttention {
     query_key_value: Linear,
     dense: Linear,
     heads: i64,
+    /// [heads] i64: whose position biases they have, where some of the heads are gone.
+    places: Option<Tensor>,
 }
 
 impl SelfAttention {
@@ -271,7 +329,28 @@ impl SelfAttention {
         let fused = self.query_key_value.forward(x, context.pass);
         let fused = fused.view([context.batch, context.positions, self.heads, 3, -1]);
         let [q, k, v] = [0, 1, 2].map(|part| fused.select(3, part));
-        context.attention.attend(&context.of_queries(&q, 1), &k, &v)
+        let q = context.of_queries(&q, 1);
+        match &self.places {
+            Some(places) => context.attention.of_heads(places).attend(&q, &k, &v),
+            None => context.attention.attend(&q, &k, &v),
+        }
+    }
+
+    fn keep_heads(&mut self, kept: &[i64]) {
+        let device = self.dense.weight.device();
+        let kept = Tensor::from_slice(kept).to_device(device);
+        let places = match &self.places {
+            Some(places) => places.index_select(0, &kept),
+            None => kept,
+        };
+        self.heads = places.numel() as i64;
+        self.places = Some(places);
+    }
+
+    /// Takes all `heads` heads, in their places, of weights that have them already.
+    fn fill_heads(&mut self, heads: i64) {
+        self.heads = heads;
+        self.places = None;
     }
 
     fn share(&self) -> SelfAttention {
@@ -279,6 +358,7 @@ impl SelfAttention {
             query_key_value: self.query_key_value.share(),
             dense: self.dense.share(),
             heads: self.heads,
+            places: self.places.as_ref().map(Tensor::shallow_clone),
         }
     }
 }
@@ -310,6 +390,14 @@ impl Block {
         let path = format!("transformer.h.{index}");
         let shape = config.layers[index];
         let (width, channels) = (config.hidden_size as i64, shape.intermediate_size as i64);
+        let mixed = (shape.heads * config.head_dim()) as i64;
+        let places = (shape.heads < config.dense.heads).then(|| {
+            let places: Vec<i64> = config.head_places[index]
+                .iter()
+                .map(|&p| p as i64)
+                .collect();
+            Tensor::from_slice(&places).to_device(options.device)
+        });
         let norm = |name: &str| {
             let name = format!("{path}.{name}");
             Norm::layer(
@@ -331,9 +419,10 @@ impl Block {
         Ok(Block {
             input_norm: norm("input_layernorm")?,
             attention: SelfAttention {
-                query_key_value: linear("self_attention.query_key_value", 3 * width, width)?,
-                dense: linear("self_attention.dense", width, width)?,
+                query_key_value: linear("self_attention.query_key_value", 3 * mixed, width)?,
+                dense: linear("self_attention.dense", width, mixed)?,
                 heads: shape.heads as i64,
+                places,
             },
             post_attention_norm: norm("post_attention_layernorm")?,
             mlp: Mlp {
@@ -397,6 +486,16 @@ impl Block {
             ("mlp.dense_h_to_4h", &mut self.mlp.dense_h_to_4h),
             ("mlp.dense_4h_to_h", &mut self.mlp.dense_4h_to_h),
         ]
+    }
+
+    /// Of its heads these stay, whose weights are all that is left.
+    pub(crate) fn keep_heads(&mut self, kept: &[i64]) {
+        self.attention.keep_heads(kept);
+    }
+
+    /// All heads of the architecture are here again, in their places.
+    pub(crate) fn fill_heads(&mut self, heads: i64) {
+        self.attention.fill_heads(heads);
     }
 
     pub(crate) fn norms_mut(&mut self) -> [&mut Norm; 2] {

@@ -235,7 +235,24 @@ impl Config {
     pub(crate) fn set_layers(&mut self, layers: Vec<LayerShape>) {
         match self {
             Config::Llama(config) => config.layers = layers,
-            Config::Bloom(config) => config.layers = layers,
+            Config::Bloom(config) => config.set_layers(layers),
+        }
+    }
+
+    /// Where the key/value heads of block `index` lie among the dense ones; those of Llama may lie anywhere.
+    pub(crate) fn head_places(&self, index: usize) -> Vec<usize> {
+        match self {
+            Config::Llama(config) => (0..config.layers[index].kv_heads).collect(),
+            Config::Bloom(config) => config.head_places[index].clone(),
+        }
+    }
+
+    /// Records which of its heads, or of its key/value heads with their query heads, block `index` keeps.
+    pub(crate) fn keep_heads(&mut self, index: usize, kept: &[i64]) {
+        match self {
+            // Positions are in queries and keys: a head's place is nothing to it.
+            Config::Llama(_) => {}
+            Config::Bloom(config) => config.keep_heads(index, kept),
         }
     }
 }

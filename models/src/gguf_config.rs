@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use crate::bloom::BloomConfig;
+use crate::bloom::{BloomConfig, all_heads};
 use crate::config::Config;
 use crate::gguf::GgufFile;
 use crate::hf::layers;
@@ -105,6 +105,7 @@ impl GgufFile {
             kv_heads: heads,
             intermediate_size: self.number("bloom.feed_forward_length")?,
         };
+        let layers = layers(self.path(), dense, self.number("bloom.block_count")?, None)?;
         let config = BloomConfig {
             vocab_size: self.embedding_rows()?,
             hidden_size,
@@ -115,7 +116,8 @@ impl GgufFile {
             bos_token_id: self.token_id("bos")?,
             eos_token_ids: self.token_id("eos")?.into_iter().collect(),
             dense,
-            layers: layers(self.path(), dense, self.number("bloom.block_count")?, None)?,
+            head_places: all_heads(dense, layers.len()),
+            layers,
         };
         config.check(self.path())?;
         Ok(config)

@@ -483,6 +483,11 @@ impl Network {
         self.compute.unwrap_or_else(|| self.head.kind())
     }
 
+    /// Records which heads of a block were kept.
+    pub(crate) fn keep_heads(&mut self, index: usize, kept: &[i64]) {
+        self.config.keep_heads(index, kept);
+    }
+
     /// Records new block sizes after the weights were cut.
     pub(crate) fn set_layers(&mut self, layers: Vec<crate::LayerShape>) {
         self.config.set_layers(layers);

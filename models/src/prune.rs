@@ -31,7 +31,8 @@ pub struct PruneOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Parts {
-    /// FFN channels, and attention heads where none shares its keys and values: what gives the sizes of BayesKD's Table 5.
+    /// FFN channels, and attention heads where none shares its keys and values, but for BLOOM's: what gives the sizes of
+    /// BayesKD's Table 5.
     #[default]
     Auto,
     /// Attention groups and FFN channels.
@@ -44,9 +45,10 @@ pub enum Parts {
 
 impl Parts {
     /// What it means for layers of this shape.
-    fn of(self, shape: LayerShape) -> Parts {
+    fn of(self, config: &Config, shape: LayerShape) -> Parts {
+        let whole = shape.heads > shape.kv_heads || matches!(config, Config::Bloom(_));
         match self {
-            Parts::Auto if shape.heads > shape.kv_heads => Parts::Ffn,
+            Parts::Auto if whole => Parts::Ffn,
             Parts::Auto => Parts::All,
             chosen => chosen,
         }
@@ -100,7 +102,7 @@ pub(crate) struct Coupling {
 ///
 /// # Errors
 /// A ratio outside [0, 1), a scope beyond the network, adapters still attached, a criterion that was measured on another
-/// network, heads of an architecture whose heads have places.
+/// network.
 pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneReport> {
     let network = &mut model.network;
     let scope = check(network.num_layers(), options.ratio, options.scope.as_ref())?;
@@ -118,9 +120,11 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
 
     for index in scope.clone() {
         let shape = before[index];
+        let parts = options.parts.of(network.config(), shape);
         let block = &mut network.blocks[index];
-        let has_heads = block.attention_coupling(shape, head_dim).is_some();
-        let (kept_groups, kept_channels) = prune_one(block, index, shape, head_dim, options)?;
+        let (kept_groups, kept_channels) =
+            prune_one(block, index, shape, head_dim, (parts, options))?;
+        network.keep_heads(index, &kept_groups);
         after[index] = LayerShape {
             heads: kept_groups.len() * (shape.heads / shape.kv_heads),
             kv_heads: kept_groups.len(),
@@ -129,16 +133,14 @@ pub fn prune(model: &mut LoadedModel, options: &PruneOptions) -> Result<PruneRep
         for &kept in kept_groups.iter().chain(&kept_channels) {
             digest.update(&kept.to_le_bytes());
         }
-        if index == scope.start && options.parts == Parts::Auto && shape.heads > shape.kv_heads {
-            notes.push(format!(
-                "only FFN channels went: every key/value head serves {} query heads, which would go together; \
-                 --parts all takes a share of these groups too",
-                shape.heads / shape.kv_heads
-            ));
-        } else if index == scope.start && !has_heads && options.parts.of(shape) == Parts::All {
-            notes.push(
-                "no head was removed: those of this architecture have fixed places; only FFN channels went".to_owned(),
-            );
+        if index == scope.start && options.parts == Parts::Auto && parts == Parts::Ffn {
+            notes.push(match shape.heads / shape.kv_heads {
+                1 => "only FFN channels went; --parts all takes a share of the heads too".to_owned(),
+                heads => format!(
+                    "only FFN channels went: every key/value head serves {heads} query heads, which would go together; \
+                     --parts all takes a share of these groups too"
+                ),
+            });
         }
     }
     network.set_layers(after.clone());
@@ -179,38 +181,39 @@ pub fn prune_block(
 ) -> Result<()> {
     if check(config.num_layers(), options.ratio, options.scope.as_ref())?.contains(&index) {
         let (shape, head_dim) = (config.layers()[index], config.head_dim());
-        prune_one(block, index, shape, head_dim, options)?;
+        let parts = options.parts.of(config, shape);
+        prune_one(block, index, shape, head_dim, (parts, options))?;
     }
     Ok(())
 }
 
-/// Prunes a block of the scope; the groups and channels that stay.
+/// Prunes a block of the scope of what `parts`, none of them automatic, says; the groups and channels that stay.
 fn prune_one(
     block: &mut Block,
     index: usize,
     shape: LayerShape,
     head_dim: usize,
-    options: &PruneOptions,
+    (parts, options): (Parts, &PruneOptions),
 ) -> Result<(Vec<i64>, Vec<i64>)> {
     let energies = options.criterion.of(index);
-    let heads = block.attention_coupling(shape, head_dim);
-    let parts = options.parts.of(shape);
     let mut kept_groups: Vec<i64> = (0..shape.kv_heads as i64).collect();
-    if let (Some(coupling), Parts::All | Parts::Heads) = (&heads, parts) {
-        let importance = importance(&energies, block, coupling, shape.kv_heads)?;
+    if parts != Parts::Ffn {
+        let coupling = block.attention_coupling(shape, head_dim);
+        let importance = importance(&energies, block, &coupling, shape.kv_heads)?;
         kept_groups = strongest(&importance, groups_removed(shape, options.ratio));
-        cut(block, coupling, &kept_groups, shape.kv_heads);
-    } else if heads.is_none() && parts == Parts::Heads {
-        return Err(refuse(
-            "the heads of this architecture have fixed places (their position biases), so none can go; prune its FFN channels",
-        ));
+        if kept_groups.len() < shape.kv_heads {
+            cut(block, &coupling, &kept_groups);
+            block.keep_heads(&kept_groups);
+        }
     }
     let mut kept_channels: Vec<i64> = (0..shape.intermediate_size as i64).collect();
     if parts != Parts::Heads {
         let coupling = block.ffn_coupling();
         let importance = importance(&energies, block, &coupling, shape.intermediate_size)?;
         kept_channels = strongest(&importance, channels_removed(shape, options.ratio));
-        cut(block, &coupling, &kept_channels, shape.intermediate_size);
+        if kept_channels.len() < shape.intermediate_size {
+            cut(block, &coupling, &kept_channels);
+        }
     }
     Ok((kept_groups, kept_channels))
 }
@@ -302,10 +305,7 @@ fn strongest(importance: &[f32], remove: usize) -> Vec<i64> {
 }
 
 /// Cuts the block down to the kept units.
-fn cut(block: &mut Block, coupling: &Coupling, kept: &[i64], units: usize) {
-    if kept.len() == units {
-        return;
-    }
+fn cut(block: &mut Block, coupling: &Coupling, kept: &[i64]) {
     let device = block.device();
     let places = |width: usize| {
         let width = width as i64;
@@ -362,7 +362,7 @@ mod tests {
         let before = config.num_parameters();
         let mut layers = config.layers().to_vec();
         for shape in &mut layers[default_scope(config.num_layers())] {
-            if parts.of(*shape) != Parts::Ffn {
+            if parts.of(&config, *shape) != Parts::Ffn {
                 let per_group = shape.heads / shape.kv_heads;
                 shape.kv_heads -= groups_removed(*shape, 0.25);
                 shape.heads = per_group * shape.kv_heads;

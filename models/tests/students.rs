@@ -5,7 +5,7 @@
 mod support;
 
 use caskd_models::{
-    Criterion, LoadedModel, LoraConfig, MaskOptions, Parts, Pattern, PruneOptions,
+    Config, Criterion, LoadedModel, LoraConfig, MaskOptions, Parts, Pattern, PruneOptions,
     activation_norms, load, mask, pad_to_dense, prune, saliencies, save_model,
 };
 use support::{f32_on_cpu, ids, max_difference, random, small_config, tiny};
@@ -142,27 +142,82 @@ fn parts_choose_what_goes() {
     assert_eq!(sizes(Parts::Ffn), (4, 2, 10));
 }
 
-/// BLOOM's heads stay, its channels go.
+/// BLOOM's heads have position biases by their places. Those that stay keep theirs: the network is the dense one with the
+/// other heads' outputs multiplied by nothing, also after a folder, a second pruning and filling up.
 #[test]
-fn heads_with_places_stay() {
-    let mut bloom = tiny("bloom_4");
-    let options = |parts| PruneOptions {
-        ratio: 0.5,
-        scope: Some(0..1),
-        parts,
-        ..PruneOptions::default()
-    };
-    let error = prune(&mut bloom, &options(Parts::Heads)).unwrap_err();
-    assert!(error.to_string().contains("fixed places"), "{error}");
-    let report = prune(&mut bloom, &options(Parts::All)).unwrap();
-    assert!(report.notes[0].contains("no head was removed"));
-    let layer = &report.layers[0];
-    assert_eq!(layer.heads_after, layer.heads_before);
-    assert_eq!(layer.channels_after * 2, layer.channels_before);
-    let before = run(&bloom);
-    pad_to_dense(&mut bloom);
-    assert!(!bloom.network.config().is_pruned());
-    assert!(max_difference(&run(&bloom), &before) < 1e-5);
+fn heads_keep_their_places() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut moved = false;
+    let first = Vec::<i64>::try_from(ids(2, 7, 41).select(0, 0)).unwrap();
+    let (positions, rows): (Vec<f32>, Vec<i64>) = (0..7).map(|i| (i as f32, i)).unzip();
+    let causal: Vec<bool> = (0..49).map(|pair| pair % 7 <= pair / 7).collect();
+    for (name, kept) in [("bloom_4", [2, 1]), ("bloom_7_bare", [4, 2])] {
+        let mut bloom = tiny(name);
+        let dense = bloom.network.config().layers()[0];
+        let (head_dim, width) = (
+            bloom.network.config().head_dim(),
+            bloom.network.hidden_size(),
+        );
+        let options = |parts, ratio| PruneOptions {
+            ratio,
+            scope: Some(0..1),
+            parts,
+            ..PruneOptions::default()
+        };
+        let report = prune(&mut tiny(name), &options(Parts::Auto, 0.5)).unwrap();
+        assert_eq!(report.layers[0].heads_after, dense.heads);
+        assert!(
+            report.notes[0].contains("--parts all"),
+            "{:?}",
+            report.notes
+        );
+
+        for (time, &heads) in kept.iter().enumerate() {
+            let report = prune(&mut bloom, &options(Parts::Heads, 0.5)).unwrap();
+            assert_eq!(report.layers[0].heads_after, heads);
+            let parameters: usize = bloom
+                .network
+                .parameters()
+                .iter()
+                .map(|(_, tensor)| tensor.numel())
+                .sum();
+            assert_eq!(report.parameters_after, parameters as u64);
+            let path = folder.path().join(format!("{name}-{time}"));
+            save_model(&bloom, &path).unwrap();
+            let loaded = load(&path, &f32_on_cpu()).unwrap();
+            assert_eq!(run(&loaded), run(&bloom));
+            bloom = loaded;
+
+            let Config::Bloom(config) = bloom.network.config() else {
+                panic!("{name} is a BLOOM");
+            };
+            let places = config.head_places[0].clone();
+            assert_eq!(places.len(), heads);
+            moved |= places != (0..heads).collect::<Vec<_>>();
+            let mut expected = tiny(name);
+            // Those of the file can't be written to.
+            expected.network.train_all().unwrap();
+            let mut alive = vec![0f32; width];
+            for place in places {
+                alive[place * head_dim..(place + 1) * head_dim].fill(1.0);
+            }
+            tch::no_grad(|| {
+                let mut o = parameter(&expected, "transformer.h.0.self_attention.dense.weight");
+                let _ = o.g_mul_(&Tensor::from_slice(&alive));
+            });
+            assert!(max_difference(&run(&bloom), &run(&expected)) < 1e-5);
+            let packed = bloom
+                .network
+                .forward_packed(&first, &positions, &causal, &rows);
+            let whole = run(&bloom).select(0, 0);
+            assert!(max_difference(&packed, &whole) < 1e-5);
+            let mut filled = load(&path, &f32_on_cpu()).unwrap();
+            pad_to_dense(&mut filled);
+            assert!(!filled.network.config().is_pruned());
+            assert!(max_difference(&run(&filled), &run(&expected)) < 1e-5);
+        }
+    }
+    assert!(moved, "the first heads stayed everywhere");
 }
 
 /// Two of four inputs are zero, those of the lowest |w|·‖x‖; the zeros stay through a folder, through adapters and

@@ -70,7 +70,7 @@ pub(crate) enum MethodArg {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PartsArg {
-    /// FFN channels, and heads where none shares its keys and values (the sizes of BayesKD's Table 5)
+    /// FFN channels, and heads where none shares its keys and values, but for BLOOM's (the sizes of BayesKD's Table 5)
     Auto,
     /// Attention groups and FFN channels
     All,
