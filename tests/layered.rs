@@ -114,6 +114,52 @@ fn layer_by_layer_the_cache_is_the_same() {
     assert_eq!(left, 0, "nothing stays in the spill folder");
 }
 
+/// What the head computes is part of the way: while it does, no position counts as done ahead of its batch.
+#[test]
+fn layer_by_layer_only_the_last_batch_ends_the_progress() {
+    use caskd_cache_builder::{BuildOptions, DataOptions, LayerChoice, Placement, Stage};
+    let bench = bench();
+    let build = ["build", "--teacher", "teacher", "--data", "data.jsonl"];
+    let build = [&build[..], &["--tier", "sparse", "--layers", "none"]].concat();
+    let budget = budget(&bench, &build).parse().unwrap();
+    let options = BuildOptions {
+        teacher: bench.path("teacher"),
+        data: vec![bench.path("data.jsonl")],
+        preparation: DataOptions::default(),
+        tier: caskd_formats::Tier::Sparse,
+        top_k: None,
+        code_target: caskd_formats::CodeTarget::Rate(130),
+        layers: LayerChoice::None,
+        hidden_codec: caskd_formats::HiddenCodec::Int8,
+        max_len: 512,
+        kind: tch::Kind::Float,
+        batch_tokens: 2048,
+        out: bench.path("cache"),
+        placement: Placement {
+            devices: vec![tch::Device::Cpu],
+            memory_budget: Some(budget),
+            spill: None,
+        },
+        resume: false,
+        fidelity: false,
+    };
+    let mut left = Vec::new();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let report = caskd_cache_builder::build(&options, &stop, &mut |progress| {
+        if progress.stage == Stage::Building {
+            left.push(progress.positions_total - progress.positions_done);
+        }
+    })
+    .unwrap();
+    assert!(report.block_positions > 0);
+    assert!(
+        left.is_sorted_by(|before, after| before >= after),
+        "{left:?}"
+    );
+    let early = left.iter().filter(|left| **left == 0).count();
+    assert!(early == 1 && left.last() == Some(&0), "{left:?}");
+}
+
 #[test]
 fn an_estimate_writes_nothing_and_comes_near() {
     let bench = bench();

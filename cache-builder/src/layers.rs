@@ -21,7 +21,7 @@ const CONTEXTS: usize = 32;
 
 /// What a pass tells while it runs.
 pub(crate) enum Event {
-    /// This share of the way through the network is done for all batches.
+    /// This share of the way through the network and its head is done for all batches.
     Step(f64),
     /// A batch has come through.
     Done(usize, Forward),
@@ -87,6 +87,10 @@ impl LayerPass<'_> {
         on_event: &mut dyn FnMut(Event) -> Result<()>,
     ) -> Result<LayerTimes> {
         let num_layers = self.files.config().num_layers();
+        // What is computed with the last hidden states, ahead of `Done`, takes its time too: about as its weights.
+        let parts = self.files.part_bytes(self.options.kind);
+        let in_blocks = parts.blocks.iter().sum::<u64>() as f64;
+        let all_steps = (num_layers * batches.len()) as f64 * (1.0 + parts.head as f64 / in_blocks);
         let shapes: Vec<(i64, i64)> = batches
             .iter()
             .map(Tensor::size2)
@@ -140,7 +144,7 @@ impl LayerPass<'_> {
                     keep(index + 1, batch, &y)?;
                     states.put(batch, &y)?;
                     let steps = (index * batches.len() + batch + 1) as f64;
-                    on_event(Event::Step(steps / (num_layers * batches.len()) as f64))?;
+                    on_event(Event::Step(steps / all_steps))?;
                 }
             }
             Ok(true)

@@ -185,12 +185,11 @@ impl<'a> TeacherPass<'a> {
         let (teacher, stop, layers) = (self.teacher, self.stop, self.layers.clone());
         let mut clock = Instant::now();
         let mut wanted = true;
+        let mut share_done = 0.0;
         let times = teacher.run(&ids, &layers, stop, &mut |event| {
             let mut finished = None;
             match event {
-                Event::Step(share) => {
-                    self.totals.under_way = (share * block_positions as f64) as u64;
-                }
+                Event::Step(share) => share_done = share,
                 Event::Done(index, forward) => {
                     let Batch {
                         shard,
@@ -204,14 +203,13 @@ impl<'a> TeacherPass<'a> {
                         shard_pending.done[index] = Some(result);
                         shard_pending.left -= 1;
                     }
-                    self.totals.under_way = (before.positions + block_positions as u64
-                        - self.totals.positions)
-                        .min(self.totals.under_way);
                     if shard_pending.left == 0 {
                         finished = Some(*shard);
                     }
                 }
             }
+            let left = before.positions + block_positions as u64 - self.totals.positions;
+            self.totals.under_way = (share_done * left as f64) as u64;
             self.totals.teacher_seconds += clock.elapsed().as_secs_f64();
             on_batch(&self.totals);
             if let Some(shard) = finished {
