@@ -23,7 +23,9 @@ fn main() -> ExitCode {
 }
 
 fn run(command: &Command) -> Outcome {
-    terminal::install_stop_handler()?;
+    if stops_cleanly(command) {
+        terminal::install_stop_handler()?;
+    }
     match command {
         Command::Build(args) => commands::build::run(args),
         Command::Import(args) => commands::import::run(args),
@@ -43,4 +45,19 @@ fn run(command: &Command) -> Outcome {
         Command::Report(args) => commands::report::run(args),
         Command::Demo(args) => commands::demo::run(args),
     }
+}
+
+/// Whether the command looks at a request to stop while it works. The others write a result in one piece at their end, so
+/// the first Ctrl-C ends them.
+fn stops_cleanly(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Build(_)
+            | Command::Import(_)
+            | Command::Train(_)
+            | Command::Export(_)
+            | Command::Search(_)
+            | Command::Status(_)
+            | Command::Demo(_)
+    )
 }

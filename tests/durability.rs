@@ -142,6 +142,35 @@ fn a_second_builder_is_refused_until_the_first_dies() {
     bench.ok(&["verify", "cache", "--deep"]);
 }
 
+/// What can't stop cleanly does not say that it will.
+#[test]
+fn the_first_interrupt_ends_a_command_without_steps() {
+    let bench = Bench::new();
+    // Nobody writes into it, so whoever reads it waits.
+    let pipe = bench.path("text.txt");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let mut child = spawn(
+        &bench,
+        &["eval", "--model", "teacher", "--text", "text.txt"],
+    );
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+    let kill = |signal: &str| {
+        let pid = child.id().to_string();
+        Command::new("kill").args([signal, &pid]).status().unwrap()
+    };
+    assert!(kill("-INT").success());
+    std::thread::sleep(Duration::from_secs(2));
+    kill("-KILL");
+    assert_eq!(child.wait().unwrap().signal(), Some(2));
+}
+
 #[test]
 fn a_full_disk_stops_the_build_and_it_resumes() {
     let bench = bench();
