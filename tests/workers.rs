@@ -109,6 +109,12 @@ fn any_number_of_workers_makes_the_cache_of_one_build() {
         bench.ok(&["verify", &many, "--deep"]);
         // What is finished stays as it is.
         bench.ok(&commit(&many));
+        let late = bench.json(&[&worker(&many, "1/2")[..], &["--json"]].concat());
+        assert_eq!(late["tasks_found"], late["tasks"]);
+        assert_eq!(
+            (&late["tasks_left"], &late["completed"]),
+            (&0.into(), &true.into())
+        );
         assert!(tree(&bench, &many) == expected, "{many} committed twice");
     }
 }
@@ -267,8 +273,6 @@ fn what_does_not_fit_the_plan_is_refused() {
         !bench.path("nowhere").exists(),
         "nothing is made of a wrong path"
     );
-    bench.ok(&build("finished", &[]));
-    refused(&bench, &worker("finished", "0/1"), "a finished cache");
     bench.ok(&plan("cache", &[]));
     refused(&bench, &plan("cache", &[]), "an unfinished build");
     refused(

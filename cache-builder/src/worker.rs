@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use caskd_formats::{CacheSpec, CacheWriter, SharedBuild};
+use caskd_formats::{Cache, CacheSpec, CacheWriter, Io, SharedBuild};
 use caskd_models::ModelFiles;
 use serde::Serialize;
 use tch::Kind;
@@ -26,6 +26,13 @@ pub struct Share {
     pub index: usize,
     /// Workers in all.
     pub count: usize,
+}
+
+impl Share {
+    /// Its tasks of so many.
+    fn of(self, tasks: usize) -> Vec<usize> {
+        (self.index..tasks).step_by(self.count).collect()
+    }
 }
 
 /// What a worker is asked to do.
@@ -82,12 +89,12 @@ pub fn work(
     progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<WorkerReport> {
     let started = Instant::now();
-    let shared = SharedBuild::join(&options.out)?;
+    let shared = match SharedBuild::join(&options.out) {
+        Err(caskd_formats::Error::CacheExists { .. }) => return found_joined(options, started),
+        shared => shared?,
+    };
     let instructions = instructions(shared.work())?;
-    let Share { index, count } = options.share;
-    let share: Vec<usize> = (0..shared.work().tasks.len())
-        .filter(|task| task % count == index)
-        .collect();
+    let share = options.share.of(shared.work().tasks.len());
     let pending = shared.pending(share.iter().copied())?;
     let positions = |tasks: &[usize]| -> u64 {
         let infos = tasks.iter().map(|&task| &shared.work().tasks[task]);
@@ -174,6 +181,27 @@ pub fn work(
         teacher_seconds: totals.teacher_seconds,
         encoding_seconds: written.encoding_seconds,
         tokens_per_second: totals.tokens_per_second(),
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// What a worker finds that starts again after the commit: its share done.
+fn found_joined(options: &WorkerOptions, started: Instant) -> Result<WorkerReport> {
+    let cache = Cache::open(&options.out, Io::Read)?;
+    let tasks = options.share.of(cache.manifest().shards.len()).len();
+    Ok(WorkerReport {
+        completed: true,
+        worker: options.share,
+        tasks,
+        tasks_done: 0,
+        tasks_found: tasks,
+        tasks_contradicted: 0,
+        tasks_left: 0,
+        measured: false,
+        teacher_positions: 0,
+        teacher_seconds: 0.0,
+        encoding_seconds: 0.0,
+        tokens_per_second: 0.0,
         seconds: started.elapsed().as_secs_f64(),
     })
 }

@@ -216,13 +216,17 @@ impl SharedBuild {
     pub fn join(dir: &Path) -> Result<SharedBuild> {
         let store = Store::local(dir);
         refuse_others(&store)?;
-        let lock = store.share()?;
-        if contents(&store)? == Contents::Finished {
-            return Err(Error::CacheExists {
+        let refuse_finished = || match contents(&store)? {
+            Contents::Finished => Err(Error::CacheExists {
                 dir: dir.to_owned(),
                 what: "a finished cache",
-            });
-        }
+            }),
+            _ => Ok(()),
+        };
+        refuse_finished()?;
+        let lock = store.share()?;
+        // Or since the first look, which leaves no lock file.
+        refuse_finished()?;
         let planned = Planned::load(&store)?;
         Ok(SharedBuild {
             store,
