@@ -346,6 +346,17 @@ fn the_space_is_what_the_cache_can_answer() {
     let output = search("compact", &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
 
+    // So is a space whose S(x) is measured on the cache, the second time too.
+    let measured = ["--cache", "compact", "--student", "teacher", "--json"];
+    for (trial, more) in [&["--space", "table2"][..], &["--space", "table2"], &[]]
+        .into_iter()
+        .enumerate()
+    {
+        let asked = bench.json(&[&["ask", "asked"], more, &measured].concat());
+        assert_eq!(asked["trial"], trial);
+        assert_eq!(asked["params"]["layers"], "none");
+    }
+
     let output = search("sparse", &[]);
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(2), "{said}");
