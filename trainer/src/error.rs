@@ -354,8 +354,8 @@ impl Error {
         match self {
             Error::Cache(error) => error.hint(),
             Error::Model(error) => error.hint(),
-            Error::UnknownKey { nearest, .. } => nearest.as_ref().map(|key| format!("did you mean `{key}`?")),
-            Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
+            Error::UnknownKey { nearest: Some(key), .. } => Some(format!("did you mean `{key}`?")),
+            Error::UnknownKey { .. } | Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
                 Some("`caskd train --print-config` shows every key with a value that it takes".to_owned())
             }
             Error::UnknownLoss { nearest, known, .. } => Some(match nearest {
