@@ -54,6 +54,27 @@ fn whole_vocabularies_keep_every_statistic() {
         }
     }
 
+    // A sequence whose tokens are not there is no tensor of another kind, which would be passed over.
+    let without = |name: &str| -> Vec<(String, Tensor)> {
+        let others = tensors.iter().filter(|(other, _)| other != name);
+        others
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect()
+    };
+    let tokenless = without("input_ids.3");
+    Tensor::write_safetensors(&tokenless, bench.path("tokenless.safetensors")).unwrap();
+    refused(
+        &bench,
+        &import("tokenless.safetensors", "tokenless", &[]),
+        "tokenless",
+        "there are no token ids for `logits.3`",
+    );
+    let mut more = without("");
+    more.push(("top_k.logits".into(), logits[0].shallow_clone()));
+    Tensor::write_safetensors(&more, bench.path("more.safetensors")).unwrap();
+    let report = bench.json(&import("more.safetensors", "more", &["--json"]));
+    assert_eq!(report["sequences"], 6);
+
     // As log-probabilities at temperature 2: brought back to 1.
     let warm: Vec<(String, Tensor)> = tensors
         .iter()

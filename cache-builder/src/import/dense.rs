@@ -4,6 +4,7 @@
 //! goes with `input_ids.3`. Row t is about token t + 1, as every causal model gives them; a missing last row is allowed.
 //! `lengths` or `attention_mask` tell where sequences end, `labels` or `loss_mask` which tokens are targets.
 
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::PathBuf;
 
@@ -353,15 +354,18 @@ fn groups_of(
             NAMES,
         ));
     }
-    // Other tensors may be named so, like the top-k logits of an export: those without token ids are passed over,
-    // unless all of them are.
-    let partnered = |(index, word): &(usize, &str)| {
+    // Other tensors may be named so, like the top-k logits of an export: those without token ids are passed over, unless
+    // others have them that are named alike but for a number.
+    let partnered = |(index, word): &&(usize, &str)| {
         TOKENS
             .iter()
             .any(|name| partner(list, &list[*index].name, word, name).is_some())
     };
-    if named.iter().any(partnered) {
-        named.retain(partnered);
+    let kind =
+        |(index, _): &(usize, &str)| list[*index].name.replace(|c: char| c.is_ascii_digit(), "");
+    let kinds: BTreeSet<String> = named.iter().filter(partnered).map(kind).collect();
+    if !kinds.is_empty() {
+        named.retain(|one| kinds.contains(&kind(one)));
     }
     named
         .into_iter()
