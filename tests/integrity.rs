@@ -163,23 +163,28 @@ fn the_teacher_confirms_its_cache_and_nobody_elses() {
 #[test]
 fn the_card_names_a_command_that_makes_the_same_bytes() {
     let bench = Bench::new();
-    let folder = bench.cache(
-        "cache",
-        6,
-        &["--layers", "1", "--hidden", "f16", "--max-len", "200"],
-    );
-    let card = bench.json(&["inspect", "cache", "--json"]);
-    let command = card["command"].as_str().unwrap().to_owned();
-    assert!(
-        !command.contains(bench.folder.path().to_str().unwrap()),
-        "{command}"
-    );
-    let words: Vec<&str> = command
-        .split(' ')
-        .skip(1)
-        .chain(["--out", "again"])
-        .collect();
-    bench.ok(&words);
-    assert!(files(&folder) == files(&bench.path("again")));
-    assert!(stdout(&bench.ok(&["inspect", "cache"])).contains(&command));
+    for (name, more) in [
+        (
+            "cache",
+            &["--layers", "1", "--hidden", "f16", "--max-len", "200"][..],
+        ),
+        ("bare", &["--tier", "sparse", "--no-fidelity"]),
+    ] {
+        let folder = bench.cache(name, 6, more);
+        let card = bench.json(&["inspect", name, "--json"]);
+        let command = card["command"].as_str().unwrap().to_owned();
+        assert!(
+            !command.contains(bench.folder.path().to_str().unwrap()),
+            "{command}"
+        );
+        let again = format!("{name}-again");
+        let words: Vec<&str> = command
+            .split(' ')
+            .skip(1)
+            .chain(["--out", &again])
+            .collect();
+        bench.ok(&words);
+        assert!(files(&folder) == files(&bench.path(&again)), "{command}");
+        assert!(stdout(&bench.ok(&["inspect", name])).contains(&command));
+    }
 }

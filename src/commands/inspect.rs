@@ -100,6 +100,9 @@ fn command(manifest: &Manifest) -> String {
         manifest.max_len, manifest.teacher.compute_dtype
     ));
     words.extend(data_words(&manifest.data));
+    if manifest.fidelity.is_none() {
+        words.push("--no-fidelity".to_owned());
+    }
     words.join(" ")
 }
 

@@ -103,8 +103,10 @@ impl Problem {
 
 /// Reads the JSON of a record.
 pub(crate) fn parse_json(json: &str) -> Result<Value, Problem> {
-    // Some editors begin a file with a byte-order mark.
-    serde_json::from_str(json.trim_start_matches('\u{feff}')).map_err(|error| not_json(&error))
+    // Some editors begin a file with a byte-order mark. A line's end would be taken for a control character in a text that
+    // is cut off there.
+    let json = json.trim_start_matches('\u{feff}').trim_end();
+    serde_json::from_str(json).map_err(|error| not_json(&error))
 }
 
 /// What is wrong with a record of one line: the parser's own line number would be taken for the file's.
@@ -420,6 +422,14 @@ mod tests {
         if !problem.message.starts_with("not JSON") {
             assert_eq!(problem.hint, FORMS);
         }
+    }
+
+    #[test]
+    fn a_line_that_is_cut_off_in_a_text_ends_too_early() {
+        refused(
+            "{\"text\": \"abc\r\n",
+            "EOF while parsing a string at the line's end",
+        );
     }
 
     #[test]

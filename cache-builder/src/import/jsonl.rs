@@ -166,6 +166,7 @@ pub(crate) fn first_record(path: &Path) -> Result<Option<Value>> {
 /// Python's JSON writes −inf as `-Infinity`, which is no JSON; it stands for "no probability", as null does.
 fn parse(line: &[u8]) -> std::result::Result<Value, Problem> {
     let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
+    let line = line.trim_ascii_end();
     match serde_json::from_slice(line) {
         Ok(value) => Ok(value),
         Err(error) => {
