@@ -177,6 +177,15 @@ pub(crate) fn prune_to(request: &Request) -> Result<Pruned, Failure> {
         ));
     }
     let mut model = load(&request.model, &LoadOptions::default())?;
+    if model.network.sparsity().is_some() && matches!(request.removal, Removal::Structured { .. }) {
+        return Err(Failure::user(
+            format!(
+                "`{}` is masked: without some of its channels the pattern and share in its config.json would be false",
+                request.model.display()
+            ),
+            "take groups and channels from the dense model first, and mask what stays",
+        ));
+    }
     let layers = model.network.num_layers();
     let scope = request
         .scope
