@@ -354,8 +354,8 @@ impl Error {
         match self {
             Error::Cache(error) => error.hint(),
             Error::Model(error) => error.hint(),
-            Error::UnknownKey { nearest, .. } => nearest.as_ref().map(|key| format!("did you mean `{key}`?")),
-            Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
+            Error::UnknownKey { nearest: Some(key), .. } => Some(format!("did you mean `{key}`?")),
+            Error::UnknownKey { .. } | Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
                 Some("`caskd train --print-config` shows every key with a value that it takes".to_owned())
             }
             Error::UnknownLoss { nearest, known, .. } => Some(match nearest {
@@ -402,7 +402,8 @@ impl Error {
             Error::MissingLayers { missing, .. } => {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
-            Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::NoSequences { .. } => Some("give more: a larger `fraction`, a cache of more data, a longer text".to_owned()),
+            Error::NoItems { .. } => Some("give a file with an item a line".to_owned()),
             Error::BadWeight { .. } => Some("for instance: --cache first --cache second=0.3".to_owned()),
             Error::BadItem { .. } => Some(
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
@@ -433,6 +434,8 @@ impl Error {
             {
                 Some("free some space and continue with `--resume`".to_owned())
             }
+            Error::Io { .. } => Some("check the path and its permissions".to_owned()),
+            Error::Json { .. } => Some("the file is damaged; start the run again in another folder".to_owned()),
             Error::Tensors { action: "write", .. } => {
                 Some("is the disk full? free some space and continue with `--resume`".to_owned())
             }
