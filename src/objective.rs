@@ -9,15 +9,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use caskd_formats::{Cache, RowInfo, in_validation};
 use caskd_models::{LoadOptions, LoadedModel, load};
-use caskd_search::{BoxError, Discrepancy, Objective, Outcome, Params, Trial, Value};
+use caskd_search::{BoxError, Discrepancy, Objective, Outcome, Params, Space, Trial, Value};
 use caskd_trainer::{
-    Control, Probe, TrainConfig, check_fit, evaluate_cache, load_run_onto, paused_at, probe, train,
+    Control, Probe, TrainConfig, check_fit, check_terms, evaluate_cache, load_run_onto, paused_at,
+    probe, train,
 };
 
 use crate::commands::eval::EVAL_TOKENS;
 use crate::commands::{open_cache, parse_device, write_file};
 use crate::exit::Failure;
-use crate::terminal::stopped;
+use crate::terminal::{say, stopped};
 
 pub(crate) use command::{CommandObjective, repeated};
 
@@ -88,6 +89,41 @@ impl DistillationObjective {
             None => Opened::new(&self.plan)?,
         };
         Ok(self.opened.insert(opened))
+    }
+
+    /// The space without what the cache can't answer, which is said; refused where nothing is left.
+    pub(crate) fn narrowed(&mut self, space: &Space) -> Result<Space, Failure> {
+        let plan = self.plan.clone();
+        let opened = self.open()?;
+        let mut refused = None;
+        let narrowed = space.narrowed(|params| {
+            let fits = plan
+                .config_of(params)
+                .and_then(|config| check_terms(&config, &opened.student, &opened.cache));
+            fits.map_err(|error| {
+                let hint = error
+                    .hint()
+                    .map_or_else(String::new, |hint| format!("; {hint}"));
+                let said = format!("{error}{hint}");
+                refused.get_or_insert(error);
+                said
+            })
+        });
+        match (narrowed, refused) {
+            (Err(caskd_search::Error::SpaceEmpty { .. }), Some(error)) => Err(error.into()),
+            (narrowed, _) => {
+                let (space, impossible) = narrowed?;
+                for level in impossible {
+                    say(format!(
+                        "note: `{}` = {} is not searched: {}",
+                        level.parameter,
+                        setting_text(&level.value),
+                        level.reason
+                    ));
+                }
+                Ok(space)
+            }
+        }
     }
 }
 

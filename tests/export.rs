@@ -114,7 +114,8 @@ fn exported_tensors_agree_with_the_teacher() {
 #[test]
 fn jsonl_has_a_line_for_each_sequence() {
     let bench = Bench::new();
-    bench.cache("cache", 4, &["--tier", "sparse"]);
+    let sparse = ["--tier", "sparse", "--layers", "last,middle"];
+    bench.cache("cache", 4, &sparse);
     bench.ok(&["export", "cache", "--to", "jsonl", "--out", "out.jsonl"]);
     let text = std::fs::read_to_string(bench.path("out.jsonl")).unwrap();
     let lines: Vec<serde_json::Value> = text

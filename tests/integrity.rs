@@ -24,6 +24,9 @@ fn a_flipped_bit_in_any_file_of_any_tier_is_found_and_named() {
         let folder = bench.cache(tier, 12, &[&["--tier", tier], options].concat());
         let whole = files(&folder);
         assert!(whole.len() >= least, "{tier}");
+        let has_head = |name: &Path| name.to_string_lossy().contains("head-");
+        let heads = whole.iter().filter(|(name, _)| has_head(name)).count();
+        assert_eq!(heads, usize::from(tier != "sparse"), "{tier}");
         for (name, bytes) in &whole {
             // The start, the end, and places between.
             for step in 0..8 {

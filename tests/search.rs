@@ -412,6 +412,68 @@ fn samplers_are_compared() {
     ]);
 }
 
+/// Without a space, trials are those that the cache can answer; where it can answer none, no study is made.
+#[test]
+fn the_space_is_what_the_cache_can_answer() {
+    let bench = Bench::new();
+    bench.cache("compact", 40, &["--tier", "compact", "--rate", "200"]);
+    bench.cache("sparse", 40, &["--tier", "sparse"]);
+    let search = |cache: &str, more: &[&str]| {
+        let out = format!("study-of-{cache}");
+        let common = [
+            "search",
+            "--cache",
+            cache,
+            "--student",
+            "teacher",
+            "--out",
+            &out,
+            "--trials",
+            "6",
+            "--validation",
+            "0.3",
+            "--fraction",
+            "0.5",
+            "--allow-low-fidelity",
+        ];
+        bench.run(&[&common, more].concat())
+    };
+    let output = search("compact", &["--json"]);
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("note: `layers` = last is not searched: the cache holds no teacher layer"),
+        "{said}"
+    );
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["complete"], 6, "{found}");
+    assert_eq!(found["best"]["params"]["layers"], "none");
+    // The same again is the same study.
+    let output = search("compact", &["--resume"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    // So is a space whose S(x) is measured on the cache, the second time too.
+    let measured = ["--cache", "compact", "--student", "teacher", "--json"];
+    for (trial, more) in [&["--space", "table2"][..], &["--space", "table2"], &[]]
+        .into_iter()
+        .enumerate()
+    {
+        let asked = bench.json(&[&["ask", "asked"], more, &measured].concat());
+        assert_eq!(asked["trial"], trial);
+        assert_eq!(asked["params"]["layers"], "none");
+    }
+
+    let output = search("sparse", &[]);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("cannot be answered by this sparse cache") && said.contains("hint:"),
+        "{said}"
+    );
+    assert!(!said.contains("trial"), "{said}");
+    assert!(!bench.path("study-of-sparse").exists());
+}
+
 #[test]
 fn halving_pauses_and_goes_on_bit_for_bit() {
     let bench = Bench::new();

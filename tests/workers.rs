@@ -76,7 +76,7 @@ fn refused(bench: &Bench, arguments: &[&str], part: &str) {
 fn any_number_of_workers_makes_the_cache_of_one_build() {
     let bench = bench();
     for (tier, more) in [
-        ("sparse", &["--top-k", "8"][..]),
+        ("sparse", &["--top-k", "8", "--layers", "last,middle"][..]),
         ("exact", &[]),
         ("compact", &["--rate", "100", "--layers", "last,middle"]),
     ] {

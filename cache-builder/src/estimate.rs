@@ -288,7 +288,7 @@ fn tiers(options: &BuildOptions, spec: &CacheSpec) -> Result<BTreeMap<&'static s
         shared_bytes,
     };
     Ok(BTreeMap::from([
-        ("sparse", of(sparse, head)),
+        ("sparse", of(sparse, 0)),
         ("compact", of(compact, head + basis)),
         ("exact", of(exact, head)),
     ]))

@@ -52,7 +52,8 @@ pub(crate) const USUAL_TOP_K: usize = 64;
 /// `--layers`: which hidden states are kept beside what the tier needs itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerChoice {
-    /// The last and the middle one; in the compact tier none, for a hidden state in 8 bits would cost several times its code.
+    /// The last and the middle one in the exact tier; none in the others, where a hidden state in 8 bits would cost several
+    /// times what the tier takes for itself.
     Usual,
     /// None.
     None,
@@ -102,9 +103,8 @@ impl LayerChoice {
         codec: HiddenCodec,
     ) -> Result<Vec<LayerSpec>> {
         let mut layers: Vec<u32> = match self {
-            Self::Usual if tier == Tier::Compact => Vec::new(),
-            Self::Usual => vec![num_layers / 2, num_layers],
-            Self::None => Vec::new(),
+            Self::Usual if tier == Tier::Exact => vec![num_layers / 2, num_layers],
+            Self::Usual | Self::None => Vec::new(),
             Self::Layers(names) => names
                 .iter()
                 .map(|name| match name {
@@ -158,7 +158,7 @@ mod tests {
         check("none", Tier::Sparse, &[]);
         check("none", Tier::Exact, &[30]);
         for (tier, expected) in [
-            (Tier::Sparse, &[15, 30][..]),
+            (Tier::Sparse, &[][..]),
             (Tier::Exact, &[15, 30]),
             (Tier::Compact, &[]),
         ] {

@@ -97,7 +97,9 @@ pub(crate) fn prepare(
         basis = Some(fitted);
     }
     let mut writer = CacheWriter::open(&options.out, &prepared.spec, options.resume)?;
-    write_head(&mut writer, &prepared.teacher)?;
+    if options.tier != Tier::Sparse {
+        write_head(&mut writer, &prepared.teacher)?;
+    }
     if let Some(basis) = basis {
         writer.write_basis(basis)?;
     }

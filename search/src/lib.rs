@@ -32,7 +32,7 @@ pub use error::{BoxError, DatabaseError, Error, Result};
 pub use objective::{DependsOn, Discrepancy, Objective, Outcome, Trial};
 pub use params::{Params, Value};
 pub use run::{Control, run_study, work_on};
-pub use space::{Domain, Parameter, Space};
+pub use space::{Domain, Impossible, Parameter, Space};
 pub use study::{Asked, Expected, Holder, Location, STUDY_FILE, Study, Told, read_study};
 pub use view::{
     LateResult, Progress, RungTrust, StudySummary, StudyView, TrialState, TrialView, Why,

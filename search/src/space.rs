@@ -5,6 +5,7 @@
 //! (possibly logarithmic) range. An inactive parameter always carries its canonical code, so that two
 //! configurations that do the same have the same point.
 
+mod narrow;
 mod spec;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use std::collections::BTreeMap;
 use crate::error::{Error, Result};
 use crate::params::{Params, Value};
 use crate::rng::{Rng, Stream};
+pub use narrow::Impossible;
 use spec::SpaceSpec;
 
 /// Real parameters are coded on this many steps, so that a value read back from a study has the code it had.

@@ -35,7 +35,7 @@ const PLANNED: [&str; 20] = [
 Examples:
   caskd build --teacher SmolLM2.gguf --data train.jsonl --out cache --tier exact
   caskd build --teacher SmolLM2.gguf --data book.txt --out cache --tier compact --rate 130
-  caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --layers none --dtype bf16
+  caskd build --teacher llama-70b/ --data book.txt --out cache --tier sparse --dtype bf16
   caskd build --teacher SmolLM2.gguf --data chats.parquet --out cache --validation 0.05 --on-error skip
   caskd build --teacher SmolLM2.gguf --data pages.jsonl --column text=body --out cache --pack
 
@@ -84,7 +84,7 @@ pub(crate) struct BuildArgs {
     /// Do not compare the cache with the teacher when it is written
     #[arg(long)]
     pub(crate) no_fidelity: bool,
-    /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none [default: last,middle; compact: none]
+    /// Hidden states to keep: last, middle, layer numbers (0 is the embedding), or none [default: last,middle; sparse and compact: none]
     #[arg(long, value_name = "LIST")]
     pub(crate) layers: Option<String>,
     /// How hidden states are stored

@@ -46,8 +46,6 @@ pub(crate) struct SearchArgs {
     /// sabo: Bayesian search with LAEI. gp: expected improvement alone. tpe, sobol, random: as in the books [default: sabo]
     #[arg(long, value_enum)]
     pub(crate) sampler: Option<SamplerArg>,
-    #[command(flatten)]
-    pub(crate) sabo: SaboArgs,
     /// Trials in all [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) trials: Option<u64>,
@@ -60,8 +58,6 @@ pub(crate) struct SearchArgs {
     /// Share of the cache that judges the trials; no trial trains on it [default: 0.1]
     #[arg(long)]
     pub(crate) validation: Option<f64>,
-    #[command(flatten)]
-    pub(crate) ladder: LadderArgs,
     /// The space to search: table2, or a TOML file [default: table2]
     #[arg(long, value_name = "table2|FILE.toml")]
     pub(crate) space: Option<String>,
@@ -103,6 +99,10 @@ pub(crate) struct SearchArgs {
     /// Print the summary as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) sabo: SaboArgs,
+    #[command(flatten)]
+    pub(crate) ladder: LadderArgs,
 }
 
 /// Options of the sampler `sabo`; see `docs/SEARCH.md`.
@@ -182,8 +182,6 @@ pub(crate) struct AskArgs {
     /// How trials are chosen [default: sabo]
     #[arg(long, value_enum)]
     pub(crate) sampler: Option<SamplerArg>,
-    #[command(flatten)]
-    pub(crate) sabo: SaboArgs,
     /// Seed of the study [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,
@@ -207,6 +205,8 @@ pub(crate) struct AskArgs {
     /// Print the trial as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) sabo: SaboArgs,
 }
 
 #[derive(Debug, Args)]

@@ -23,15 +23,13 @@ struct Answer<'a> {
 pub(crate) fn run(args: &AskArgs) -> Outcome {
     let location = Location::parse(&args.study)?;
     let space = args.space.as_deref().map(read_space).transpose()?;
-    let (mut study, new) = open_or_create(&location, args, space.as_ref())?;
+    let mut objective = measuring(args)?;
+    let (mut study, new) = open_or_create(&location, args, space.as_ref(), objective.as_mut())?;
     let holder = Holder::External {
         seconds: args.lease,
     };
-    let asked = if let (Some(cache), Some(student)) = (&args.cache, &args.student) {
-        let mut plan = Distillation::new(cache, student);
-        add_shards(&mut plan.base, &args.elsewhere)?;
-        let mut objective = DistillationObjective::new(plan);
-        study.ask_measured(holder, &mut objective)?
+    let asked = if let Some(objective) = &mut objective {
+        study.ask_measured(holder, objective)?
     } else {
         if new && study.config().sampler == SamplerKind::Sabo {
             say(
@@ -51,11 +49,23 @@ pub(crate) fn run(args: &AskArgs) -> Outcome {
     Ok(Exit::Done)
 }
 
-/// The study, and whether it was created now. What was asked for must be what an existing study was created with.
+/// What S(x) is measured by, where cache and student are given.
+fn measuring(args: &AskArgs) -> Result<Option<DistillationObjective>, Failure> {
+    let (Some(cache), Some(student)) = (&args.cache, &args.student) else {
+        return Ok(None);
+    };
+    let mut plan = Distillation::new(cache, student);
+    add_shards(&mut plan.base, &args.elsewhere)?;
+    Ok(Some(DistillationObjective::new(plan)))
+}
+
+/// The study, and whether it was created now. What was asked for must be what an existing study was created with. Its
+/// space is without what the cache that S(x) is measured on can't answer.
 fn open_or_create(
     location: &Location,
     args: &AskArgs,
     space: Option<&Space>,
+    mut objective: Option<&mut DistillationObjective>,
 ) -> Result<(Study, bool), Failure> {
     let sampler = args.sampler.map(sampler_kind);
     let existing = match Study::open(location) {
@@ -73,7 +83,12 @@ fn open_or_create(
             };
             args.sabo.check(config.sampler)?;
             let table2 = Space::table2();
-            match Study::create(location, space.unwrap_or(&table2), &config) {
+            let space = space.unwrap_or(&table2);
+            let narrowed = match &mut objective {
+                Some(objective) => &objective.narrowed(space)?,
+                None => space,
+            };
+            match Study::create(location, narrowed, &config) {
                 Ok(study) => return Ok((study, true)),
                 // Another process was faster.
                 Err(Error::StudyExists { .. }) => Study::open(location)?,
@@ -82,8 +97,14 @@ fn open_or_create(
         }
         Err(error) => return Err(error.into()),
     };
+    let narrowed = match (space, objective) {
+        (Some(space), Some(objective)) if space != existing.space() => {
+            Some(objective.narrowed(space)?)
+        }
+        _ => None,
+    };
     existing.expect(&Expected {
-        space,
+        space: narrowed.as_ref().or(space),
         sampler,
         seed: args.seed,
         direction: direction(args.maximize),

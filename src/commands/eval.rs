@@ -169,13 +169,18 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         let scored = score_split(&model, &cache, args.split)?;
         let score = &scored.score;
         if !args.json {
-            let kl = score.kl.map_or("needs an exact cache".to_string(), |kl| {
-                format!("{kl:.4} nats")
-            });
+            let kl = score
+                .kl
+                .map_or("needs a compact or exact cache".to_string(), |kl| {
+                    format!("{kl:.4} nats")
+                });
             let known = |value: Option<f64>, digits: usize| {
                 value.map_or("not known".to_string(), |value| format!("{value:.digits$}"))
             };
-            let teacher = known(score.teacher_perplexity, 3);
+            let teacher = match score.missing_teacher_logits {
+                0 => known(score.teacher_perplexity, 3),
+                missing => format!("not known: {missing} targets are outside its top k"),
+            };
             let teacher_ece = known(score.teacher_ece, 4);
             print_text(format!(
                 "{}{}: perplexity {:.3} (teacher {teacher}), KL to the teacher {kl}, same first choice at {:.1}% of {} targets, calibration error {:.4} (teacher {teacher_ece})",

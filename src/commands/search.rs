@@ -223,15 +223,20 @@ pub(crate) fn search_with_progress(plan: &SearchPlan) -> Result<StudySummary, Fa
     refuse_other_things(&plan.location)?;
     plan.plan.check_space(&plan.space)?;
     let mut evaluator = plan.plan.open()?;
-    search_with(plan, &mut evaluator)
+    let space = evaluator.narrowed(&plan.space)?;
+    search_with(plan, &space, &mut evaluator)
 }
 
 /// The same with what the trials need opened before: many studies can share it.
-fn search_with(plan: &SearchPlan, evaluator: &mut Evaluator) -> Result<StudySummary, Failure> {
+fn search_with(
+    plan: &SearchPlan,
+    space: &Space,
+    evaluator: &mut Evaluator,
+) -> Result<StudySummary, Failure> {
     let study = if plan.resume {
-        Study::open_or_create(&plan.location, &plan.space, &plan.study)?
+        Study::open_or_create(&plan.location, space, &plan.study)?
     } else {
-        Study::create(&plan.location, &plan.space, &plan.study)?
+        Study::create(&plan.location, space, &plan.study)?
     };
     evaluator.keep(&study)?;
     if plan.study.sampler == SamplerKind::Sabo && matches!(plan.plan, Plan::Command { .. }) {

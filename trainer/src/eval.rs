@@ -21,9 +21,11 @@ use crate::{Error, Result};
 pub struct CacheScore {
     /// The model's perplexity.
     pub perplexity: f64,
-    /// The teacher's on the same targets, from the cache alone (see [`teacher_perplexity`]); `None` on a cache that was
-    /// imported without the mass of the tokens outside the top K.
+    /// The teacher's on the same targets, from the cache alone (see [`teacher_perplexity`]); `None` where
+    /// `missing_teacher_logits` is not 0, and on a cache that was imported without the mass of the tokens outside the top K.
     pub teacher_perplexity: Option<f64>,
+    /// Targets outside the top K of a sparse cache, whose probability it does not know.
+    pub missing_teacher_logits: u64,
     /// Mean KL(teacher ‖ model) at T = 1 over the whole vocabulary; `None` on a sparse cache.
     pub kl: Option<f64>,
     /// Share of targets where both put the same token first.
@@ -68,7 +70,7 @@ pub fn evaluate_cache(
     for rows in &batches {
         let batch = read_batch(cache, rows, &columns, vocabulary)?.to_device(device);
         if has_mass {
-            sums.teacher_nats += teacher_nats(&batch, code.as_ref(), vocabulary)?;
+            sums.of_teacher.add(&batch, code.as_ref())?;
         }
         let hidden = hidden_rows(&model.network, &batch.input_ids, &batch.targets);
         tch::no_grad(|| sums.add(&hidden, &batch, &head, code.as_ref()))?;
@@ -79,7 +81,8 @@ pub fn evaluate_cache(
     let mean = |sum: f64| sum / sums.targets as f64;
     Ok(CacheScore {
         perplexity: mean(sums.nats).exp(),
-        teacher_perplexity: has_mass.then(|| mean(sums.teacher_nats).exp()),
+        teacher_perplexity: sums.of_teacher.perplexity().filter(|_| has_mass),
+        missing_teacher_logits: sums.of_teacher.missing,
         kl: code.is_some().then(|| mean(sums.kl)),
         top1_agreement: mean(sums.agreements),
         ece: sums.calibration.error(),
@@ -93,8 +96,10 @@ pub fn evaluate_cache(
 
 /// The teacher's perplexity on the targets of a cache, without any model: the gold token's logit
 /// (cached where it is among the top K, else rebuilt from the last hidden state) less the cached
-/// log-sum-exp. On a sparse cache a gold token outside the top K gets an equal share of the mass
-/// that the top K leave.
+/// log-sum-exp.
+///
+/// # Errors
+/// A sparse cache with targets outside its top K, unreadable files, no target at all.
 pub fn teacher_perplexity(cache: &Cache) -> Result<f64> {
     const BATCH_TOKENS: usize = 8192;
     if !cache.manifest().knows(Statistic::LogSumExp) {
@@ -106,19 +111,52 @@ pub fn teacher_perplexity(cache: &Cache) -> Result<f64> {
     let vocabulary = cache.manifest().vocab_size;
     let code = LinearCode::of(cache, vocabulary, Kind::Float, Device::Cpu)?;
     let columns = columns_of(cache);
-    let (mut nats, mut targets) = (0.0, 0);
+    let mut of_teacher = TeacherSums::default();
     for rows in length_batches(cache, None, BATCH_TOKENS)? {
         let batch = read_batch(cache, &rows, &columns, vocabulary)?;
-        nats += teacher_nats(&batch, code.as_ref(), vocabulary)?;
-        targets += batch.num_targets();
+        of_teacher.add(&batch, code.as_ref())?;
     }
-    Ok((nats / targets as f64).exp())
+    of_teacher.perplexity().ok_or_else(|| Error::NoSequences {
+        reason: format!(
+            "{} of the cache's targets are outside its top k, and nothing says how likely they are",
+            of_teacher.missing
+        ),
+    })
+}
+
+/// Log-likelihoods of targets under the cached teacher.
+#[derive(Default)]
+struct TeacherSums {
+    nats: f64,
+    targets: u64,
+    /// Targets that the cache knows no probability of.
+    missing: u64,
+}
+
+impl TeacherSums {
+    fn add(&mut self, batch: &Batch, code: Option<&LinearCode>) -> Result<()> {
+        let log_p = gold_log_probabilities(batch, code).ok_or_else(|| Error::NoSequences {
+            reason: "the cache holds neither top-k logits nor a last hidden state".to_owned(),
+        })?;
+        let missing = log_p.isnan();
+        self.missing += missing.sum(Kind::Int64).int64_value(&[]) as u64;
+        self.nats -= log_p
+            .masked_fill(&missing, 0.0)
+            .sum(Kind::Double)
+            .double_value(&[]);
+        self.targets += batch.num_targets() as u64;
+        Ok(())
+    }
+
+    fn perplexity(&self) -> Option<f64> {
+        (self.missing == 0).then(|| (self.nats / self.targets as f64).exp())
+    }
 }
 
 #[derive(Default)]
 struct Sums {
     nats: f64,
-    teacher_nats: f64,
+    of_teacher: TeacherSums,
     kl: f64,
     agreements: f64,
     calibration: Calibration,
@@ -196,17 +234,6 @@ pub(crate) fn hidden_rows(network: &Network, input_ids: &Tensor, positions: &Ten
             .view([-1, width])
             .index_select(0, &positions.to_device(device))
     })
-}
-
-fn teacher_nats(batch: &Batch, code: Option<&LinearCode>, vocabulary: usize) -> Result<f64> {
-    let log_p = gold_log_probabilities(batch, code, vocabulary);
-    let missing = || Error::NoSequences {
-        reason: "the cache holds neither top-k logits nor a last hidden state".to_owned(),
-    };
-    Ok(-log_p
-        .ok_or_else(missing)?
-        .sum(Kind::Double)
-        .double_value(&[]))
 }
 
 fn columns_of(cache: &Cache) -> Columns {

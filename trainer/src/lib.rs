@@ -61,7 +61,7 @@ pub use loglikelihood::{Loglikelihood, Request, loglikelihoods, request};
 pub use loss_term::{LossTerm, TermLoss};
 pub use loss_values::{LossValues, loss_values};
 pub use mix::CacheMix;
-pub use objective::{check_fidelity, check_fit};
+pub use objective::{check_fidelity, check_fit, check_terms};
 pub use perplexity::{Rolling, TextScore, evaluate_text, evaluate_wikitext};
 pub use probe::{Pair, Probe, probe};
 pub use recipe::{KdType, LayerPair, Layers};

@@ -85,6 +85,11 @@ pub fn check_fit(student: &LoadedModel, cache: &Cache) -> Result<()> {
     fits(student, cache.manifest())
 }
 
+/// Whether the cache can answer the terms of a configuration for a student: what training refuses before it writes anything.
+pub fn check_terms(config: &TrainConfig, student: &LoadedModel, cache: &Cache) -> Result<()> {
+    Objective::resolve(&config.terms(), student, cache.manifest(), false).map(|_| ())
+}
+
 fn fits(student: &LoadedModel, manifest: &Manifest) -> Result<()> {
     if student.fingerprint != manifest.tokenizer.fingerprint {
         let short = |fingerprint: &str| fingerprint.chars().take(12).collect();

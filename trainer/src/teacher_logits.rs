@@ -302,13 +302,9 @@ fn through_basis(head: &Tensor, basis: &Basis) -> (Tensor, Tensor) {
 }
 
 /// log p of the gold tokens under the cached teacher, at T = 1 over its whole vocabulary \[N\] f64: the
-/// exact logit where it is among the top K, else the rebuilt one, less the cached log-sum-exp. On a
-/// sparse cache a token outside the top K gets an equal share of the mass that the top K leave.
-pub(crate) fn gold_log_probabilities(
-    batch: &Batch,
-    code: Option<&LinearCode>,
-    vocabulary: usize,
-) -> Option<Tensor> {
+/// exact logit where it is among the top K, else the rebuilt one, less the cached log-sum-exp. NaN for a token outside the
+/// top K of a sparse cache: nothing there says what it is.
+pub(crate) fn gold_log_probabilities(batch: &Batch, code: Option<&LinearCode>) -> Option<Tensor> {
     let log_sum_exp = batch.log_sum_exp.as_ref()?;
     let rebuilt = code.map(|code| {
         let rows = code.rows(batch);
@@ -320,15 +316,7 @@ pub(crate) fn gold_log_probabilities(
             let log_p = &top_k.logits - log_sum_exp.unsqueeze(-1);
             let is_gold = top_k.ids.eq_tensor(&batch.labels.unsqueeze(-1));
             let of_gold = (&log_p * &is_gold).sum_dim_intlist([-1].as_slice(), false, Kind::Float);
-            let elsewhere = rebuilt.unwrap_or_else(|| {
-                let others = (vocabulary as i64 - top_k.ids.size()[1]).max(1) as f64;
-                let kept = log_p
-                    .exp()
-                    .sum_dim_intlist([-1].as_slice(), false, Kind::Double);
-                ((1.0f64 - kept).clamp_min(1e-9) / others)
-                    .log()
-                    .to_kind(Kind::Float)
-            });
+            let elsewhere = rebuilt.unwrap_or_else(|| of_gold.full_like(f64::NAN));
             of_gold.where_self(&is_gold.any_dim(-1, false), &elsewhere)
         }
         (None, None) => return None,

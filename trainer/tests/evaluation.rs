@@ -237,16 +237,53 @@ fn a_cache_is_scored_on_its_targets() {
         let part = evaluate_cache(&student, &cache, Some(&rows), 64, &mut |_, _| {}).unwrap();
         assert_eq!(part.targets, u64::from(targets));
     }
-    let sparse = tiny.cache(
-        "sparse",
-        &CacheForm {
+    // A sparse cache knows the teacher's perplexity where every target is among its top K, and else does not guess.
+    for (name, top_k) in [("few", 5), ("all", tiny.teacher.network.vocab_size())] {
+        let form = CacheForm {
             tier: Tier::Sparse,
             layers: vec![],
+            top_k,
             ..CacheForm::default()
-        },
-    );
-    let score = evaluate_cache(&student, &sparse, None, 64, &mut |_, _| {}).unwrap();
-    assert!(score.kl.is_none() && score.teacher_perplexity.is_some_and(f64::is_finite));
+        };
+        let sparse = tiny.cache(name, &form);
+        let score = evaluate_cache(&student, &sparse, None, 64, &mut |_, _| {}).unwrap();
+        assert!(score.kl.is_none());
+        let expected = expected(&tiny.teacher, &student, &form);
+        let missing = outside_top_k(&tiny.teacher, &form);
+        assert_eq!(score.missing_teacher_logits, missing);
+        match (missing, score.teacher_perplexity) {
+            (0, Some(found)) => {
+                close(
+                    found,
+                    (expected.teacher_nats / expected.targets).exp(),
+                    1e-3,
+                );
+                assert_eq!(name, "all");
+            }
+            (_, found) => {
+                assert_eq!((name, found), ("few", None));
+                let error = teacher_perplexity(&sparse).unwrap_err().to_string();
+                assert!(
+                    error.contains(&format!("{missing} of the cache's targets")),
+                    "{error}"
+                );
+            }
+        }
+    }
+}
+
+/// Targets that are not among the teacher's first k.
+fn outside_top_k(teacher: &LoadedModel, form: &CacheForm) -> u64 {
+    let mut outside = 0;
+    for sequence in sequences(teacher, form) {
+        let p = log_probabilities(teacher, &sequence.token_ids);
+        for t in (0..sequence.token_ids.len() - 1).filter(|t| sequence.loss_mask[t + 1]) {
+            let gold = p[t][sequence.token_ids[t + 1] as usize];
+            let above = p[t].iter().filter(|&&other| other > gold).count();
+            outside += u64::from(above >= form.top_k);
+        }
+    }
+    outside
 }
 
 #[test]

@@ -16,7 +16,7 @@ const LOG_RATIO: f64 = 50.0;
 pub(super) struct SpaceSpec {
     param: Vec<ParamSpec>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    forbid: Vec<BTreeMap<String, OneOrMany>>,
+    pub(super) forbid: Vec<BTreeMap<String, OneOrMany>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -49,7 +49,7 @@ enum Kind {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
-enum OneOrMany {
+pub(super) enum OneOrMany {
     One(Value),
     Many(Vec<Value>),
 }

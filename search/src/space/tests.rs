@@ -48,6 +48,48 @@ fn inactive_parameters_have_one_value() {
     );
 }
 
+/// Only what nothing can be done with goes, with its reason; what depends on it needs no word of its own.
+#[test]
+fn impossible_levels_are_left_out() {
+    let space = Space::table2();
+    let text = |params: &Params, name: &str| params.get(name).unwrap().to_string();
+    let mut asked = 0;
+    let (whole, impossible) = space
+        .narrowed(|_| {
+            asked += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!((whole, impossible), (space.clone(), vec![]));
+    assert!(asked <= 41, "one for each level at most: {asked}");
+
+    let no_hidden = |params: &Params| match text(params, "layers").as_str() {
+        "none" => Ok(()),
+        layers => Err(format!("no {layers}")),
+    };
+    let (narrow, impossible) = space.narrowed(no_hidden).unwrap();
+    let said: Vec<_> = impossible
+        .iter()
+        .map(|level| (level.parameter.as_str(), level.reason.as_str()))
+        .collect();
+    assert_eq!(said, [("layers", "no last"), ("layers", "no last-middle")]);
+    assert_eq!(narrow.distinct(), Some(4 * 6 * 20 * 3 * 2));
+    assert_eq!(
+        narrow.narrowed(no_hidden).unwrap(),
+        (narrow.clone(), vec![])
+    );
+    assert_eq!(Space::from_json(&narrow.to_json()).unwrap(), narrow);
+
+    // A combination alone takes no level away.
+    let pair = |params: &Params| match (text(params, "layers"), text(params, "kd_type")) {
+        (layers, kd) if layers == "last" && kd == "kl" => Err("not these two".to_owned()),
+        _ => Ok(()),
+    };
+    assert_eq!(space.narrowed(pair).unwrap(), (space.clone(), vec![]));
+    let error = space.narrowed(|_| Err("nothing".to_owned())).unwrap_err();
+    assert!(matches!(error, Error::SpaceEmpty { .. }), "{error}");
+}
+
 #[test]
 fn json_form_is_faithful() {
     let space = Space::table2();

@@ -38,7 +38,8 @@ struct Choice {
     trial: u64,
     value: String,
     settings: Vec<(String, String)>,
-    commands: Vec<String>,
+    /// What each is for, and the command.
+    commands: Vec<(&'static str, String)>,
 }
 
 #[derive(Serialize)]
@@ -217,9 +218,9 @@ fn commands(
     plan: Option<&Plan>,
     view: &StudyView,
     chosen: &TrialView,
-) -> Vec<String> {
+) -> Vec<(&'static str, String)> {
     let Some((plan, folder)) = plan.zip(location.folder()) else {
-        return vec![chosen.params.to_json()];
+        return vec![("Its parameters:", chosen.params.to_json())];
     };
     // Trials that go on with a paused training share its folder.
     let ladder = view.config.ladder.as_ref();
@@ -229,13 +230,10 @@ fn commands(
         chosen.number
     };
     let trial = folder.join("trials").join(format!("{number:05}"));
-    let mut commands: Vec<String> = plan
-        .repetition(&view.config, &trial, chosen)
-        .into_iter()
-        .collect();
     let file = folder.join(plan.file_name(which));
-    if file.is_file() {
-        commands.extend(plan.reproduction(&file));
-    }
-    commands
+    let again = plan.repetition(&view.config, &trial, chosen);
+    let used = plan.reproduction(&file).filter(|_| file.is_file());
+    let again = again.map(|command| ("This trial once more, on its share of the data:", command));
+    let used = used.map(|command| ("A run with its settings:", command));
+    again.into_iter().chain(used).collect()
 }

@@ -97,6 +97,7 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
     }
     plan.plan.check_space(&plan.space)?;
     let mut evaluator = plan.plan.open()?;
+    let space = evaluator.narrowed(&plan.space)?;
     let mut samplers: Vec<(SamplerKind, Vec<OneStudy>)> = args
         .compare
         .iter()
@@ -113,12 +114,12 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
                     seed,
                     ..plan.study.clone()
                 },
-                space: plan.space.clone(),
+                space: space.clone(),
                 plan: plan.plan.clone(),
                 resume: args.resume,
                 location,
             };
-            if !search_with(&one, &mut evaluator)?.completed {
+            if !search_with(&one, &space, &mut evaluator)?.completed {
                 return Ok(Exit::Stopped);
             }
             studies.push(one_study(&one)?);

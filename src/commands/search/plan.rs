@@ -327,6 +327,14 @@ impl Evaluator {
         }
     }
 
+    /// The space without what no trial can be evaluated with.
+    pub(crate) fn narrowed(&mut self, space: &Space) -> Result<Space, Failure> {
+        match self {
+            Self::Distillation(objective) => objective.narrowed(space),
+            Self::Command(_) => Ok(space.clone()),
+        }
+    }
+
     /// Keeps the plan with the study, or checks that it is the study's.
     pub(crate) fn keep(&mut self, study: &Study) -> Result<(), Failure> {
         let now = self.kept()?;
