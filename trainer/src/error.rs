@@ -403,6 +403,11 @@ impl Error {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
             Error::NoSequences { .. } => Some("give more: a larger `fraction`, a cache of more data, a longer text".to_owned()),
+            Error::TokenOutOfRange { .. } => Some(
+                "take a model whose head has as many rows as the teacher's: padding rows that one of them lacks are among \
+                 the teacher's first tokens, or tokenizer and weights do not belong together"
+                    .to_owned(),
+            ),
             Error::NoItems { .. } => Some("give a file with an item a line".to_owned()),
             Error::BadWeight { .. } => Some("for instance: --cache first --cache second=0.3".to_owned()),
             Error::BadItem { .. } => Some(
