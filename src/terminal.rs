@@ -158,6 +158,17 @@ pub(crate) fn bytes(count: u64) -> String {
     format!("{value:.1} TB")
 }
 
+/// One word of a command line as a shell takes it.
+pub(crate) fn shell_word(text: impl std::fmt::Display) -> String {
+    let text = text.to_string();
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-+/=:,@%".contains(letter);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,5 +184,12 @@ mod tests {
             [6.12766, 0.0, -2.31e-5].map(shown),
             ["6.1277", "0.0000", "-2.3100e-5"]
         );
+    }
+
+    #[test]
+    fn what_goes_to_the_shell_is_one_word() {
+        assert_eq!(shell_word("a b'c$(d)"), r"'a b'\''c$(d)'");
+        assert_eq!(shell_word("out/x-1.json"), "out/x-1.json");
+        assert_eq!(shell_word(""), "''");
     }
 }

@@ -406,18 +406,68 @@ fn bad_settings() {
     train("learning_rate=fast", &["learning_rate"]);
     train("nonsense", &["KEY=VALUE"]);
     train("fraction=0", &["fraction"]);
+    train("=4", &["unknown configuration key"]);
+    bench.write(
+        "twice.toml",
+        "[[loss]]\nkind = \"kl\"\ntau = 3\ntemperature = 4\n",
+    );
+    let config = ["--config", "twice.toml"];
+    let run = ["train", "--cache", "cache", "--student", "teacher", "--out"];
     refused(
         &bench,
-        &[
-            "prune", "--model", "teacher", "--ratio", "1.5", "--out", "s",
-        ],
-        &["1.5"],
+        &[run.as_slice(), &["run"], &config].concat(),
+        &["`tau` = 3", "`temperature`", "given too"],
+    );
+    refused(
+        &bench,
+        &[run.as_slice(), &["twice.toml/run"]].concat(),
+        &["cannot create `twice.toml/run`"],
+    );
+    let prune = |more: &[&str], expected: &[&str]| {
+        let all = [&["prune", "--model", "teacher", "--out", "s"], more].concat();
+        refused(&bench, &all, expected);
+        assert!(!bench.path("s").exists());
+    };
+    prune(&["--ratio", "1.5"], &["1.5"]);
+    // Of four heads a fifth is none.
+    prune(
+        &["--ratio", "0.2", "--parts", "heads"],
+        &["rounds down to none"],
     );
     refused(
         &bench,
         &["eval", "--model", "teacher"],
         &["nothing to evaluate"],
     );
+    bench.write(
+        "openbookqa.jsonl",
+        "\u{feff}{\"query\":\"q\",\"choices\":[\"a\",\"b\"],\"gold\":0}\r\n",
+    );
+    bench.write("empty.txt", "");
+    bench.write("text.txt", &"abc ".repeat(600));
+    let eval = ["eval", "--model", "teacher"];
+    let task = ["--task", "openbookqa.jsonl"];
+    let text = ["--text", "text.txt"];
+    bench.ok(&[eval.as_slice(), &task].concat());
+    refused(
+        &bench,
+        &[eval.as_slice(), &task, &["--stride", "4"]].concat(),
+        &["--stride"],
+    );
+    refused(
+        &bench,
+        &[eval.as_slice(), &["--task", "openbookqa=empty.txt"]].concat(),
+        &["holds no item"],
+    );
+    refused(
+        &bench,
+        &[eval.as_slice(), &["--text", "empty.txt"]].concat(),
+        &["a longer text"],
+    );
+    let limited = bench.run(&[eval.as_slice(), &text, &["--limit", "2"]].concat());
+    assert_eq!(limited.status.code(), Some(2));
+    let long = bench.ok(&[eval.as_slice(), &text, &["--max-len", "2049"]].concat());
+    assert!(stderr(&long).contains("2048 positions"));
     refused(
         &bench,
         &["report", "teacher", "--out", "r.html"],

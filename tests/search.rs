@@ -18,14 +18,120 @@ echo "talk"
 echo "{\"value\": $CASKD_PARAM_SCALING_VALUE.25}"
 "#;
 
-fn refused(bench: &Bench, arguments: &[&str], expected: &[&str]) {
+/// Exit code 2 with each of `expected` in what is said.
+fn usage(bench: &Bench, arguments: &[&str], expected: &[&str]) {
     let output = bench.run(arguments);
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     let said = stderr(&output);
-    assert!(said.contains("hint: "), "{said}");
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
     for part in expected {
         assert!(said.contains(part), "{said}");
     }
+}
+
+fn refused(bench: &Bench, arguments: &[&str], expected: &[&str]) {
+    usage(bench, arguments, &[&["hint: "], expected].concat());
+}
+
+#[test]
+fn options_without_an_effect_are_refused() {
+    let bench = Bench::empty();
+    bench.write("file", "");
+    let search = |more: &[&'static str]| {
+        [&["search", "--command", "echo 1", "--trials", "1"], more].concat()
+    };
+    for (more, expected) in [
+        (
+            ["--out", "s", "--sampler", "gp", "--alpha", "3"].as_slice(),
+            "options of sabo, not of gp",
+        ),
+        (
+            &["--out", "s", "--compare", "gp,tpe", "--laei"],
+            "options of sabo",
+        ),
+        (&["--out", "s", "--compare", "gp,tpe,gp"], "gp twice"),
+        (
+            &["--out", "s", "--compare", "gp", "--study", "sqlite:x.db"],
+            "file of its own",
+        ),
+        (&["--out", "file"], "cannot create `file`"),
+        (&["--out", "file/s"], "cannot create `file/s`"),
+    ] {
+        refused(&bench, &search(more), &[expected]);
+    }
+    let ask = ["ask", "s", "--sampler", "random", "--inverted"];
+    refused(&bench, &ask, &["options of sabo, not of random"]);
+    for (more, expected) in [
+        (["--eta", "4"].as_slice(), "--halving"),
+        (&["--trust", "0.5"], "--halving"),
+        (&["--promote", "4"], "--halving"),
+        (&["--rungs", "4"], "--halving"),
+        (&["--fractions", "0.1,1", "--rungs", "4"], "--fractions"),
+        (&["--validation", "0.2"], "--validation"),
+        (&["--shards", "x"], "--shards"),
+        (&["--allow-low-fidelity"], "--allow-low-fidelity"),
+    ] {
+        let all = search(&[&["--out", "s"], more].concat());
+        usage(&bench, &all, &[expected]);
+    }
+    assert!(!bench.path("s").exists());
+}
+
+#[test]
+fn a_space_with_values_that_no_training_takes_is_refused_at_once() {
+    let bench = Bench::new();
+    bench.cache("cache", 6, &[]);
+    bench.write("loss.toml", "[[loss]]\nkind = \"kl\"\n");
+    let search = |space: &str, more: &[&'static str]| {
+        bench.write("space.toml", space);
+        let all = [
+            "search",
+            "--cache",
+            "cache",
+            "--student",
+            "teacher",
+            "--out",
+            "s",
+            "--space",
+            "space.toml",
+        ];
+        [all.as_slice(), more].concat()
+    };
+    let int = "[[param]]\nname = \"batch_size\"\nkind = \"int\"\nlow = 0\nhigh = 9\n";
+    refused(&bench, &search(int, &[]), &["`batch_size` = 0"]);
+    let list = "[[param]]\nname = \"batch_size\"\nkind = \"ordinal\"\nvalues = [2, 2]\n";
+    refused(&bench, &search(list, &[]), &["must ascend"]);
+    let tau = "[[param]]\nname = \"loss.0.tau\"\nkind = \"float\"\nlow = -1\nhigh = 4\n";
+    refused(
+        &bench,
+        &search(tau, &["--config", "loss.toml"]),
+        &["`temperature` = -1"],
+    );
+    let recipe = ["--space", "table2", "--config", "loss.toml"];
+    let table2 = [&search(tau, &[])[..7], &recipe].concat();
+    refused(&bench, &table2, &["no effect beside explicit [[loss]]"]);
+    assert!(!bench.path("s").exists());
+}
+
+#[test]
+fn the_command_that_uses_the_best_trial_survives_the_shell() {
+    let bench = Bench::empty();
+    let output = bench.ok(&[
+        "search",
+        "--command",
+        "cat {params.json} > /dev/null && echo 7",
+        "--out",
+        "a b's",
+        "--trials",
+        "1",
+    ]);
+    let said = stderr(&output);
+    let command = said.lines().find_map(|line| line.strip_prefix("use it: "));
+    let again = std::process::Command::new("sh")
+        .args(["-c", command.unwrap()])
+        .current_dir(bench.path(""))
+        .output()
+        .unwrap();
+    assert_eq!(again.stdout, b"7\n", "{said}");
 }
 
 #[test]

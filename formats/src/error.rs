@@ -259,20 +259,10 @@ impl Error {
             Error::Io { error, .. } if error.kind() == std::io::ErrorKind::NotFound => {
                 "check the path"
             }
-            Error::Io { error, .. }
-                if matches!(
-                    error.kind(),
-                    std::io::ErrorKind::PermissionDenied
-                        | std::io::ErrorKind::NotADirectory
-                        | std::io::ErrorKind::ReadOnlyFilesystem
-                ) =>
-            {
-                "give a folder that you may read, and to write a cache also change"
+            Error::Io { .. } => "give a folder that you may read, and to write a cache also change",
+            Error::InvalidSpec { .. } | Error::InvalidRequest(_) | Error::Encode { .. } => {
+                return None;
             }
-            Error::InvalidSpec { .. }
-            | Error::InvalidRequest(_)
-            | Error::Io { .. }
-            | Error::Encode { .. } => return None,
         };
         Some(hint.to_owned())
     }

@@ -169,6 +169,7 @@ impl Error {
             {
                 "free some space and run the command again".to_owned()
             }
+            Error::Io { .. } => "check the path and its permissions".to_owned(),
             Error::NotAModel { .. } => {
                 "give a folder that holds config.json, tokenizer.json and model.safetensors, or a FILE.gguf".to_owned()
             }

@@ -1,5 +1,6 @@
 //! What can go wrong in a search, and what the user can do about it.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Errors that an [`Objective`](crate::Objective) may return.
@@ -124,8 +125,8 @@ pub enum Error {
         /// Its own words.
         source: DatabaseError,
     },
-    /// The file system refused.
-    #[error("`{}`: {source}", path.display())]
+    /// The file system refused a folder.
+    #[error("cannot create `{}`: {source}", path.display())]
     Io {
         /// File or folder.
         path: PathBuf,
@@ -192,7 +193,7 @@ impl Error {
     /// What the user can do, where there is something.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::SpaceSyntax { .. } => {
+            Self::SpaceSyntax { .. } | Self::SpaceParameter { .. } | Self::SpaceEmpty { .. } => {
                 "a space is a list of [[param]] tables with name, kind (float, int, ordinal, categorical) and low/high or values"
             }
             Self::StudyExists { .. } => "go on with it by --resume, or choose another folder",
@@ -207,6 +208,16 @@ impl Error {
             Self::Address { .. } => {
                 "a study is a folder, sqlite:FILE, or postgres://USER@HOST/DATABASE#NAME"
             }
+            Self::Setting { .. } => "`caskd search --help` says what each option takes",
+            Self::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+                ) =>
+            {
+                "free some space and go on with --resume"
+            }
+            Self::Io { .. } => "check the path and its permissions",
             Self::NoFolder { .. } => "give --out, a folder that every worker sees",
             Self::Database {
                 source: DatabaseError::Sqlite(source),
@@ -249,7 +260,6 @@ impl Error {
                     source: DatabaseError::Row(_),
                     ..
                 }
-                | Self::Io { .. }
                 | Self::Objective { .. }
                 | Self::Discrepancy { .. }
                 | Self::Surrogate { .. }

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::params::{Params, Value};
+use crate::rng::{Rng, Stream};
 pub use narrow::Impossible;
 use spec::SpaceSpec;
 
@@ -242,6 +243,25 @@ impl Space {
             .collect();
         self.canonicalise(&mut point);
         point
+    }
+
+    /// Allowed configurations in which parameter `j` is active and has `value`, the others at random.
+    pub fn surroundings(&self, j: usize, value: &Value) -> Vec<Params> {
+        const TRIES: u64 = 64;
+        let Some(code) = self.parameters[j].domain.code(value) else {
+            return Vec::new();
+        };
+        (0..TRIES)
+            .filter_map(|number| {
+                let mut random = Rng::new(0, Stream::Random, number);
+                let unit: Vec<f64> = self.parameters.iter().map(|_| random.uniform()).collect();
+                let mut point = self.point_at(&unit);
+                point[j] = code;
+                self.canonicalise(&mut point);
+                (self.is_active(j, &point) && !self.is_forbidden(&point))
+                    .then(|| self.params(&point))
+            })
+            .collect()
     }
 
     /// The named values of a point.

@@ -32,7 +32,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "DIR", requires = "cache")]
     pub(crate) student: Option<PathBuf>,
     /// Any program as the objective, instead of training from a cache
-    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["cache", "config", "settings"])]
+    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["cache", "config", "settings", "shards", "validation", "allow_low_fidelity"])]
     pub(crate) command: Option<String>,
     /// How long the program may take; a trial that takes longer has failed
     #[arg(long, value_name = "TIME", value_parser = seconds, requires = "command")]
@@ -135,27 +135,29 @@ pub(crate) struct SaboArgs {
 /// Cheap trials first, the best few on more.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Cheap trials first")]
+#[command(group(clap::ArgGroup::new("stages").args(["fractions", "halving"]).multiple(true)))]
 pub(crate) struct LadderArgs {
     /// Shares of the cache, ascending: all trials on the first, the best few on the next with fresh seeds
     #[arg(long, value_delimiter = ',', value_name = "F,F,…", conflicts_with_all = ["fraction", "halving"])]
     pub(crate) fractions: Vec<f64>,
     /// Trials that go on to the second share; of those, every third to the next [default: 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "stages")]
     pub(crate) promote: Option<u64>,
     /// Successive halving: all trials are paused early, the best go on from their checkpoints
     #[arg(long)]
     pub(crate) halving: bool,
     /// One of so many trials goes on, for so many times the steps
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=100))]
+    #[arg(long, default_value_t = 3, value_name = "N", requires = "stages", value_parser = clap::value_parser!(u64).range(2..=100))]
     pub(crate) eta: u64,
     /// Stages of the halving
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=10))]
+    #[arg(long, default_value_t = 3, value_name = "N", requires = "halving", conflicts_with = "fractions", value_parser = clap::value_parser!(u64).range(2..=10))]
     pub(crate) rungs: u64,
     /// Rank correlation below which a cheap stage is distrusted, and twice as many go on
     #[arg(
         long,
         default_value_t = 0.4,
         value_name = "RHO",
+        requires = "stages",
         allow_hyphen_values = true
     )]
     pub(crate) trust: f64,

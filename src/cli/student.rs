@@ -97,7 +97,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "OUT.jsonl")]
     pub(crate) per_item: Option<PathBuf>,
     /// Only the first N items of each task
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "task")]
     pub(crate) limit: Option<NonZeroUsize>,
     /// Window of the text in tokens
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]

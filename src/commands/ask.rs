@@ -81,6 +81,7 @@ fn open_or_create(
                 sabo: args.sabo.options(&StudyConfig::default().sabo),
                 ..StudyConfig::default()
             };
+            args.sabo.check(config.sampler)?;
             let table2 = Space::table2();
             let space = space.unwrap_or(&table2);
             let narrowed = match &mut objective {
@@ -122,7 +123,18 @@ fn direction(maximize: bool) -> Option<Direction> {
 }
 
 impl SaboArgs {
-    pub(crate) fn any(&self) -> bool {
+    /// Refuses them with a sampler that they say nothing to.
+    pub(crate) fn check(&self, sampler: SamplerKind) -> Result<(), Failure> {
+        if self.any() && sampler != SamplerKind::Sabo {
+            return Err(Failure::user(
+                format!("--laei, --alpha and their like are options of sabo, not of {sampler}"),
+                "leave them out, or choose --sampler sabo",
+            ));
+        }
+        Ok(())
+    }
+
+    fn any(&self) -> bool {
         self.laei
             || self.inverted
             || [self.alpha, self.lambda1, self.lambda2, self.xi, self.decay]

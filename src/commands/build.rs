@@ -13,7 +13,7 @@ use super::data::{BadRecordTalk, data_options, say_data};
 use super::{kind_of, print_json, print_text};
 use crate::cli::{BuildArgs, HiddenArg, TierArg};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{self, Progress, bytes, duration, say};
+use crate::terminal::{self, Progress, bytes, duration, say, shell_word};
 use placement::placement;
 
 /// Padded tokens of a teacher batch. Fixed, because another batch shape rounds differently.
@@ -135,7 +135,8 @@ fn run_plan(args: &BuildArgs, options: &BuildOptions) -> Outcome {
         ));
         say_data(&report.data, options.max_len);
         say(format!(
-            "now: caskd build --worker I/N --out {out}, on as many machines as you like, then caskd build --commit --out {out}"
+            "now: caskd build --worker I/N --out {out}, on as many machines as you like, then caskd build --commit --out {out}",
+            out = shell_word(out)
         ));
     } else {
         say("stopped; go on with: --plan --resume");
@@ -178,7 +179,7 @@ fn run_worker(args: &BuildArgs, share: &str) -> Outcome {
         say(if report.tasks_left == 0 {
             format!(
                 "nothing is left: caskd build --commit --out {}",
-                options.out.display()
+                shell_word(options.out.display())
             )
         } else {
             format!("{} tasks of the plan are left", report.tasks_left)

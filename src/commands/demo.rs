@@ -27,7 +27,7 @@ use super::{print_json, print_text, write_file};
 use crate::cli::DemoArgs;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::Distillation;
-use crate::terminal::say;
+use crate::terminal::{say, shell_word};
 
 const FILES: [(&str, &str); 3] = [
     (
@@ -133,7 +133,7 @@ pub(crate) fn run(args: &DemoArgs) -> Outcome {
         Err(Halt::Stopped) => {
             say(format!(
                 "stopped; go on with: caskd demo --out {} --resume",
-                args.out.display()
+                shell_word(args.out.display())
             ));
             Ok(Exit::Stopped)
         }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{kind_of, open_cache, parse_device, print_json, print_text, write_file};
 use crate::cli::{EvalArgs, SplitArg};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::terminal::{Progress, duration};
+use crate::terminal::{Progress, duration, say};
 
 /// Padded tokens of an evaluation batch.
 pub(crate) const EVAL_TOKENS: usize = 2048;
@@ -105,6 +105,16 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
             "give --task NAME=FILE.jsonl",
         ));
     }
+    let any_text = !args.text.is_empty()
+        || tasks
+            .iter()
+            .any(|(task, _)| matches!(task, AnyTask::Wikitext));
+    if args.stride.is_some() && !any_text {
+        return Err(Failure::user(
+            "--stride says how a text is scored, and there is none",
+            "leave it out, or give --text FILE or --task wikitext=FILE",
+        ));
+    }
     let of_run = is_run(&args.model);
     let mut caches = args.cache.clone();
     let mut shards = args.elsewhere.shards.clone();
@@ -120,6 +130,15 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         shards.extend(elsewhere);
     }
     let model = load_any(&args.model, &options)?;
+    let config = model.network.config();
+    let context = config.max_position_embeddings();
+    if any_text && rolling.max_len > context && config.architecture() != "bloom" {
+        say(format!(
+            "warning: windows of {} tokens are longer than the {context} positions that the model was made for \
+             (--max-len {context} cuts them)",
+            rolling.max_len
+        ));
+    }
     let mut scores = Scores {
         model: args.model.clone(),
         text: Vec::new(),

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{open_cache, print_json, print_text};
 use crate::cli::InspectArgs;
 use crate::exit::{Exit, Outcome};
-use crate::terminal::bytes;
+use crate::terminal::{bytes, shell_word};
 
 /// What `--json` prints: the manifest, and what follows from it.
 #[derive(Serialize)]
@@ -70,10 +70,10 @@ fn command(manifest: &Manifest) -> String {
     }
     let mut words = vec![
         "caskd build --teacher".to_owned(),
-        word(&manifest.teacher.name),
+        shell_word(&manifest.teacher.name),
     ];
     for file in &manifest.data.files {
-        words.push(format!("--data {}", word(&file.name)));
+        words.push(format!("--data {}", shell_word(&file.name)));
     }
     words.push(format!("--tier {:?} --top-k {}", manifest.tier, manifest.top_k).to_lowercase());
     match manifest.code.as_ref().map(|code| code.target) {
@@ -108,7 +108,13 @@ fn command(manifest: &Manifest) -> String {
 
 fn import_command(manifest: &Manifest, origin: &Origin) -> String {
     let mut words = vec![format!("caskd import --from {}", origin.format)];
-    words.extend(manifest.data.files.iter().map(|file| word(&file.name)));
+    words.extend(
+        manifest
+            .data
+            .files
+            .iter()
+            .map(|file| shell_word(&file.name)),
+    );
     words.push(format!(
         "--top-k {} --max-len {}",
         manifest.top_k, manifest.max_len
@@ -151,7 +157,7 @@ fn data_words(data: &DataInfo) -> Vec<String> {
     let mut words: Vec<String> = of
         .columns
         .iter()
-        .map(|(field, name)| format!("--column {}", word(&format!("{field}={name}"))))
+        .map(|(field, name)| format!("--column {}", shell_word(format!("{field}={name}"))))
         .collect();
     let mut when = |is_so: bool, argument: String| {
         if is_so {
@@ -172,16 +178,6 @@ fn data_words(data: &DataInfo) -> Vec<String> {
     );
     when(of.bad_records > 0, "--on-error skip".to_owned());
     words
-}
-
-/// A word as a shell takes it.
-fn word(text: &str) -> String {
-    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-+/=:,@%".contains(letter);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
 }
 
 fn losses_served(manifest: &Manifest) -> Vec<Served> {

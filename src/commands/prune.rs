@@ -212,6 +212,12 @@ pub(crate) fn prune_to(request: &Request) -> Result<Pruned, Failure> {
             };
             let report = prune(&mut model, &options)?;
             let (before, after) = (report.parameters_before, report.parameters_after);
+            if after == before {
+                return Err(Failure::user(
+                    format!("a share of {ratio} of the groups and channels rounds down to none"),
+                    "give a larger --ratio, or --parts all",
+                ));
+            }
             let structured = "structured".to_owned();
             (Report::Structured(report), before, after, structured, ratio)
         }

@@ -15,7 +15,7 @@ use super::{print_json, write_file};
 use crate::cli::{LadderArgs, SamplerArg, SearchArgs};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::objective::setting_text;
-use crate::terminal::{self, duration, say, shown};
+use crate::terminal::{self, duration, say, shell_word, shown};
 
 pub(crate) use compare::{COMPARISON_FILE, Comparison, Test, best_so_far};
 use plan::Evaluator;
@@ -72,7 +72,10 @@ pub(crate) fn run(args: &SearchArgs) -> Outcome {
 fn without_value(study: &Location) -> Failure {
     Failure::user(
         format!("no trial of study `{study}` has a value: all have failed"),
-        format!("see why: caskd report {study} --out report.html"),
+        format!(
+            "see why: caskd report {} --out report.html",
+            shell_word(study)
+        ),
     )
 }
 
@@ -125,7 +128,12 @@ fn resolve(args: &SearchArgs) -> Result<SearchPlan, Failure> {
         lease_seconds: args.lease.unwrap_or(config.lease_seconds),
         ..config
     };
-    if let Some(ladder) = ladder(&args.ladder, study.trials, &plan)? {
+    let sampler = args.compare.iter().copied().map(sampler_kind);
+    if !sampler.clone().any(|kind| kind == SamplerKind::Sabo) {
+        args.sabo
+            .check(sampler.clone().next().unwrap_or(study.sampler))?;
+    }
+    if let Some(ladder) = ladder(&args.ladder, study.trials, &plan) {
         if ladder.climb == Climb::Data {
             study.fraction = ladder.shares[0];
         }
@@ -161,11 +169,11 @@ pub(crate) fn sampler_kind(sampler: SamplerArg) -> SamplerKind {
     }
 }
 
-fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Result<Option<Ladder>, Failure> {
+fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Option<Ladder> {
     if args.halving {
         let rungs = args.rungs as i32;
         let eta = args.eta as f64;
-        return Ok(Some(Ladder {
+        return Some(Ladder {
             climb: Climb::Steps,
             shares: (0..rungs).rev().map(|power| eta.powi(-power)).collect(),
             promote: args
@@ -174,16 +182,10 @@ fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Result<Option<Ladder>,
                 .max(1),
             keep: 1.0 / eta,
             trust: args.trust,
-        }));
+        });
     }
     if args.fractions.is_empty() {
-        return match args.promote {
-            Some(_) => Err(Failure::user(
-                "--promote has nowhere to promote to",
-                "give --fractions 0.05,0.2,1 or --halving as well",
-            )),
-            None => Ok(None),
-        };
+        return None;
     }
     let mut shares = args.fractions.clone();
     if let (Some(last), Some(most)) = (shares.last_mut(), plan.largest_fraction())
@@ -195,13 +197,13 @@ fn ladder(args: &LadderArgs, trials: u64, plan: &Plan) -> Result<Option<Ladder>,
         ));
         *last = most;
     }
-    Ok(Some(Ladder {
+    Some(Ladder {
         climb: Climb::Data,
         shares,
         promote: args.promote.unwrap_or(3),
         keep: 1.0 / args.eta as f64,
         trust: args.trust,
-    }))
+    })
 }
 
 /// Runs the study trial by trial, saying how each went, and writes the best configuration.
@@ -285,7 +287,7 @@ fn search_with(
     if !summary.completed {
         say(format!(
             "stopped; go on with: caskd search --study {} --resume",
-            plan.location
+            shell_word(&plan.location)
         ));
     }
     Ok(summary)

@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::{print_json, print_text};
 use crate::cli::TellArgs;
 use crate::exit::{Exit, Failure, Outcome};
+use crate::terminal::shell_word;
 
 #[derive(Serialize)]
 #[expect(clippy::struct_field_names, reason = "the names of the JSON object")]
@@ -27,7 +28,8 @@ pub(crate) fn run(args: &TellArgs) -> Outcome {
                 format!("{value} is no value"),
                 format!(
                     "a trial that diverged has failed: caskd tell {} {} --failed --reason '{value}'",
-                    args.study, args.trial
+                    shell_word(&args.study),
+                    args.trial
                 ),
             ));
         }

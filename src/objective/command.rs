@@ -12,7 +12,7 @@ use caskd_search::{BoxError, Discrepancy, Objective, Outcome, Params, Trial};
 use super::setting_text;
 use crate::commands::write_file;
 use crate::exit::Failure;
-use crate::terminal::stopped;
+use crate::terminal::{shell_word, stopped};
 
 /// Between two looks at a running program.
 const LOOK: Duration = Duration::from_millis(20);
@@ -105,7 +105,7 @@ fn line(command: &str, trial: &Trial<'_>, params: &Path, json: &str, dir: &Path)
         ("{budget}", trial.budget.to_string()),
         ("{dir}", dir.display().to_string()),
     ] {
-        line = line.replace(name, &quoted(&value));
+        line = line.replace(name, &shell_word(&value));
     }
     line
 }
@@ -119,10 +119,10 @@ pub(crate) fn repeated(command: &str, trial: &Trial<'_>) -> String {
     let params = dir.join("params.json");
     let variables: Vec<String> = environment(trial, &params, &dir)
         .into_iter()
-        .map(|(name, value)| format!("{name}={}", quoted(&value)))
+        .map(|(name, value)| format!("{name}={}", shell_word(&value)))
         .collect();
     let line = line(command, trial, &params, &trial.params.to_json(), &dir);
-    format!("env {} sh -c {}", variables.join(" "), quoted(&line))
+    format!("env {} sh -c {}", variables.join(" "), shell_word(&line))
 }
 
 /// The same as the braces, for programs that rather look into their environment.
@@ -154,10 +154,6 @@ fn environment(trial: &Trial<'_>, params: &Path, dir: &Path) -> Vec<(String, Str
         variables.push((name.to_owned(), value));
     }
     variables
-}
-
-fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// Waits for the program, or ends it: at a timeout, and when a stop was asked for.
@@ -256,10 +252,5 @@ mod tests {
         ] {
             assert!(value_of(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn what_goes_to_the_shell_is_one_word() {
-        assert_eq!(quoted("a b'c$(d)"), r"'a b'\''c$(d)'");
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use caskd_models::LoraConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::loss_term::LossTerm;
+use crate::loss_term::{LossTerm, canonical};
 use crate::losses::{HiddenPositions, HiddenReduction, LogitReduction, Normalization, Sigma, Tail};
 use crate::recipe::{KdType, Layers};
 use crate::{Error, Result};
@@ -415,7 +415,7 @@ impl TrainConfig {
                 });
             };
             let mut table = term.to_table();
-            table.insert(of_term.to_owned(), value);
+            table.insert(canonical(of_term, &table).to_owned(), value);
             *term = LossTerm::from_table(&table)?;
             return Ok(());
         }
@@ -593,7 +593,7 @@ mod tests {
         let explicit = TrainConfig::from_toml(explicit).unwrap();
         assert_eq!(explicit.terms().len(), 2);
         let mut hotter = explicit.clone();
-        hotter.set("loss.0.temperature", "8").unwrap();
+        hotter.set("loss.0.tau", "8").unwrap();
         hotter.set("loss.1.layers", "last-middle").unwrap();
         let text = hotter.to_toml().unwrap();
         assert!(

@@ -402,7 +402,13 @@ impl Error {
             Error::MissingLayers { missing, .. } => {
                 Some(format!("choose `layers` among those, or rebuild the cache with `--layers` naming {missing}"))
             }
-            Error::NoSequences { .. } => Some("raise `fraction`, or build the cache from more data".to_owned()),
+            Error::NoSequences { .. } => Some("give more: a larger `fraction`, a cache of more data, a longer text".to_owned()),
+            Error::TokenOutOfRange { .. } => Some(
+                "take a model whose head has as many rows as the teacher's: padding rows that one of them lacks are among \
+                 the teacher's first tokens, or tokenizer and weights do not belong together"
+                    .to_owned(),
+            ),
+            Error::NoItems { .. } => Some("give a file with an item a line".to_owned()),
             Error::BadWeight { .. } => Some("for instance: --cache first --cache second=0.3".to_owned()),
             Error::BadItem { .. } => Some(
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
@@ -433,6 +439,8 @@ impl Error {
             {
                 Some("free some space and continue with `--resume`".to_owned())
             }
+            Error::Io { .. } => Some("check the path and its permissions".to_owned()),
+            Error::Json { .. } => Some("the file is damaged; start the run again in another folder".to_owned()),
             Error::Tensors { action: "write", .. } => {
                 Some("is the disk full? free some space and continue with `--resume`".to_owned())
             }

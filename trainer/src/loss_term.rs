@@ -119,8 +119,16 @@ impl LossTerm {
             }
         };
         let mut keys = LossTerm::with_defaults(kind)?.to_table();
-        for (key, value) in table {
-            let key = canonical(key, &keys);
+        for (name, value) in table {
+            let key = canonical(name, &keys);
+            if key != name && table.contains_key(key) {
+                return Err(Error::BadLossValue {
+                    kind: kind.to_owned(),
+                    key: name.to_owned(),
+                    value: value.to_string(),
+                    message: format!("`{key}`, for which it stands, is given too"),
+                });
+            }
             if !keys.contains_key(key) {
                 return Err(Error::UnknownLossKey {
                     kind: kind.to_owned(),
@@ -271,7 +279,7 @@ impl LossTerm {
 }
 
 /// The key that a name stands for, among `keys`.
-fn canonical<'a>(name: &'a str, keys: &Table) -> &'a str {
+pub(crate) fn canonical<'a>(name: &'a str, keys: &Table) -> &'a str {
     let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
     match alias {
         Some((_, key)) if keys.contains_key(*key) => key,

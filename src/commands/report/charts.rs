@@ -172,14 +172,15 @@ pub(super) fn parallel(view: &StudyView, metric: &str) -> String {
     trials.sort_by(|a, b| (sign * b.1).total_cmp(&(sign * a.1)));
     let cap = drawn_in(trials.iter().map(|t| sign * t.1));
     let names: Vec<&str> = first.params.iter().map(|(name, _)| name).collect();
-    let gap = 118.0;
+    // The names of neighbouring axes must not touch.
+    let gap = longest(names.iter().copied()).max(108.0) + 10.0;
     let (top, height) = (40.0, 300.0);
     let mut svg = Svg::new(
-        gap * names.len() as f64 + 130.0,
+        gap * (names.len() as f64 + 0.5) + 71.0,
         top + height + 34.0,
         "parallel coordinates of all trials",
     );
-    let x = |axis: usize| 60.0 + gap * axis as f64;
+    let x = |axis: usize| 1.0 + gap * (axis as f64 + 0.5);
     let y = |place: f64| top + (1.0 - place) * height;
     let axes: Vec<AxisPlaces> = names.iter().map(|name| axis_of(&trials, name)).collect();
     let last = names.len();
@@ -227,6 +228,11 @@ pub(super) fn parallel(view: &StudyView, metric: &str) -> String {
         }
     }
     svg.finish()
+}
+
+/// Width that the longest of some labels takes, roughly.
+fn longest<'a>(labels: impl Iterator<Item = &'a str>) -> f64 {
+    7.0 * labels.map(|label| label.chars().count()).max().unwrap_or(0) as f64
 }
 
 struct AxisPlaces {
@@ -314,18 +320,19 @@ pub(super) fn importance(effects: &Effects) -> String {
             "b1",
         )
     }));
+    let left = longest(rows.iter().map(|row| row.0.as_str())).max(250.0);
     let mut svg = Svg::new(
-        WIDE,
+        left + 510.0,
         24.0 * rows.len() as f64 + 12.0,
         "importance of the parameters and of pairs of them",
     );
     for (i, (name, share, class)) in rows.iter().enumerate() {
         let y = 24.0 * i as f64 + 8.0;
-        svg.text("end", (250.0, y + 13.0), name);
-        svg.bar(class, (260.0, y), (440.0 * share, 16.0), "");
+        svg.text("end", (left, y + 13.0), name);
+        svg.bar(class, (left + 10.0, y), (440.0 * share, 16.0), "");
         svg.text(
             "start",
-            (266.0 + 440.0 * share, y + 13.0),
+            (left + 16.0 + 440.0 * share, y + 13.0),
             &format!("{:.0}%", 100.0 * share),
         );
     }

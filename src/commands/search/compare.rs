@@ -69,6 +69,25 @@ pub(crate) struct Test {
 }
 
 pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
+    if let Some(twice) =
+        (1..args.compare.len()).find(|&i| args.compare[..i].contains(&args.compare[i]))
+    {
+        return Err(Failure::user(
+            format!(
+                "--compare names {} twice",
+                sampler_kind(args.compare[twice])
+            ),
+            "name each sampler once; --seeds says how many studies it gets",
+        ));
+    }
+    if let (Some(study), Some(_)) = (&args.study, &args.out)
+        && !study.starts_with("postgres")
+    {
+        return Err(Failure::user(
+            "a comparison keeps each of its studies in a file of its own below --out",
+            "leave out --study, or name a PostgreSQL database",
+        ));
+    }
     let folder = plan.location.folder().ok_or_else(|| {
         Failure::user("the comparison has no folder", "give --out for its results")
     })?;

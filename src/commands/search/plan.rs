@@ -17,6 +17,7 @@ use crate::exit::Failure;
 use crate::objective::{
     CommandObjective, Distillation, DistillationObjective, repeated, setting_text,
 };
+use crate::terminal::shell_word;
 
 /// Share of the cache that judges the trials where neither the study nor the cache says.
 const DEFAULT_VALIDATION: f64 = 0.1;
@@ -181,14 +182,13 @@ impl Plan {
         })
     }
 
-    /// Refuses parameters that the trainer does not have, values that they do not take, and settings that a trial
-    /// does not decide.
+    /// Refuses parameters that the trainer does not have, values that they take together with nothing else of the
+    /// space, and settings that a trial does not decide: a study that has begun can't be mended.
     pub(crate) fn check_space(&self, space: &Space) -> Result<(), Failure> {
         let Self::Distillation(plan) = self else {
             return Ok(());
         };
-        let mut config = plan.base.clone();
-        for parameter in space.parameters() {
+        for (j, parameter) in space.parameters().iter().enumerate() {
             let name = parameter.name();
             if FIXED.contains(&name) {
                 return Err(Failure::user(
@@ -204,7 +204,17 @@ impl Plan {
                 Domain::Ordinal { values, .. } | Domain::Categorical { values } => values.clone(),
             };
             for value in values {
-                config.set(name, &setting_text(&value))?;
+                plan.base.clone().set(name, &setting_text(&value))?;
+                let mut tried = space.surroundings(j, &value).into_iter().map(|params| {
+                    let config = plan.config_of(&params)?;
+                    config.validate()
+                });
+                // One that fits is enough; where none does, the first says why.
+                if let Some(Err(error)) = tried.next()
+                    && tried.all(|one| one.is_err())
+                {
+                    return Err(error.into());
+                }
             }
         }
         Ok(())
@@ -259,9 +269,9 @@ impl Plan {
                 config.is_file().then(|| {
                     format!(
                         "caskd train --cache {} --student {} --config {} --out again",
-                        plan.cache.display(),
-                        plan.student.display(),
-                        config.display()
+                        shell_word(plan.cache.display()),
+                        shell_word(plan.student.display()),
+                        shell_word(config.display())
                     )
                 })
             }
@@ -289,12 +299,12 @@ impl Plan {
         match self {
             Self::Distillation(plan) => Some(format!(
                 "caskd train --cache {} --student {} --config {} --out RUN",
-                plan.cache.display(),
-                plan.student.display(),
-                file.display()
+                shell_word(plan.cache.display()),
+                shell_word(plan.student.display()),
+                shell_word(file.display())
             )),
             Self::Command { command, .. } => {
-                let file = file.display().to_string();
+                let file = shell_word(file.display());
                 command
                     .contains("{params.json}")
                     .then(|| command.replace("{params.json}", &file))

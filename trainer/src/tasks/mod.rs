@@ -205,6 +205,7 @@ fn read_items(task: Task, path: &Path, limit: Option<usize>) -> Result<Vec<Item>
         source,
     })?;
     let lines = text
+        .trim_start_matches('\u{feff}')
         .lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty());
