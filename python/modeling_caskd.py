@@ -73,3 +73,8 @@ class CaskdBloomForCausalLM(BloomForCausalLM):
             block.mlp.dense_h_to_4h = nn.Linear(config.hidden_size, channels)
             block.mlp.dense_4h_to_h = nn.Linear(channels, config.hidden_size)
         self.post_init()
+
+
+# Trained further and saved by transformers, a model takes this file along.
+for _model in (CaskdLlamaForCausalLM, CaskdMistralForCausalLM, CaskdQwen2ForCausalLM, CaskdBloomForCausalLM):
+    _model.register_for_auto_class("AutoModelForCausalLM")

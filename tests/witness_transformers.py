@@ -10,6 +10,7 @@ EXPECTED holds `ids` [B, T] and `logits` [B, T, V]. FORM is `model`, `own` (cust
 import json
 import os
 import sys
+import tempfile
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -25,7 +26,13 @@ def load(form, folder):
         named = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert type(named.get_base_model()) is type(base)
         return model
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=form == "own")
+    if form == "own":
+        # As transformers saves it again, which must take the folder's code along.
+        with tempfile.TemporaryDirectory() as again:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+            model.save_pretrained(again)
+            return AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32, trust_remote_code=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def main():
