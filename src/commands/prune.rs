@@ -177,6 +177,13 @@ pub(crate) fn prune_to(request: &Request) -> Result<Pruned, Failure> {
         ));
     }
     let mut model = load(&request.model, &LoadOptions::default())?;
+    if let Some(sparsity) = model.network.sparsity() {
+        // Columns that go would leave blocks that hold the pattern no more.
+        return Err(Failure::user(
+            format!("the model is masked already ({})", sparsity.pattern),
+            "prune the model that was masked, then mask what is left",
+        ));
+    }
     let layers = model.network.num_layers();
     let scope = request
         .scope
