@@ -434,6 +434,21 @@ fn bad_settings() {
         &["--ratio", "0.2", "--parts", "heads"],
         &["rounds down to none"],
     );
+    bench.ok(&[
+        "prune",
+        "--model",
+        "teacher",
+        "--sparsity",
+        "2:4",
+        "--out",
+        "masked",
+    ]);
+    for more in [["--ratio", "0.5"], ["--sparsity", "2:4"]] {
+        let all = ["prune", "--model", "masked", "--out", "s"];
+        let all = [all.as_slice(), &more].concat();
+        refused(&bench, &all, &["masked already (2:4)", "then mask"]);
+        assert!(!bench.path("s").exists());
+    }
     refused(
         &bench,
         &["eval", "--model", "teacher"],

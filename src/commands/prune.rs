@@ -177,13 +177,11 @@ pub(crate) fn prune_to(request: &Request) -> Result<Pruned, Failure> {
         ));
     }
     let mut model = load(&request.model, &LoadOptions::default())?;
-    if model.network.sparsity().is_some() && matches!(request.removal, Removal::Structured { .. }) {
+    if let Some(sparsity) = model.network.sparsity() {
+        // Columns that go would leave blocks that hold the pattern no more.
         return Err(Failure::user(
-            format!(
-                "`{}` is masked: without some of its channels the pattern and share in its config.json would be false",
-                request.model.display()
-            ),
-            "take groups and channels from the dense model first, and mask what stays",
+            format!("the model is masked already ({})", sparsity.pattern),
+            "prune the model that was masked, then mask what is left",
         ));
     }
     let layers = model.network.num_layers();
