@@ -123,6 +123,21 @@ fn a_training_killed_at_any_instant_resumes_to_the_same_bits() {
 }
 
 #[test]
+fn a_mix_says_which_cache_cannot_answer() {
+    let bench = Bench::new();
+    bench.cache("exact", 8, &[]);
+    bench.cache("few", 9, &["--tier", "sparse"]);
+    let output = bench.run(&arguments(&["exact", "few=0.5"], "run", &[]));
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("few`: loss `dual-scaling`") && said.contains("hint:"),
+        "{said}"
+    );
+    assert!(!bench.path("run").exists());
+}
+
+#[test]
 fn a_mix_is_resumed_only_as_it_was() {
     let bench = two_caches();
     let stop = ["--set", "max_steps=3"];

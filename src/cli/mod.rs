@@ -51,9 +51,9 @@ pub(crate) enum Command {
     Fidelity(FidelityArgs),
     /// Remove attention groups and FFN channels from a dense model, or mask single weights
     Prune(PruneArgs),
-    /// Train a student from a cache (LoRA)
+    /// Train a student from a cache
     Train(TrainArgs),
-    /// Perplexity on text, KL to the teacher on a cache
+    /// Perplexity on text, accuracy on tasks, KL to the teacher on a cache
     Eval(EvalArgs),
     /// Evaluate any loss and its gradient on given logits
     Loss(LossArgs),

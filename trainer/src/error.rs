@@ -263,6 +263,14 @@ pub enum Error {
         /// From 0.
         request: usize,
     },
+    /// What is wrong with one of several caches.
+    #[error("cache `{path}`: {source}")]
+    OfCache {
+        /// Its folder.
+        path: PathBuf,
+        /// What it is.
+        source: Box<Error>,
+    },
     /// A model whose log-probabilities are NaN or infinite.
     #[error("the model's log-probabilities on {what} are not finite")]
     ScoreNotFinite {
@@ -353,6 +361,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Cache(error) => error.hint(),
+            Error::OfCache { source, .. } => source.hint(),
             Error::Model(error) => error.hint(),
             Error::UnknownKey { nearest: Some(key), .. } => Some(format!("did you mean `{key}`?")),
             Error::UnknownKey { .. } | Error::BadValue { .. } | Error::ConfigSyntax { .. } => {
@@ -458,6 +467,7 @@ impl Error {
     pub fn is_user(&self) -> bool {
         match self {
             Error::Cache(error) => error.is_user(),
+            Error::OfCache { source, .. } => source.is_user(),
             Error::Model(error) => error.is_user(),
             Error::ReaderLost => false,
             _ => true,

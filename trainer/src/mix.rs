@@ -100,7 +100,16 @@ impl CacheMix {
                 retokenizer,
             })
         };
-        self.0.iter().map(part).collect()
+        let named = |cache: &(Arc<Cache>, f64)| {
+            part(cache).map_err(|source| match self.0.as_slice() {
+                [_] => source,
+                _ => Error::OfCache {
+                    path: cache.0.dir().to_owned(),
+                    source: Box::new(source),
+                },
+            })
+        };
+        self.0.iter().map(named).collect()
     }
 
     /// The order in which their sequences come.
