@@ -232,7 +232,7 @@ fn forged_manifests() {
                 manifest.to_bytes().unwrap().into(),
             )]));
             assert!(Cache::open_in(storage.clone(), Io::Mmap).is_err());
-            match crate::verify_in(storage, true) {
+            match crate::verify_in(storage, true, &mut |_, _| {}) {
                 Ok(report) => assert!(!report.ok),
                 Err(error) => assert!(matches!(error, Error::UnknownVersion { .. }), "{error}"),
             }
@@ -285,7 +285,8 @@ fn damaged_files_are_never_read_as_other_values() {
         files[chosen].1 = bytes.into();
         let given = files.iter().map(|(_, bytes)| bytes.len()).sum();
         let storage = Arc::new(Memory::new(files));
-        let found = crate::verify_in(storage.clone(), false).is_ok_and(|report| report.ok);
+        let found =
+            crate::verify_in(storage.clone(), false, &mut |_, _| {}).is_ok_and(|report| report.ok);
         assert_eq!(found, !is_changed);
         if let Ok(cache) = Cache::open_in(storage, Io::Mmap)
             && let Ok(decoded) = cache.read(0, &[0], &Columns::all(cache.manifest()))

@@ -52,15 +52,24 @@ pub struct VerifyReport {
 /// Only where there is no cache to speak of ([`Error::NotACache`], [`Error::Unfinished`], [`Error::UnknownVersion`]) or
 /// the disk refuses; damage is in the report.
 pub fn verify(dir: &Path, deep: bool) -> Result<VerifyReport> {
-    verify_store(Store::local(dir), deep)
+    verify_store(Store::local(dir), deep, &mut |_, _| {})
 }
 
-/// The same in any storage: [`crate::Spread`] where shards lie in other folders.
-pub fn verify_in(storage: Arc<dyn Storage>, deep: bool) -> Result<VerifyReport> {
-    verify_store(Store::new(storage), deep)
+/// The same in any storage: [`crate::Spread`] where shards lie in other folders. `progress` hears (bytes done, all bytes); those
+/// that are decoded count twice.
+pub fn verify_in(
+    storage: Arc<dyn Storage>,
+    deep: bool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<VerifyReport> {
+    verify_store(Store::new(storage), deep, progress)
 }
 
-fn verify_store(store: Store, deep: bool) -> Result<VerifyReport> {
+fn verify_store(
+    store: Store,
+    deep: bool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<VerifyReport> {
     let mut report = VerifyReport {
         ok: false,
         files: 1,
@@ -76,6 +85,21 @@ fn verify_store(store: Store, deep: bool) -> Result<VerifyReport> {
         }
         Err(error) => return Err(error),
     };
+    // A damaged manifest may name any sizes.
+    let shards = manifest.shards.iter().map(|info| info.bytes);
+    let again = shards.clone().filter(|_| deep);
+    let head = manifest.head.iter().map(|info| info.bytes);
+    let basis = manifest.code.iter().map(|code| code.basis.bytes);
+    let total = shards
+        .chain(again)
+        .chain(head)
+        .chain(basis)
+        .fold(0, u64::saturating_add);
+    let mut done = 0_u64;
+    let mut advance = |bytes: u64| {
+        done = done.saturating_add(bytes);
+        progress(done, total);
+    };
     let mut states = Vec::with_capacity(manifest.shards.len());
     for info in &manifest.shards {
         states.push(check_file(
@@ -86,15 +110,18 @@ fn verify_store(store: Store, deep: bool) -> Result<VerifyReport> {
             &info.digest,
         )?);
         report.rows += info.sequences;
+        advance(info.bytes);
     }
     let mut head_is_whole = true;
     if let Some(info) = &manifest.head {
         head_is_whole =
             check_file(&store, &mut report, &info.file, info.bytes, &info.digest)? == State::Whole;
+        advance(info.bytes);
     }
     if let Some(code) = &manifest.code {
         let info = &code.basis;
         check_file(&store, &mut report, &info.file, info.bytes, &info.digest)?;
+        advance(info.bytes);
     }
     let cache = Cache::for_verification(store, manifest.clone());
     let mut alignment = AlignmentCheck::default();
@@ -115,6 +142,9 @@ fn verify_store(store: Store, deep: bool) -> Result<VerifyReport> {
                 &mut alignment,
             ),
             State::Whole | State::Unreadable => {}
+        }
+        if deep {
+            advance(manifest.shards[index].bytes);
         }
     }
     if deep

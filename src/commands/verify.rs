@@ -1,6 +1,7 @@
 //! `caskd verify`
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use caskd_cache_builder::{Recheck, recheck};
 use caskd_formats::{Alignment, Io, OFFSETS, Spread, VerifyReport};
@@ -9,7 +10,7 @@ use serde::Serialize;
 use super::{open_cache, parse_device, print_json, print_text};
 use crate::cli::VerifyArgs;
 use crate::exit::{Exit, Outcome};
-use crate::terminal::say;
+use crate::terminal::{Progress, bytes, say};
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -22,7 +23,13 @@ struct Findings {
 pub(crate) fn run(args: &VerifyArgs) -> Outcome {
     let shards = &args.elsewhere.shards;
     let storage = Arc::new(Spread::new(&args.cache, shards)?);
-    let files = caskd_formats::verify_in(storage, args.deep)?;
+    let mut bar = Progress::new("verifying");
+    let started = Instant::now();
+    let files = caskd_formats::verify_in(storage, args.deep, &mut |done, total| {
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.update(done, total, &format!("{}/s", bytes(rate as u64)));
+    })?;
+    bar.finish();
     let teacher = match &args.teacher {
         // Damaged values would be compared for nothing.
         Some(teacher) if files.ok => {
