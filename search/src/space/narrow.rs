@@ -22,7 +22,7 @@ impl Space {
     /// it is. Configurations are checked until one with each level passes.
     ///
     /// # Errors
-    /// [`crate::Error::SpaceEmpty`] with the reason where no configuration is left.
+    /// [`crate::Error::SpaceEmpty`] where no configuration is left.
     pub fn narrowed(
         &self,
         mut check: impl FnMut(&Params) -> std::result::Result<(), String>,
