@@ -142,7 +142,15 @@ impl Opened {
             kind: plan.base.kind(),
         };
         let student = load(&plan.student, &options)?;
-        check_fit(&student, &cache)?;
+        check_fit(&student, &cache).map_err(|error| {
+            if plan.base.teacher_tokenizer.is_none() {
+                return error.into();
+            }
+            Failure::user(
+                format!("{error}: what it says of the cache's tokens can't judge a trial"),
+                "search with --command, by a program that trains with `teacher_tokenizer` and scores the run on a text",
+            )
+        })?;
         Ok(Self {
             cache,
             student,

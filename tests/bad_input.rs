@@ -349,6 +349,21 @@ fn a_student_that_does_not_fit() {
         ],
         &["tokenizer"],
     );
+    refused(
+        &bench,
+        &[
+            "search",
+            "--cache",
+            "cache",
+            "--student",
+            "wider",
+            "--out",
+            "study",
+            "--set",
+            "teacher_tokenizer=teacher",
+        ],
+        &["can't judge a trial", "--command"],
+    );
     assert!(!bench.path("study").exists() && !bench.path("run").exists());
 }
 
