@@ -257,6 +257,16 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// An item of a task that cannot be scored.
+    #[error("`{path}` line {line} cannot be scored: {message}")]
+    UnscorableItem {
+        /// The task's file.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
     /// A log-likelihood that is NaN.
     #[error("the log-likelihood of request {request} is not a number")]
     RequestNotANumber {
@@ -423,6 +433,9 @@ impl Error {
                 "give the harness's dataset fields, or `query`, `choices` and `gold`; `caskd eval --help` shows the forms"
                     .to_owned(),
             ),
+            Error::BadRequest { .. } | Error::UnscorableItem { .. } => {
+                Some("leave it out, or take a model whose window and vocabulary it fits".to_owned())
+            }
             Error::RequestNotANumber { .. } | Error::ScoreNotFinite { .. } => Some("the model's weights may be damaged, or overflow in this dtype".to_owned()),
             Error::OutputExists { .. } => Some("choose another folder, or continue this run with `--resume`".to_owned()),
             Error::RunBusy { .. } => Some("wait for it or stop it, or choose another folder".to_owned()),
@@ -447,6 +460,9 @@ impl Error {
                 ) =>
             {
                 Some("free some space and continue with `--resume`".to_owned())
+            }
+            Error::Io { source, .. } if source.kind() == ErrorKind::InvalidData => {
+                Some("texts and task files (JSON Lines) must be unpacked text in UTF-8".to_owned())
             }
             Error::Io { .. } => Some("check the path and its permissions".to_owned()),
             Error::Json { .. } => Some("the file is damaged; start the run again in another folder".to_owned()),

@@ -321,36 +321,55 @@ impl Packed {
 /// # Errors
 /// A text that the tokenizer refuses, an empty context of a tokenizer with neither token.
 pub fn request(model: &LoadedModel, context: &str, continuation: &str) -> Result<Request> {
-    let encode = |text: &str, with_special_tokens: bool| -> Result<Vec<u32>> {
-        let encoding = model
-            .tokenizer
-            .encode(text, with_special_tokens)
-            .map_err(|error| Error::Tokenizer {
-                message: error.to_string(),
-            })?;
-        Ok(encoding.get_ids().to_vec())
-    };
-    let head = context.trim_end();
+    let head = context.trim_end_matches(is_space);
     let moved = &context[head.len()..];
     if head.is_empty() {
-        let start = model.bos.or(model.eos).ok_or_else(|| Error::Tokenizer {
+        let start = prefix(model).ok_or_else(|| Error::Tokenizer {
             message: "an empty context needs a BOS or EOS token".to_owned(),
         })?;
         return Ok(Request {
             context: vec![start],
-            continuation: encode(&format!("{moved}{continuation}"), false)?,
+            continuation: encode(model, &format!("{moved}{continuation}"), false)?,
         });
     }
-    // A tokenizer that puts BOS before every text does it here too, unless the text has it already.
-    let bos = model.bos.and_then(|bos| model.tokenizer.id_to_token(bos));
-    let begins = !bos.is_some_and(|bos| head.starts_with(&bos));
-    let context = encode(head, begins)?;
-    let mut whole = encode(&format!("{head}{moved}{continuation}"), begins)?;
+    let context = tokens(model, head)?;
+    let mut whole = tokens(model, &format!("{head}{moved}{continuation}"))?;
     let continuation = whole.split_off(context.len().min(whole.len()));
     Ok(Request {
         context,
         continuation,
     })
+}
+
+/// A text's tokens as lm-evaluation-harness has them (0.4.13, `tok_encode`): a tokenizer that puts special tokens
+/// around every text does it here too, unless the text begins with the [`prefix`] already.
+pub(crate) fn tokens(model: &LoadedModel, text: &str) -> Result<Vec<u32>> {
+    let prefix = prefix(model).and_then(|token| model.tokenizer.id_to_token(token));
+    encode(
+        model,
+        text,
+        !prefix.is_some_and(|prefix| text.starts_with(&prefix)),
+    )
+}
+
+/// What stands before a text without a context: the tokenizer's BOS, else its EOS.
+pub(crate) fn prefix(model: &LoadedModel) -> Option<u32> {
+    model.bos.or(model.eos)
+}
+
+/// White space in Python's sense, which has the four separators too.
+pub(crate) fn is_space(letter: char) -> bool {
+    letter.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&letter)
+}
+
+fn encode(model: &LoadedModel, text: &str, with_special_tokens: bool) -> Result<Vec<u32>> {
+    let encoding = model
+        .tokenizer
+        .encode(text, with_special_tokens)
+        .map_err(|error| Error::Tokenizer {
+            message: error.to_string(),
+        })?;
+    Ok(encoding.get_ids().to_vec())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use tch::Tensor;
 
 use crate::eval::hidden_rows;
 use crate::head::{chunks, logits, rows_per_chunk};
+use crate::loglikelihood::{is_space, prefix, tokens};
 use crate::{Error, Result, wikitext};
 
 /// Padded tokens of one forward pass over text.
@@ -43,7 +44,8 @@ pub struct TextScore {
 /// How windows roll over a text: every token is scored once. The first window holds `max_len` tokens after the
 /// tokenizer's BOS (else its EOS); each later one scores `stride` further tokens with as many before them as
 /// `max_len` positions can hold. `stride` = `max_len` is the harness's choice; a smaller one gives every token more
-/// context, at more passes. Without BOS and EOS the first token is not scored.
+/// context, at more passes. Without BOS and EOS the first token is not scored. A BOS that the tokenizer puts before
+/// every text follows the first one and is scored, as the harness does it.
 #[derive(Debug, Clone, Copy)]
 pub struct Rolling {
     /// Input tokens of a window.
@@ -174,8 +176,7 @@ fn counted_words(text: &str) -> u64 {
     let mut words = 1;
     let mut inside_space = false;
     for letter in text.chars() {
-        // Python's white space has the four separators too.
-        let space = letter.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&letter);
+        let space = is_space(letter);
         words += u64::from(space && !inside_space);
         inside_space = space;
     }
@@ -196,13 +197,7 @@ fn rolling_nats(
             message: format!("it must be at least 1 and at most the window, {max_len}"),
         });
     }
-    let encoding = model
-        .tokenizer
-        .encode(text, false)
-        .map_err(|error| Error::Tokenizer {
-            message: error.to_string(),
-        })?;
-    let tokens = encoding.get_ids();
+    let tokens = tokens(model, text)?;
     let vocabulary = model.network.vocab_size();
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
         return Err(Error::TokenOutOfRange {
@@ -212,8 +207,7 @@ fn rolling_nats(
         });
     }
     // One row of tokens ahead of which stands the first context; a window is a range of it.
-    let prefix = model.bos.or(model.eos);
-    let row: Vec<u32> = prefix.into_iter().chain(tokens.iter().copied()).collect();
+    let row: Vec<u32> = prefix(model).into_iter().chain(tokens).collect();
     let windows = rolling_windows(row.len(), max_len, stride);
     let share = windows.len().div_ceil(passes_at_once(&model.network));
     let batches: Vec<&[Window]> = windows

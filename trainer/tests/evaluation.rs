@@ -13,6 +13,7 @@ use caskd_trainer::{
 };
 use tch::{Kind, Tensor};
 use tiny::{CacheForm, TEACHER_LAYERS, Tiny, load_student, sequences};
+use tokenizers::processors::template::TemplateProcessing;
 
 /// log softmax of the logits at every position of one sequence, row by row.
 fn log_probabilities(model: &LoadedModel, tokens: &[u32]) -> Vec<Vec<f64>> {
@@ -93,6 +94,37 @@ fn text_is_scored_by_rolling_windows() {
     }
 }
 
+/// A tokenizer that begins every text with its BOS does so behind the one that stands for the first context, and not
+/// where the text has it already.
+#[test]
+fn a_bos_of_the_tokenizer_is_scored_as_the_harness_does_it() {
+    let tiny = Tiny::new();
+    let mut model = load_student(&tiny.student());
+    model.bos = Some(3);
+    let begin = TemplateProcessing::builder()
+        .try_single("w3 $A")
+        .unwrap()
+        .special_tokens(vec![("w3", 3)])
+        .build()
+        .unwrap();
+    model.tokenizer.with_post_processor(Some(begin));
+    let rolling = Rolling {
+        max_len: 8,
+        stride: 8,
+    };
+    for (text, row) in [
+        ("w5 w6", vec![3, 3, 5, 6]),
+        ("w3 w5 w6", vec![3, 3, 5, 6]),
+        ("w35", vec![3, 35]),
+    ] {
+        let log_p = log_probabilities(&model, &row);
+        let nats: f64 = (1..row.len()).map(|t| -log_p[t - 1][row[t] as usize]).sum();
+        let score = evaluate_text(&model, text, rolling, &mut |_, _| {}).unwrap();
+        close(score.nats, nats, 1e-5);
+        assert_eq!(score.tokens as usize, row.len() - 1, "{text}");
+    }
+}
+
 /// Packed side by side with shared contexts, requests get what each gets alone.
 #[test]
 fn packed_requests_score_as_each_alone() {
@@ -151,6 +183,16 @@ fn task_files_are_scored_and_bad_lines_named() {
     std::fs::write(&path, format!("{good}\n{{\"goal\": 3}}\n")).unwrap();
     let error = evaluate_task(&model, Task::Piqa, &path, None, &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("line 2"), "{error}");
+    let long = vec!["w1"; 200].join(" ");
+    let long = format!(r#"{{"query": "w1", "choices": ["w2", "{long}"], "gold": 0}}"#);
+    std::fs::write(&path, format!("{good}\n\n{long}\n")).unwrap();
+    let error = evaluate_task(&model, Task::Piqa, &path, None, &mut |_, _| {}).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        said.contains("line 3") && said.contains("200 tokens"),
+        "{said}"
+    );
+    std::fs::write(&path, format!("{good}\n{good}\n")).unwrap();
     let limited = evaluate_task(&model, Task::Piqa, &path, Some(1), &mut |_, _| {}).unwrap();
     assert_eq!(limited.0.items, 1);
 }

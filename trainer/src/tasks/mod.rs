@@ -179,17 +179,19 @@ pub fn evaluate_task(
     let started = Instant::now();
     let items = read_items(task, path, limit)?;
     let mut requests = Vec::new();
-    for item in &items {
+    for (_, item) in &items {
         for (context, continuation) in &item.requests {
             requests.push(request(model, context, continuation)?);
         }
     }
     let max_len = model.network.config().max_position_embeddings();
-    let mut scores = loglikelihoods(model, &requests, max_len, progress)?.into_iter();
+    let mut scores = loglikelihoods(model, &requests, max_len, progress)
+        .map_err(|error| at_its_line(error, path, &items))?
+        .into_iter();
     let per_item: Vec<ItemScore> = items
         .iter()
         .enumerate()
-        .map(|(index, item)| {
+        .map(|(index, (_, item))| {
             let scores: Vec<Loglikelihood> = scores.by_ref().take(item.requests.len()).collect();
             score_item(task, index, item, &scores)
         })
@@ -198,7 +200,33 @@ pub fn evaluate_task(
     Ok((score, per_item))
 }
 
-fn read_items(task: Task, path: &Path, limit: Option<usize>) -> Result<Vec<Item>> {
+/// What is wrong with a request, said of the line that it comes from.
+fn at_its_line(error: Error, path: &Path, items: &[(usize, Item)]) -> Error {
+    let line_of = |request: usize| {
+        let mut seen = 0;
+        items
+            .iter()
+            .find(|(_, item)| {
+                seen += item.requests.len();
+                request < seen
+            })
+            .map_or(0, |(line, _)| *line)
+    };
+    match error {
+        Error::BadRequest { request, message } => Error::UnscorableItem {
+            path: path.to_owned(),
+            line: line_of(request),
+            message,
+        },
+        Error::RequestNotANumber { request } => Error::ScoreNotFinite {
+            what: format!("`{}` line {}", path.display(), line_of(request)),
+        },
+        other => other,
+    }
+}
+
+/// Items, each with its line in the file, from 1.
+fn read_items(task: Task, path: &Path, limit: Option<usize>) -> Result<Vec<(usize, Item)>> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
         action: "read",
         path: path.to_owned(),
@@ -220,9 +248,10 @@ fn read_items(task: Task, path: &Path, limit: Option<usize>) -> Result<Vec<Item>
             };
             let value: serde_json::Value =
                 serde_json::from_str(line).map_err(|error| bad(error.to_string()))?;
-            fields::item(task, &value).map_err(bad)
+            let item = fields::item(task, &value).map_err(bad)?;
+            Ok((number + 1, item))
         })
-        .collect::<Result<Vec<Item>>>()?;
+        .collect::<Result<Vec<_>>>()?;
     if items.is_empty() {
         return Err(Error::NoItems {
             path: path.to_owned(),
