@@ -356,3 +356,43 @@ print(json.dumps({tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag 
         assert_eq!(scalars[tag].as_array().unwrap().len(), STEPS);
     }
 }
+
+/// Rotary embeddings go on beyond the positions that a student was made for; nobody would see it.
+#[test]
+fn sequences_beyond_the_students_positions_are_told() {
+    let bench = Bench::new();
+    bench.records("train.jsonl", 12);
+    bench.json(&[
+        "build",
+        "--teacher",
+        "teacher",
+        "--data",
+        "train.jsonl",
+        "--out",
+        "cache",
+        "--json",
+    ]);
+    let train = |student: &str| {
+        let out = format!("run-{student}");
+        let output = bench.run(&[
+            "train",
+            "--cache",
+            "cache",
+            "--student",
+            student,
+            "--out",
+            &out,
+        ]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+            .matches("longer than the 9 positions")
+            .count()
+    };
+    assert_eq!(train("teacher"), 0);
+    bench.json(&["export-model", "teacher", "--out", "short", "--json"]);
+    let config = bench.path("short/config.json");
+    let mut fields: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    fields["max_position_embeddings"] = 9.into();
+    std::fs::write(&config, fields.to_string()).unwrap();
+    assert_eq!(train("short"), 1);
+}

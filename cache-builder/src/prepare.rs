@@ -146,12 +146,13 @@ pub(crate) fn read_data(
     )
 }
 
-/// Rotary embeddings go on beyond the positions that a network was trained for, but its logits lose their sense there.
 pub(crate) fn warn_beyond_context(files: &ModelFiles, sequences: &[TokenizedSequence]) {
-    let context = files.config().max_position_embeddings();
+    let Some(context) = files.config().last_position() else {
+        return;
+    };
     let lengths = sequences.iter().map(|sequence| sequence.token_ids.len());
     let beyond = lengths.filter(|length| *length > context).count();
-    if beyond > 0 && files.config().architecture() != "bloom" {
+    if beyond > 0 {
         tracing::warn!(
             "{beyond} sequences are longer than the {context} positions that the teacher was made for (--max-len {context} cuts them)"
         );

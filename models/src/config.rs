@@ -138,6 +138,15 @@ impl Config {
         }
     }
 
+    /// The positions beyond which logits lose their sense: those that the network was trained for. `None` for BLOOM,
+    /// whose attention knows distances only.
+    pub fn last_position(&self) -> Option<usize> {
+        match self {
+            Config::Llama(config) => Some(config.max_position_embeddings),
+            Config::Bloom(_) => None,
+        }
+    }
+
     /// The LM head is the embedding.
     pub fn tie_word_embeddings(&self) -> bool {
         match self {

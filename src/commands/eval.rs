@@ -81,6 +81,12 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         max_len: args.max_len,
         stride: args.stride.unwrap_or(args.max_len),
     };
+    if rolling.max_len == 0 {
+        return Err(Failure::user(
+            "--max-len 0 is no window",
+            "give the tokens of a window, for instance 512",
+        ));
+    }
     if !(1..=rolling.max_len).contains(&rolling.stride) {
         return Err(Failure::user(
             format!(
@@ -130,9 +136,10 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         shards.extend(elsewhere);
     }
     let model = load_any(&args.model, &options)?;
-    let config = model.network.config();
-    let context = config.max_position_embeddings();
-    if any_text && rolling.max_len > context && config.architecture() != "bloom" {
+    if any_text
+        && let Some(context) = model.network.config().last_position()
+        && rolling.max_len > context
+    {
         say(format!(
             "warning: windows of {} tokens are longer than the {context} positions that the model was made for \
              (--max-len {context} cuts them)",

@@ -170,6 +170,7 @@ pub fn train(
         config.prefetch,
     );
 
+    let mut context = student.config().last_position();
     let mut saved = cursor.step;
     for batches_of_step in steps {
         if control.stop.load(Ordering::Relaxed) {
@@ -183,6 +184,17 @@ pub fn train(
             .map(|_| batches.next().unwrap_or(Err(Error::ReaderLost)))
             .collect::<Result<_>>()?;
         let data_wait_seconds = started.elapsed().as_secs_f64();
+        if let Some(positions) = context
+            && micro_batches
+                .iter()
+                .any(|read| read.batch.input_ids.size()[1] > positions as i64)
+        {
+            tracing::warn!(
+                "the cache has sequences longer than the {positions} positions that the student was made for \
+                 (`caskd build --max-len {positions}` cuts them)"
+            );
+            context = None;
+        }
         let size = step_size(&micro_batches);
         let step = cursor.step + 1;
         for part in &mut parts {
