@@ -319,6 +319,13 @@ impl TrainConfig {
             self.lora.rank > 0,
             "it must be at least 1",
         )?;
+        // At 0 nothing would reach the adapters, and nothing come of them.
+        in_range(
+            "lora.alpha",
+            self.lora.alpha,
+            self.lora.alpha > 0.0 && self.lora.alpha.is_finite(),
+            "it must be above 0",
+        )?;
         share("lora.dropout", self.lora.dropout)?;
         self.device()?;
         if self.mode == Mode::Full && self.recompute {
@@ -595,9 +602,12 @@ mod tests {
         let mut hotter = explicit.clone();
         hotter.set("loss.0.tau", "8").unwrap();
         hotter.set("loss.1.layers", "last-middle").unwrap();
+        hotter.set("loss.0.logits_norm", "min-max").unwrap();
         let text = hotter.to_toml().unwrap();
         assert!(
-            text.contains("temperature = 8.0") && text.contains("last-middle"),
+            ["temperature = 8.0", "\"last-middle\"", "\"max-min\""]
+                .iter()
+                .all(|part| text.contains(part)),
             "{text}"
         );
         for bad in ["loss.2.temperature", "loss.0.heat", "loss.x.weight"] {
@@ -627,6 +637,7 @@ mod tests {
         );
         check("epochs = \"two\"", "`epochs` = \"two\" is not possible");
         check("epochs = 0", "at least 1");
+        check("[lora]\nalpha = 0", "above 0");
         check("learning_rate = nan", "above 0");
         check("fraction = 1.5", "at most 1");
         check("kd_type = \"mse\"", "dual-scaling");

@@ -423,7 +423,7 @@ mod tests {
         );
         check("kind = \"bild\"\nk = 1", "at least 2");
         check("kind = \"bild\"\nk = -1", "`k` = -1");
-        check("kind = \"jensen-shannon\"\nbeta = 1", "between 0 and 1");
+        check("kind = \"jensen-shannon\"\nbeta = 1", "above 0 and below 1");
         check("kind = \"multi-level\"\ntemperatures = []", "one at least");
         check("kind = \"multi-level\"\ntemperatures = [1, 0]", "above 0");
         check(

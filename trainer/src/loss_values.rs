@@ -5,7 +5,8 @@ use tch::{Kind, Tensor};
 use crate::head::{chunks, moments, rows_per_chunk, sigma_of_samples};
 use crate::loss_term::{LossTerm, TermLoss};
 use crate::losses::{
-    HiddenKind, Labels, LogitKind, LogitRows, Lookups, Normalization, Projection, SampleSigma,
+    HiddenKind, Labels, LogitKind, LogitRows, Lookups, Normalization, Projection, Requirement,
+    SampleSigma,
 };
 use crate::{Error, Result};
 
@@ -26,7 +27,7 @@ pub struct LossValues {
 }
 
 /// Evaluates a term (its weight, reduction, layers and positions apart) on named tensors: `teacher` and
-/// `student` [B, T, V] or [N, V]; `labels` [B, T] of integers for losses on labels, negative where
+/// `student` [B, T, V] or [N, V] (no `teacher` where the loss reads none); `labels` [B, T] of integers for losses on labels, negative where
 /// there is none; `of_student` [B, T] for `distillm-2`; `mask` [B, T], 0 where a position is to be left out. Losses on hidden states take
 /// `teacher_hidden` and `student_hidden` [B, T, D], and `projection` [D_t, D_s] where that is learned. In f64 where student or teacher are f64, else in
 /// f32. Positions are taken as many at a time as the fused head does; σ per sample spans a sequence
@@ -61,7 +62,12 @@ struct Rows {
 
 fn on_logits(loss: &LogitKind, norm: Normalization, inputs: &Inputs<'_>) -> Result<LossValues> {
     let of = loss.loss();
-    let mut rows = inputs.rows("student", "teacher")?;
+    // A loss that reads nothing of the teacher's does without it.
+    let teacher = match of.requirement() {
+        Requirement::Nothing => "student",
+        _ => "teacher",
+    };
+    let mut rows = inputs.rows("student", teacher)?;
     let (vocabulary, teacher_vocabulary) = (rows.student.size()[1], rows.teacher.size()[1]);
     if vocabulary != teacher_vocabulary && !of.across_vocabularies() {
         return Err(bad(

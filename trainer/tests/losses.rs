@@ -213,6 +213,10 @@ fn rows_that_are_left_out_are_zero_and_change_no_other() {
     // A row without a label has no cross-entropy; DKD takes the teacher's first token there.
     let hard = loss_values(&term("cross-entropy", ""), &inputs).unwrap();
     assert_eq!((hard.counted, hard.value.double_value(&[0, 1])), (5, 0.0));
+    let mut alone = self::inputs();
+    alone.retain(|(name, _)| name != "teacher");
+    let alone = loss_values(&term("cross-entropy", ""), &alone).unwrap();
+    assert_eq!(alone.value, hard.value);
     let decoupled = loss_values(&term("dkd", ""), &inputs).unwrap();
     assert_eq!(decoupled.counted, 6);
     // Rows without a sequence, in f32 from f32.

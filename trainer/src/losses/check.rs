@@ -42,7 +42,7 @@ pub(super) fn not_negative(key: &'static str, value: f64) -> Result<(), BadKey> 
 
 pub(super) fn inside_unit(key: &'static str, value: f64) -> Result<(), BadKey> {
     let fits = value > 0.0 && value < 1.0;
-    that(key, fits, value, "it must be between 0 and 1")
+    that(key, fits, value, "it must be above 0 and below 1")
 }
 
 pub(super) fn at_least(key: &'static str, value: usize, least: usize) -> Result<(), BadKey> {

@@ -14,7 +14,8 @@ pub enum Normalization {
     /// As they are.
     #[default]
     None,
-    /// (x − min) / (max − min + ε), BayesKD Eq. 9.
+    /// (x − min) / (max − min + ε), BayesKD Eq. 9; `min-max` is the same.
+    #[serde(alias = "min-max")]
     MaxMin,
     /// (x − mean) / (σ + ε) with the population's σ (Sun et al. 2024, "Logit standardization in
     /// knowledge distillation").

@@ -50,9 +50,11 @@ impl LogitLoss for RandomSamplingKd {
 
     fn value(&self, rows: &LogitRows<'_>) -> Tensor {
         let (ids, weights) = tch::no_grad(|| self.draw(rows));
-        // A token drawn several times has the sum of its weights: [N, n, n] is small beside [N, V].
-        let same = ids.unsqueeze(-1).eq_tensor(&ids.unsqueeze(1));
-        let of_token = over_last(&(weights.unsqueeze(1) * same));
+        // A token drawn several times has the sum of its weights.
+        let of_token = weights
+            .new_zeros(rows.student.size(), (weights.kind(), weights.device()))
+            .scatter_add(-1, &ids, &weights)
+            .gather(-1, &ids, false);
         let log_q = rows
             .student
             .log_softmax(-1, None::<Kind>)
