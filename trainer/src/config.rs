@@ -345,10 +345,15 @@ impl TrainConfig {
         self.refuse_recipe_beside_losses()?;
         let terms = self.terms();
         if terms.is_empty() {
+            let (key, others) = if self.loss.is_empty() {
+                ("soft_weight", "hard_weight is")
+            } else {
+                ("loss.0.weight", "the others are")
+            };
             return Err(Error::BadValue {
-                key: "soft_weight".to_owned(),
+                key: key.to_owned(),
                 value: "0".to_owned(),
-                message: "hard_weight is 0 too, so there is no loss to train on".to_owned(),
+                message: format!("{others} 0 too, so there is no loss to train on"),
             });
         }
         terms.iter().try_for_each(LossTerm::validate)
@@ -645,6 +650,7 @@ mod tests {
         check("mode = \"half\"", "lora");
         check("layers = \"first\"", "last-middle");
         check("hard_weight = 0\nsoft_weight = 0", "no loss to train on");
+        check("[[loss]]\nkind = \"kl\"\nweight = 0", "`loss.0.weight` = 0");
         check("hard_weight = -1", "not be below 0");
         check("device = \"tpu\"", "device `tpu` is not available");
         check("epochs = ", "does not parse");

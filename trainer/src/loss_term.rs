@@ -272,6 +272,15 @@ impl LossTerm {
                 }
                 loss.loss().validate()
             }
+            TermLoss::Hidden { layers, .. }
+                if *layers == Layers::None || *layers == Layers::Listed(vec![]) =>
+            {
+                return Err(refused(BadKey {
+                    key: "layers",
+                    value: serde_json::json!(layers).to_string(),
+                    message: "it names none, and the loss would be 0",
+                }));
+            }
             TermLoss::Hidden { loss, .. } => loss.loss().validate(),
         }
         .map_err(refused)
@@ -424,6 +433,8 @@ mod tests {
         check("kind = \"bild\"\nk = 1", "at least 2");
         check("kind = \"bild\"\nk = -1", "`k` = -1");
         check("kind = \"jensen-shannon\"\nbeta = 1", "above 0 and below 1");
+        check("kind = \"hidden-cosine\"\nlayers = []", "names none");
+        check("kind = \"patient-kd\"\nlayers = \"none\"", "names none");
         check("kind = \"multi-level\"\ntemperatures = []", "one at least");
         check("kind = \"multi-level\"\ntemperatures = [1, 0]", "above 0");
         check(
