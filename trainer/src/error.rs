@@ -444,11 +444,14 @@ impl Error {
                 Some("resume with what the run was started with, or start a new run in another folder".to_owned())
             }
             Error::StudentChanged { .. } => Some("train again, or put the original student back".to_owned()),
-            Error::NotFinite { checkpoint, .. } => Some(match checkpoint {
+            Error::NotFinite { checkpoint, step, .. } => Some(match checkpoint {
                 Some(path) => format!(
                     "the last good checkpoint is `{}`; try a lower learning_rate or loss weight in a new run",
                     path.display()
                 ),
+                None if *step == 1 => {
+                    "no weight has changed yet: look at the student with `caskd eval`, or try a lower loss weight".to_owned()
+                }
                 None => "no checkpoint was written before it; try a lower learning_rate or loss weight".to_owned(),
             }),
             Error::NoCheckpoint { .. } | Error::DamagedCheckpoint { .. } => Some("start the run again in another folder".to_owned()),
