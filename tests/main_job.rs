@@ -4,6 +4,7 @@
 
 mod support;
 
+use serde_json::json;
 use support::{Bench, files, stderr};
 
 #[test]
@@ -315,4 +316,28 @@ fn a_second_builder_is_refused_while_the_first_one_works() {
     first.wait().unwrap();
     // The lock dies with its process.
     bench.ok(&[&arguments[..], &["--resume"]].concat());
+}
+
+/// Pages are scored in windows as long as the model takes, as lm-evaluation-harness does it; running text is not.
+#[test]
+fn wikitext_has_the_models_own_window() {
+    let bench = Bench::new();
+    let text = "a page of the text, ".repeat(40);
+    bench.write("text.txt", &text);
+    bench.write("pages.jsonl", &json!({ "page": text }).to_string());
+    let nats = |part: &str, more: &[&str]| {
+        let given = match part {
+            "text" => ["--text", "text.txt"],
+            _ => ["--task", "wikitext=pages.jsonl"],
+        };
+        let fixed = ["eval", "--model", "teacher", "--json"];
+        bench.json(&[fixed.as_slice(), &given, more].concat())[part][0]["nats"].clone()
+    };
+    let whole = nats("tasks", &["--max-len", "2048"]);
+    let windows = nats("tasks", &["--max-len", "512"]);
+    assert_ne!(whole, windows);
+    assert_eq!(nats("tasks", &[]), whole);
+    assert_eq!(nats("text", &[]), nats("text", &["--max-len", "512"]));
+    // A longer stride than running text has by default fits the pages' window.
+    assert_eq!(nats("tasks", &["--stride", "2048"]), whole);
 }

@@ -2,7 +2,7 @@
 """Scores task files with lm-evaluation-harness and compares with what `caskd eval` found.
 
 usage: compare.py MODEL TASK=FILE.jsonl ... --items ITEMS.jsonl [--scores SCORES.json] [--limit N] [--dtype bfloat16]
-       compare.py MODEL wikitext=FILE --scores SCORES.json [--limit N] [--max-len 512]
+       compare.py MODEL wikitext=FILE --scores SCORES.json [--limit N] [--max-len TOKENS]
 
 MODEL is a GGUF file or a Hugging Face folder. ITEMS.jsonl is what `caskd eval --per-item` wrote for the
 same tasks, in the same order; the files are in a prepared form (query/choices/gold,
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--items")
     parser.add_argument("--scores")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--max-len", type=int, default=512)
+    parser.add_argument("--max-len", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()

@@ -99,9 +99,9 @@ pub(crate) struct EvalArgs {
     /// Only the first N items of each task
     #[arg(long, value_name = "N", requires = "task")]
     pub(crate) limit: Option<NonZeroUsize>,
-    /// Window of the text in tokens
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub(crate) max_len: usize,
+    /// Window of a text in tokens [default: 512; for wikitext the model's own, as in lm-evaluation-harness]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_len: Option<usize>,
     /// Tokens that each further window scores; fewer give each token more context [default: the window]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) stride: Option<usize>,

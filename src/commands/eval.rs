@@ -72,29 +72,17 @@ struct ScoredCache {
     score: CacheScore,
 }
 
+/// Tokens of a window over running text, unless --max-len says otherwise.
+const TEXT_WINDOW: usize = 512;
+
 pub(crate) fn run(args: &EvalArgs) -> Outcome {
     let options = LoadOptions {
         device: parse_device(&args.device)?,
         kind: kind_of(args.dtype),
     };
-    let rolling = Rolling {
-        max_len: args.max_len,
-        stride: args.stride.unwrap_or(args.max_len),
-    };
-    if rolling.max_len == 0 {
-        return Err(Failure::user(
-            "--max-len 0 is no window",
-            "give the tokens of a window, for instance 512",
-        ));
-    }
-    if !(1..=rolling.max_len).contains(&rolling.stride) {
-        return Err(Failure::user(
-            format!(
-                "--stride {} does not fit a window of {} tokens",
-                rolling.stride, rolling.max_len
-            ),
-            "give a --stride from 1 to --max-len",
-        ));
+    let any_text = !args.text.is_empty();
+    if any_text {
+        windows(args, TEXT_WINDOW)?;
     }
     let limit = args.limit.map(NonZeroUsize::get);
     let tasks: Vec<(AnyTask, PathBuf)> = args
@@ -111,13 +99,15 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
             "give --task NAME=FILE.jsonl",
         ));
     }
-    let any_text = !args.text.is_empty()
-        || tasks
-            .iter()
-            .any(|(task, _)| matches!(task, AnyTask::Wikitext));
-    if args.stride.is_some() && !any_text {
+    let any_pages = tasks
+        .iter()
+        .any(|(task, _)| matches!(task, AnyTask::Wikitext));
+    let given = [("--stride", args.stride), ("--max-len", args.max_len)];
+    if let Some((option, _)) = given.iter().find(|(_, value)| value.is_some())
+        && !(any_text || any_pages)
+    {
         return Err(Failure::user(
-            "--stride says how a text is scored, and there is none",
+            format!("{option} says how a text is scored, and there is none"),
             "leave it out, or give --text FILE or --task wikitext=FILE",
         ));
     }
@@ -136,14 +126,19 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         shards.extend(elsewhere);
     }
     let model = load_any(&args.model, &options)?;
-    if any_text
-        && let Some(context) = model.network.config().last_position()
-        && rolling.max_len > context
+    let config = model.network.config();
+    // The harness takes the whole of what the model takes.
+    let page_window = config.max_position_embeddings();
+    if any_pages {
+        windows(args, page_window)?;
+    }
+    let longest = args.max_len.or(any_text.then_some(TEXT_WINDOW));
+    if let Some((longest, context)) = longest.zip(config.last_position())
+        && longest > context
     {
         say(format!(
-            "warning: windows of {} tokens are longer than the {context} positions that the model was made for \
-             (--max-len {context} cuts them)",
-            rolling.max_len
+            "warning: windows of {longest} tokens are longer than the {context} positions that the model was made for \
+             (--max-len {context} cuts them)"
         ));
     }
     let mut scores = Scores {
@@ -153,7 +148,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
         tasks: Vec::new(),
     };
     for path in &args.text {
-        let score = score_text(&model, path, rolling)?;
+        let score = score_text(&model, path, windows(args, TEXT_WINDOW)?)?;
         if !args.json {
             print_text(format!(
                 "{}: perplexity {:.3} a token, {:.2} a word, {:.4} bits a byte; {} tokens in {} ({:.0} tokens/s)",
@@ -213,7 +208,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome {
                 (task_line(&score), AnyTaskScore::Choices(score))
             }
             AnyTask::Wikitext => {
-                let score = score_wikitext(&model, &path, limit, rolling)?;
+                let score = score_wikitext(&model, &path, limit, windows(args, page_window)?)?;
                 (wikitext_line(&score), AnyTaskScore::Pages(score))
             }
         };
@@ -254,6 +249,25 @@ fn parse_task(text: &str) -> Result<(AnyTask, PathBuf), Failure> {
             ),
         )),
     }
+}
+
+/// Windows as asked for, else of `max_len` tokens.
+fn windows(args: &EvalArgs, max_len: usize) -> Result<Rolling, Failure> {
+    let max_len = args.max_len.unwrap_or(max_len);
+    let stride = args.stride.unwrap_or(max_len);
+    if max_len == 0 {
+        return Err(Failure::user(
+            "--max-len 0 is no window",
+            "give the tokens of a window, for instance 512",
+        ));
+    }
+    if !(1..=max_len).contains(&stride) {
+        return Err(Failure::user(
+            format!("--stride {stride} does not fit a window of {max_len} tokens"),
+            "give a --stride from 1 to --max-len",
+        ));
+    }
+    Ok(Rolling { max_len, stride })
 }
 
 fn score_task(
