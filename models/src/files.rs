@@ -38,7 +38,7 @@ use crate::hub;
 use crate::linear::Pass;
 use crate::norm::Norm;
 use crate::sparsity::Sparsity;
-use crate::tokenizer::read_json;
+use crate::tokenizer::{GENERATION_CONFIG, read_json};
 use crate::training::masked_in_8_bits;
 use crate::weights::{Checked, SafetensorsFolder, WeightSource};
 use crate::{
@@ -263,6 +263,7 @@ impl ModelFiles {
             network.set_sparsity(sparsity);
         }
         let digest = self.digest();
+        let generation_config = read_json(&self.path.join(GENERATION_CONFIG))?;
         let tokenizer = self.tokenizer;
         Ok(LoadedModel {
             network,
@@ -273,6 +274,7 @@ impl ModelFiles {
             bos: tokenizer.bos,
             eos: tokenizer.eos,
             tokenizer_config: tokenizer.tokenizer_config,
+            generation_config,
         })
     }
 }

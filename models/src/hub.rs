@@ -15,17 +15,18 @@ use hf_hub::{Cache, Repo, RepoType};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use crate::tokenizer::TEMPLATE_FOLDER;
+use crate::tokenizer::{GENERATION_CONFIG, TEMPLATE_FOLDER};
 use crate::weights::{INDEX, SINGLE_FILE, shards_of_index};
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 /// Read where the model has them.
-const OPTIONAL: [&str; 3] = [
+const OPTIONAL: [&str; 4] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    GENERATION_CONFIG,
 ];
 const MAIN: &str = "main";
 

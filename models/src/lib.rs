@@ -133,6 +133,8 @@ pub struct LoadedModel {
     /// `tokenizer_config.json`: as it was read, or made from the GGUF's metadata (special tokens,
     /// chat template).
     pub tokenizer_config: serde_json::Value,
+    /// `generation_config.json`, where the folder has one: how transformers samples, and where it stops.
+    pub generation_config: Option<serde_json::Value>,
 }
 
 impl LoadedModel {
@@ -148,6 +150,7 @@ impl LoadedModel {
             bos: None,
             eos: None,
             tokenizer_config: serde_json::json!({}),
+            generation_config: None,
         }
     }
 
@@ -164,6 +167,7 @@ impl LoadedModel {
             bos: self.bos,
             eos: self.eos,
             tokenizer_config: self.tokenizer_config.clone(),
+            generation_config: self.generation_config.clone(),
         }
     }
 }

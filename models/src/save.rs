@@ -12,11 +12,12 @@ use tch::{Kind, Tensor};
 
 use crate::lora::save_adapters_for;
 use crate::sparsity::SPARSITY_KEY;
+use crate::tokenizer::GENERATION_CONFIG;
 use crate::{Error, LoadedModel, Result};
 
 /// Writes a Hugging Face folder: `config.json`, `model.safetensors` (in the compute type),
-/// `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`. Attached adapters are not
-/// written; merge them first. The folder gets its name when everything in it is on disk.
+/// `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, and `generation_config.json` where the model came
+/// with one. Attached adapters are not written; merge them first. The folder gets its name when everything in it is on disk.
 ///
 /// # Errors
 /// `out` exists already; the disk is full or not writable.
@@ -75,7 +76,11 @@ fn write_model(model: &LoadedModel, folder: &Path) -> Result<()> {
     write_json(
         &folder.join("special_tokens_map.json"),
         &special_tokens(&model.tokenizer_config),
-    )
+    )?;
+    match &model.generation_config {
+        Some(config) => write_json(&folder.join(GENERATION_CONFIG), config),
+        None => Ok(()),
+    }
 }
 
 /// Loads pruned folders with transformers.

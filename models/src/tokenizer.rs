@@ -10,6 +10,8 @@ use crate::{Error, Result, hub, is_gguf};
 
 /// Where folders keep chat templates beside the default one.
 pub(crate) const TEMPLATE_FOLDER: &str = "additional_chat_templates";
+/// Where folders keep how transformers samples.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// A tokenizer without its network.
 #[derive(Debug)]

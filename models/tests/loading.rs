@@ -88,7 +88,8 @@ fn saved_models_come_back_the_same() {
 #[test]
 fn saving_twice_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let model = tiny("gqa_untied");
+    let mut model = tiny("gqa_untied");
+    model.generation_config = Some(serde_json::json!({"temperature": 0.6, "eos_token_id": [2, 9]}));
     let outs = [folder.path().join("a"), folder.path().join("b")];
     for out in &outs {
         save_model(&model, out).unwrap();
@@ -98,12 +99,15 @@ fn saving_twice_gives_the_same_bytes() {
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "generation_config.json",
     ] {
         let bytes = outs
             .each_ref()
             .map(|out| std::fs::read(out.join(name)).unwrap());
         assert_eq!(bytes[0], bytes[1], "{name}");
     }
+    let again = load(&outs[0], &f32_on_cpu()).unwrap();
+    assert_eq!(again.generation_config, model.generation_config);
 }
 
 #[test]
