@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use tch::Kind;
 
@@ -27,8 +27,28 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Probability that an input element of the adapter is dropped while training.
     pub dropout: f64,
-    /// Projections that get an adapter (`q_proj`, …), or [`ALL_LINEAR`].
+    /// Projections that get an adapter (`q_proj`, …), or [`ALL_LINEAR`]; read from a list, or from one text with commas.
+    #[serde(deserialize_with = "names")]
     pub targets: Vec<String>,
+}
+
+/// A list of names, or a text that holds them with commas between.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    Ok(match Targets::deserialize(deserializer)? {
+        Targets::Names(names) => names,
+        Targets::Word(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
+    })
+}
+
+/// Target projections as TOML and JSON may have them.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected projections (\"q_proj,v_proj\", or a list), or \"all-linear\""
+)]
+enum Targets {
+    Names(Vec<String>),
+    Word(String),
 }
 
 impl Default for LoraConfig {
@@ -197,14 +217,6 @@ fn from_peft(path: &Path, config: &Value) -> Result<LoraConfig> {
         #[serde(default)]
         lora_dropout: f64,
         target_modules: Targets,
-    }
-
-    /// A list of names, or one word for all; other words are patterns, which are not read.
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Targets {
-        Names(Vec<String>),
-        Word(String),
     }
 
     let peft: Peft = serde_json::from_value(config.clone()).map_err(Error::json(path))?;

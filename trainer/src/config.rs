@@ -608,6 +608,8 @@ mod tests {
         hotter.set("loss.0.tau", "8").unwrap();
         hotter.set("loss.1.layers", "last-middle").unwrap();
         hotter.set("loss.0.logits_norm", "min-max").unwrap();
+        hotter.set("lora.targets", "q_proj, v_proj").unwrap();
+        assert_eq!(hotter.lora.targets, ["q_proj", "v_proj"]);
         let text = hotter.to_toml().unwrap();
         assert!(
             ["temperature = 8.0", "\"last-middle\"", "\"max-min\""]
