@@ -327,6 +327,16 @@ pub enum Error {
         /// The run.
         run: PathBuf,
     },
+    /// A student that is not where the run found it.
+    #[error(
+        "run `{run}` has only adapters, and the student that they belong to can't be loaded: {source}"
+    )]
+    StudentLost {
+        /// The run.
+        run: PathBuf,
+        /// Why.
+        source: caskd_models::Error,
+    },
     /// A file of a checkpoint is not what was written.
     #[error("`{path}`: {reason}")]
     DamagedCheckpoint {
@@ -443,6 +453,7 @@ impl Error {
             Error::ResumeDiffers { .. } => {
                 Some("resume with what the run was started with, or start a new run in another folder".to_owned())
             }
+            Error::StudentLost { .. } => Some("put the student back where it was when the run was made".to_owned()),
             Error::StudentChanged { .. } => Some("train again, or put the original student back".to_owned()),
             Error::NotFinite { checkpoint, step, .. } => Some(match checkpoint {
                 Some(path) => format!(

@@ -92,7 +92,15 @@ pub fn load_run(run: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     if trained.is_dir() {
         return Ok(load(&trained, options)?);
     }
-    let mut model = load_base(&record.student, options, read_config(run)?.quantize)?;
+    let quantize = read_config(run)?.quantize;
+    let mut model =
+        load_base(&record.student, options, quantize).map_err(|source| match source {
+            Error::Model(source) => Error::StudentLost {
+                run: run.to_owned(),
+                source,
+            },
+            other => other,
+        })?;
     if model.digest != record.student_digest {
         return Err(Error::StudentChanged {
             path: record.student,

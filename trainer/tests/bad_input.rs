@@ -185,8 +185,13 @@ fn a_run_is_only_resumed_as_what_it_was() {
         "is not a run folder",
         "caskd train",
     );
-    // Another student under the old path.
+    // No student, then another one, under the old path.
     std::fs::remove_dir_all(&student).unwrap();
+    refused(
+        &load_run(&run, &LoadOptions::default()).unwrap_err(),
+        "has only adapters",
+        "put the student back",
+    );
     save_model(&model(2, 8, VOCABULARY, 77), &student).unwrap();
     refused(
         &load_run(&run, &LoadOptions::default()).unwrap_err(),
