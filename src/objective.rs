@@ -20,7 +20,7 @@ use crate::commands::{open_cache, parse_device, write_file};
 use crate::exit::Failure;
 use crate::terminal::{say, stopped};
 
-pub(crate) use command::{CommandObjective, repeated};
+pub(crate) use command::{CommandObjective, repeated, with_file};
 
 /// Sequences on which S(x) is measured.
 const PROBE_SEQUENCES: usize = 8;

@@ -113,12 +113,19 @@ fn a_space_with_values_that_no_training_takes_is_refused_at_once() {
 }
 
 #[test]
+fn a_study_without_a_folder_for_its_trials_is_refused_before_it_is_made() {
+    let server = "postgres://nobody@127.0.0.1:1/nothing";
+    let search = ["search", "--command", "echo 1", "--study", server];
+    refused(&Bench::empty(), &search, &["no folder", "give --out"]);
+}
+
+#[test]
 fn the_command_that_uses_the_best_trial_survives_the_shell() {
     let bench = Bench::empty();
     let output = bench.ok(&[
         "search",
         "--command",
-        "cat {params.json} > /dev/null && echo 7",
+        "cat {params.json} > /dev/null && test {trial} = 0 && echo 7",
         "--out",
         "a b's",
         "--trials",
@@ -171,14 +178,7 @@ fn asked_and_told() {
     );
     let again = bench.json(&["tell", "study", "1", "--value", "-2.5", "--json"]);
     assert_eq!(again["recorded"], false);
-    bench.ok(&[
-        "tell",
-        "study",
-        "0",
-        "--failed",
-        "--reason",
-        "out of memory",
-    ]);
+    bench.ok(&["tell", "study", "0", "--failed", "--reason", "-inf"]);
     refused(
         &bench,
         &["tell", "study", "1", "--value", "3"],
@@ -199,6 +199,13 @@ fn asked_and_told() {
         &["tell", "study", "2", "--value", "inf"],
         &["--failed"],
     );
+    // Its square would be infinite, and so would be the study's mean and deviation.
+    refused(
+        &bench,
+        &["tell", "study", "2", "--value", "-1e308"],
+        &["beyond ±1e150: -1e308", "--failed"],
+    );
+    refused(&bench, &["ask", ""], &["its name is empty"]);
     refused(
         &bench,
         &["tell", "nothing", "2", "--value", "1"],

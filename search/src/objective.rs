@@ -49,12 +49,30 @@ pub struct Trial<'a> {
 /// How a trial ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    /// The metric. A value that is not finite is recorded as a failure.
+    /// The metric. One that [`Outcome::of`] takes for a failure is recorded as such.
     Value(f64),
     /// The configuration does not work (diverged, did not fit), with the reason.
     Failed(String),
     /// The trial was asked to stop: it is given back, and the study can be resumed.
     Stopped,
+}
+
+/// Squares of larger metrics overflow, and with them every mean and deviation of the study.
+const LARGEST_METRIC: f64 = 1e150;
+
+impl Outcome {
+    /// What a metric means: its value, or a failure where it is not finite or beyond ±1e150.
+    pub fn of(metric: f64) -> Self {
+        if metric.abs() <= LARGEST_METRIC {
+            Self::Value(metric)
+        } else if metric.is_finite() {
+            Self::Failed(format!(
+                "the value is beyond ±{LARGEST_METRIC:e}: {metric:e}"
+            ))
+        } else {
+            Self::Failed(format!("the value is not finite: {metric}"))
+        }
+    }
 }
 
 /// The two measured parts of S(x) (BayesKD, Eq. 12).

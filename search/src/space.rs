@@ -25,6 +25,9 @@ pub(crate) type Point = Vec<f64>;
 /// Spaces with at most this many combinations of levels are enumerated, and every point is scored.
 pub(crate) const MAX_ENUMERATED: usize = 1 << 18;
 
+/// Draws before a space with forbidden combinations counts as empty.
+const MAX_DRAWS: usize = 100_000;
+
 /// A validated search space.
 #[derive(Debug, Clone)]
 pub struct Space {
@@ -183,12 +186,22 @@ impl Space {
             parameters,
             forbidden,
         };
-        if space.enumerate().is_some_and(|points| points.is_empty()) {
-            return Err(Error::SpaceEmpty {
-                message: "every combination is forbidden".to_owned(),
-            });
+        let message = match space.enumerate() {
+            Some(points) => points
+                .is_empty()
+                .then_some("every combination is forbidden"),
+            None => space
+                .draws(&mut Rng::new(0, Stream::Random, 0))
+                .next()
+                .is_none()
+                .then_some("no combination was found that is not forbidden"),
+        };
+        match message {
+            Some(message) => Err(Error::SpaceEmpty {
+                message: message.to_owned(),
+            }),
+            None => Ok(space),
         }
-        Ok(space)
     }
 
     /// All distinct allowed points, in the order of their codes (last parameter fastest), or `None` where there
@@ -243,6 +256,16 @@ impl Space {
             .collect();
         self.canonicalise(&mut point);
         point
+    }
+
+    /// The allowed ones of [`MAX_DRAWS`] points drawn at random.
+    pub(crate) fn draws<'a>(&'a self, rng: &'a mut Rng) -> impl Iterator<Item = Point> + 'a {
+        (0..MAX_DRAWS)
+            .map(|_| {
+                let unit: Vec<f64> = self.parameters.iter().map(|_| rng.uniform()).collect();
+                self.point_at(&unit)
+            })
+            .filter(|point| !self.is_forbidden(point))
     }
 
     /// Allowed configurations in which parameter `j` is active and has `value`, the others at random.

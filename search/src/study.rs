@@ -218,9 +218,7 @@ impl Study {
     /// The folder of a trial (`trials/00012`), which may not exist yet. A trial that goes on with another one's
     /// training has that one's.
     pub fn trial_dir(&self, trial: u64) -> Result<PathBuf> {
-        let folder = self.location.folder().ok_or_else(|| Error::NoFolder {
-            study: self.location.to_string(),
-        })?;
+        let folder = self.location.trials_folder()?;
         let same_training = self
             .config
             .ladder
@@ -253,7 +251,7 @@ impl Study {
     }
 
     /// Reports the result of a trial. `token` is the one of [`Asked`]; without it, the first result counts.
-    /// A value that is not finite is recorded as a failure; [`Outcome::Stopped`] gives the trial back.
+    /// What [`Outcome::of`] takes for a failure is recorded as one; [`Outcome::Stopped`] gives the trial back.
     pub fn tell(
         &mut self,
         trial: u64,
@@ -266,14 +264,12 @@ impl Study {
         } else {
             0.0
         };
-        match outcome {
-            Outcome::Value(value) if value.is_finite() => {
-                self.store.tell(trial, token, Some(*value), None, seconds)
-            }
-            Outcome::Value(value) => {
-                let error = format!("the value is not finite: {value}");
-                self.store.tell(trial, token, None, Some(&error), seconds)
-            }
+        let judged = match outcome {
+            Outcome::Value(metric) => &Outcome::of(*metric),
+            other => other,
+        };
+        match judged {
+            Outcome::Value(value) => self.store.tell(trial, token, Some(*value), None, seconds),
             Outcome::Failed(error) => self.store.tell(trial, token, None, Some(error), seconds),
             Outcome::Stopped => {
                 let token = match token {

@@ -229,7 +229,12 @@ pub(crate) struct TellArgs {
     #[arg(long)]
     pub(crate) failed: bool,
     /// Why it did not work
-    #[arg(long, value_name = "TEXT", requires = "failed")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "failed",
+        allow_hyphen_values = true
+    )]
     pub(crate) reason: Option<String>,
     /// The token that ask gave: a result that comes after the trial went to somebody else is kept apart
     #[arg(long, value_name = "TOKEN")]

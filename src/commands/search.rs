@@ -92,6 +92,7 @@ fn resolve(args: &SearchArgs) -> Result<SearchPlan, Failure> {
             ));
         }
     };
+    location.trials_folder()?;
     let stored = if (args.resume || args.worker) && args.compare.is_empty() {
         match Study::open(&location) {
             Ok(study) => Some(study),
@@ -280,7 +281,8 @@ fn search_with(
             shown(trial.value.unwrap_or(f64::NAN)),
             note.map_or_else(String::new, |note| format!("; {note}"))
         ));
-        if let Some(command) = file.and_then(|path| plan.plan.reproduction(&path)) {
+        let used = file.and_then(|path| plan.plan.reproduction(&plan.study, &path, trial));
+        if let Some(command) = used {
             say(format!("use it: {command}"));
         }
     }

@@ -126,10 +126,11 @@ fn text(status: &Status<'_>) -> String {
         caskd_search::Direction::Minimize => "minimises",
         caskd_search::Direction::Maximize => "maximises",
     };
+    let finished = status.complete + status.failed;
     let of = if status.wanted == 0 {
         String::new()
     } else {
-        format!(" of {}", status.wanted)
+        format!(" of {}", status.wanted.max(finished as u64))
     };
     // Writing to a string cannot fail.
     let _ = writeln!(
@@ -138,7 +139,7 @@ fn text(status: &Status<'_>) -> String {
         status.study,
         config.sampler,
         config.seed,
-        status.complete + status.failed,
+        finished,
         status.complete,
         status.failed,
         status.running.len(),

@@ -22,17 +22,19 @@ struct Recorded {
 
 pub(crate) fn run(args: &TellArgs) -> Outcome {
     let outcome = match args.value {
-        Some(value) if value.is_finite() => TrialOutcome::Value(value),
-        Some(value) => {
-            return Err(Failure::user(
-                format!("{value} is no value"),
-                format!(
-                    "a trial that diverged has failed: caskd tell {} {} --failed --reason '{value}'",
-                    shell_word(&args.study),
-                    args.trial
-                ),
-            ));
-        }
+        Some(value) => match TrialOutcome::of(value) {
+            TrialOutcome::Failed(reason) => {
+                return Err(Failure::user(
+                    reason,
+                    format!(
+                        "a trial that diverged has failed: caskd tell {} {} --failed --reason '{value:e}'",
+                        shell_word(&args.study),
+                        args.trial
+                    ),
+                ));
+            }
+            outcome => outcome,
+        },
         None => TrialOutcome::Failed(
             args.reason
                 .clone()

@@ -63,8 +63,7 @@ impl Objective for CommandObjective {
                 Ok(Outcome::Failed(format!("took longer than {limit} seconds")))
             }
             End::Exited(status) if status.success() => Ok(match value_of(&tail(&output)?) {
-                Ok(value) if value.is_finite() => Outcome::Value(value),
-                Ok(value) => Outcome::Failed(format!("the value is not finite: {value}")),
+                Ok(value) => Outcome::of(value),
                 Err(message) => Outcome::Failed(message),
             }),
             End::Exited(status) => {
@@ -108,6 +107,14 @@ fn line(command: &str, trial: &Trial<'_>, params: &Path, json: &str, dir: &Path)
         line = line.replace(name, &shell_word(&value));
     }
     line
+}
+
+/// The command with a trial's numbers and the parameters in `file`; `None` where it takes no file, or writes into
+/// the trial's own folder.
+pub(crate) fn with_file(command: &str, trial: &Trial<'_>, file: &Path) -> Option<String> {
+    let runs_anywhere = command.contains("{params.json}") && !command.contains("{dir}");
+    let json = trial.params.to_json();
+    runs_anywhere.then(|| line(command, trial, file, &json, trial.dir))
 }
 
 /// A trial as a line for the shell: the program may look into its environment as well as at its arguments.

@@ -6,9 +6,6 @@ use crate::error::{Error, Result};
 use crate::rng::{Rng, Stream};
 use crate::view::Why;
 
-/// Draws before a space with forbidden combinations counts as empty.
-const MAX_DRAWS: usize = 100_000;
-
 impl Sampler {
     pub(super) fn random(
         &self,
@@ -29,20 +26,12 @@ impl Sampler {
                 return Ok(Suggestion { point, why });
             }
         }
-        for _ in 0..MAX_DRAWS {
-            let unit: Vec<f64> = self
-                .space
-                .parameters()
-                .iter()
-                .map(|_| rng.uniform())
-                .collect();
-            let point = self.space.point_at(&unit);
-            if !self.space.is_forbidden(&point) && !tried.contains(&point) {
-                return Ok(Suggestion { point, why });
-            }
-        }
-        Err(Error::SpaceEmpty {
-            message: "no allowed configuration was found that was not tried".to_owned(),
-        })
+        self.space
+            .draws(&mut rng)
+            .find(|point| !tried.contains(point))
+            .map(|point| Suggestion { point, why })
+            .ok_or_else(|| Error::SpaceEmpty {
+                message: "no allowed configuration was found that was not tried".to_owned(),
+            })
     }
 }

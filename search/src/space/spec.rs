@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Condition, Domain, Names, Parameter};
+use super::{Condition, Domain, Names, Parameter, snap};
 use crate::error::{Error, Result};
 use crate::params::Value;
 
@@ -161,7 +161,17 @@ fn domain(p: &ParamSpec) -> Result<Domain> {
             );
             let log = p.log.unwrap_or(false);
             check_range(p, low, high, log)?;
-            Ok(Domain::Float { low, high, log })
+            let domain = Domain::Float { low, high, log };
+            // A value that reads back as another point would be proposed again and again.
+            let faithful = |i| {
+                let code = snap(f64::from(i) / 64.0 + 1.0 / 300.0);
+                domain.code(&domain.value(code)) == Some(code)
+            };
+            if !(0..64).all(faithful) {
+                let message = "the range is too narrow for the precision of its numbers";
+                return Err(wrong(&p.name, message));
+            }
+            Ok(domain)
         }
         Kind::Int => {
             let (low, high) = (
@@ -237,6 +247,12 @@ fn check_range(p: &ParamSpec, low: f64, high: f64, log: bool) -> Result<()> {
     }
     if p.kind == Kind::Int && high - low > 2f64.powi(53) {
         return Err(wrong(&p.name, "the range is too wide"));
+    }
+    if p.kind == Kind::Int && low.abs().max(high.abs()) > 2f64.powi(53) {
+        return Err(wrong(
+            &p.name,
+            "whole numbers beyond ±2^53 cannot be told apart",
+        ));
     }
     Ok(())
 }

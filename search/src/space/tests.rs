@@ -239,6 +239,22 @@ fn bad_spaces_get_good_errors() {
         &["every combination is forbidden"],
     );
     check(
+        "[[param]]\nname = 'f'\nkind = 'float'\nlow = 0\nhigh = 1\n[[param]]\nname = 'a'\nkind = 'categorical'\nvalues = [1, 2]\n[[forbid]]\na = [1, 2]",
+        &["not forbidden"],
+    );
+    for (low, high, log) in [("1e9", "1000000000.001", false), ("1e-320", "1e-310", true)] {
+        check(
+            &format!(
+                "[[param]]\nname = 'a'\nkind = 'float'\nlow = {low}\nhigh = {high}\nlog = {log}"
+            ),
+            &["`a`", "too narrow"],
+        );
+    }
+    check(
+        "[[param]]\nname = 'a'\nkind = 'int'\nlow = 1152921504606846976\nhigh = 1152921504606846986",
+        &["beyond ±2^53"],
+    );
+    check(
         "[[param]]\nname = 'a'\nkind = 'float'\nlow = 0\nhigh = 1\n[[forbid]]\na = 0.5",
         &["is a float"],
     );

@@ -64,6 +64,9 @@ impl Location {
             }
             return Ok(Self::at(Place::Sqlite(file.into())));
         }
+        if text.is_empty() {
+            return refuse("its name is empty");
+        }
         if let Some((scheme, _)) = text.split_once("://") {
             return refuse(&format!("there is no kind of study called `{scheme}`"));
         }
@@ -82,6 +85,13 @@ impl Location {
             folder: Some(folder.to_owned()),
             ..self
         }
+    }
+
+    /// The same, where the trials need one.
+    pub fn trials_folder(&self) -> Result<PathBuf> {
+        self.folder().ok_or_else(|| Error::NoFolder {
+            study: self.to_string(),
+        })
     }
 
     /// Where the files of the trials go: what was asked for, else beside a SQLite file; nowhere for the others.

@@ -288,7 +288,10 @@ fn axis_of(trials: &[(&TrialView, f64)], name: &str) -> AxisPlaces {
         labels: levels
             .iter()
             .enumerate()
-            .map(|(i, (text, _))| (text.clone(), place(i)))
+            .map(|(i, (text, value))| match value {
+                Some(value) if text.len() > 8 => (number(*value), place(i)),
+                _ => (text.clone(), place(i)),
+            })
             .collect(),
         trials: values
             .iter()

@@ -232,7 +232,9 @@ fn commands(
     let trial = folder.join("trials").join(format!("{number:05}"));
     let file = folder.join(plan.file_name(which));
     let again = plan.repetition(&view.config, &trial, chosen);
-    let used = plan.reproduction(&file).filter(|_| file.is_file());
+    let used = plan
+        .reproduction(&view.config, &file, chosen)
+        .filter(|_| file.is_file());
     let again = again.map(|command| ("This trial once more, on its share of the data:", command));
     let used = used.map(|command| ("A run with its settings:", command));
     again.into_iter().chain(used).collect()

@@ -106,6 +106,8 @@ pub(super) struct Plot {
     height: f64,
     x: (f64, f64),
     y: (f64, f64),
+    /// Places between whole numbers, such as trials, get no mark.
+    whole_x: bool,
 }
 
 impl Plot {
@@ -113,11 +115,12 @@ impl Plot {
     pub(super) fn around(svg: &Svg, points: &[(f64, f64)]) -> Self {
         Self {
             left: 68.0,
-            top: 12.0,
+            top: 26.0,
             width: svg.width - 84.0,
-            height: svg.height - 56.0,
+            height: svg.height - 70.0,
             x: range(points.iter().map(|point| point.0)),
             y: range(points.iter().map(|point| point.1)),
+            whole_x: points.iter().all(|point| point.0.fract() == 0.0),
         }
     }
 
@@ -141,7 +144,8 @@ impl Plot {
             svg.line("grid", (self.left, y), (self.left + self.width, y));
             svg.text("end", (self.left - 8.0, y + 4.0), &mark(tick, &marks));
         }
-        let marks = ticks(self.x.0, self.x.1, 8);
+        let mut marks = ticks(self.x.0, self.x.1, 8);
+        marks.retain(|tick| !self.whole_x || tick.fract() == 0.0);
         for tick in &marks {
             let tick = *tick;
             let (x, _) = self.at((tick, self.y.0));
@@ -157,7 +161,7 @@ impl Plot {
             (self.left + self.width / 2.0, bottom + 38.0),
             x_label,
         );
-        svg.text("start", (8.0, self.top + 2.0), y_label);
+        svg.text("start", (8.0, self.top - 14.0), y_label);
     }
 }
 

@@ -88,9 +88,7 @@ pub(super) fn run(args: &SearchArgs, plan: &SearchPlan) -> Outcome {
             "leave out --study, or name a PostgreSQL database",
         ));
     }
-    let folder = plan.location.folder().ok_or_else(|| {
-        Failure::user("the comparison has no folder", "give --out for its results")
-    })?;
+    let folder = plan.location.trials_folder()?;
     let result = folder.join(COMPARISON_FILE);
     if !args.resume && !result.exists() {
         refuse_other_things(&plan.location)?;

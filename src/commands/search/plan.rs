@@ -15,7 +15,7 @@ use crate::commands::open_cache;
 use crate::commands::train::{add_shards, read_config};
 use crate::exit::Failure;
 use crate::objective::{
-    CommandObjective, Distillation, DistillationObjective, repeated, setting_text,
+    CommandObjective, Distillation, DistillationObjective, repeated, setting_text, with_file,
 };
 use crate::terminal::shell_word;
 
@@ -276,26 +276,19 @@ impl Plan {
                 })
             }
             Self::Command { command, .. } => {
-                let (fraction, budget) = config.shares(trial.rung);
-                Some(repeated(
-                    command,
-                    &Trial {
-                        number: trial.number,
-                        params: &trial.params,
-                        rung: trial.rung,
-                        fraction,
-                        budget,
-                        seed: trial.seed,
-                        dir: folder,
-                    },
-                ))
+                Some(repeated(command, &evaluated(config, folder, trial)))
             }
         }
     }
 
-    /// The command that uses the configuration in `file`; `None` where the program gets its parameters in another way
-    /// than as a file.
-    pub(crate) fn reproduction(&self, file: &Path) -> Option<String> {
+    /// The command that uses the configuration of `trial`, which is in `file`; `None` where the program gets its
+    /// parameters in another way than as a file.
+    pub(crate) fn reproduction(
+        &self,
+        config: &StudyConfig,
+        file: &Path,
+        trial: &TrialView,
+    ) -> Option<String> {
         match self {
             Self::Distillation(plan) => Some(format!(
                 "caskd train --cache {} --student {} --config {} --out RUN",
@@ -304,12 +297,23 @@ impl Plan {
                 shell_word(file.display())
             )),
             Self::Command { command, .. } => {
-                let file = shell_word(file.display());
-                command
-                    .contains("{params.json}")
-                    .then(|| command.replace("{params.json}", &file))
+                with_file(command, &evaluated(config, Path::new("."), trial), file)
             }
         }
+    }
+}
+
+/// The trial as its objective saw it.
+fn evaluated<'a>(config: &StudyConfig, dir: &'a Path, trial: &'a TrialView) -> Trial<'a> {
+    let (fraction, budget) = config.shares(trial.rung);
+    Trial {
+        number: trial.number,
+        params: &trial.params,
+        rung: trial.rung,
+        fraction,
+        budget,
+        seed: trial.seed,
+        dir,
     }
 }
 
