@@ -98,6 +98,8 @@ fn a_space_with_values_that_no_training_takes_is_refused_at_once() {
     };
     let int = "[[param]]\nname = \"batch_size\"\nkind = \"int\"\nlow = 0\nhigh = 9\n";
     refused(&bench, &search(int, &[]), &["`batch_size` = 0"]);
+    let real = "[[param]]\nname = \"batch_size\"\nkind = \"float\"\nlow = 1\nhigh = 8\n";
+    refused(&bench, &search(real, &[]), &["`batch_size` = 3.2"]);
     let list = "[[param]]\nname = \"batch_size\"\nkind = \"ordinal\"\nvalues = [2, 2]\n";
     refused(&bench, &search(list, &[]), &["must ascend"]);
     let tau = "[[param]]\nname = \"loss.0.tau\"\nkind = \"float\"\nlow = -1\nhigh = 4\n";
@@ -110,6 +112,22 @@ fn a_space_with_values_that_no_training_takes_is_refused_at_once() {
     let table2 = [&search(tau, &[])[..7], &recipe].concat();
     refused(&bench, &table2, &["no effect beside explicit [[loss]]"]);
     assert!(!bench.path("s").exists());
+}
+
+/// The shell ends when it is asked to; what it started must not go on beside the next trial.
+#[test]
+#[cfg(target_os = "linux")]
+fn what_a_program_started_ends_with_it() {
+    let bench = Bench::empty();
+    let deaf = "trap \"\" TERM; echo $$ > pid; while :; do sleep 0.1; done";
+    let command = format!("sh -c '{deaf}'; true");
+    let search = ["search", "--out", "study", "--trials", "1"];
+    let timed = ["--timeout", "0.5s", "--command", &command];
+    refused(&bench, &[search.as_slice(), &timed].concat(), &["failed"]);
+    let pid = std::fs::read_to_string(bench.path("pid")).unwrap();
+    // It is gone, or dead and not yet collected by the system.
+    let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+    assert!(state.is_empty() || state.contains(") Z"), "{state}");
 }
 
 #[test]

@@ -182,20 +182,24 @@ fn watch(mut child: Child, timeout: Option<Duration>) -> Result<End, BoxError> {
 /// Asks the program and its children to end, and makes them after a while.
 fn end(child: &mut Child) -> Result<(), BoxError> {
     let group = format!("-{}", child.id());
-    for signal in ["-TERM", "-KILL"] {
-        // It may have ended by itself meanwhile.
-        let _ = Command::new("kill")
+    let reached = |signal: &str| {
+        Command::new("kill")
             .args([signal, "--", &group])
             .stderr(Stdio::null())
-            .status();
-        let asked = Instant::now();
-        while asked.elapsed() < GRACE {
-            if child.try_wait()?.is_some() {
-                return Ok(());
-            }
-            std::thread::sleep(LOOK);
+            .status()
+            .is_ok_and(|status| status.success())
+    };
+    reached("-TERM");
+    let asked = Instant::now();
+    while asked.elapsed() < GRACE {
+        // The shell ends at once; what it started may still be about to, or ignore the signal.
+        if child.try_wait()?.is_some() && !reached("-0") {
+            return Ok(());
         }
+        std::thread::sleep(LOOK);
     }
+    reached("-KILL");
+    child.wait()?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! How the trials of a study are evaluated. It is kept with the study, so that a worker needs to know nothing else.
 
+use std::f64::consts::PI;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -199,7 +200,10 @@ impl Plan {
                 ));
             }
             let values: Vec<Value> = match parameter.domain() {
-                Domain::Float { low, high, .. } => vec![Value::Number(*low), Value::Number(*high)],
+                // The ends may be whole numbers, what lies between them is not.
+                Domain::Float { low, high, .. } => [*low, low + (high - low) / PI, *high]
+                    .map(Value::Number)
+                    .to_vec(),
                 Domain::Int { low, high, .. } => vec![Value::Integer(*low), Value::Integer(*high)],
                 Domain::Ordinal { values, .. } | Domain::Categorical { values } => values.clone(),
             };
